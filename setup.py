@@ -1,0 +1,19 @@
+"""Builds the CPU kernels beside the package metadata in pyproject.toml.
+
+The library is plain C++ loaded through ctypes (`engine/kernels/native.py`); it is optional, because
+every kernel has a torch reference that takes over where no compiler is at hand.
+"""
+
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[
+        Extension(
+            "engine._penumbra_cpu",
+            sources=["engine/csrc/penumbra_cpu.cpp"],
+            extra_compile_args=["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-Wall"],
+            extra_link_args=["-fopenmp"],
+            optional=True,
+        )
+    ]
+)

@@ -1,0 +1,148 @@
+"""One hierarchy of errors. Each knows its code, its gRPC status and its HTTP status.
+
+The message says what is wrong, why, and what to do; it is safe to show to a client.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import grpc
+
+
+class PenumbraError(Exception):
+    """Root of every error that may leave a process."""
+
+    code: ClassVar[str] = "internal_error"
+    http_status: ClassVar[int] = 500
+    grpc_status: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+    retryable: ClassVar[bool] = False
+    """Whether another worker, or the same one later, may succeed with the same request."""
+
+
+class ConfigError(PenumbraError):
+    """A configuration that cannot run. Processes exit 78 with this message on one line."""
+
+    code = "bad_config"
+    grpc_status = grpc.StatusCode.FAILED_PRECONDITION
+    exit_code: ClassVar[int] = 78
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that cannot be served; the message names the file and, where there is one, the tensor."""
+
+    code = "bad_checkpoint"
+
+
+class InvalidRequest(PenumbraError):
+    """The client's fault; never retried."""
+
+    code = "invalid_request"
+    http_status = 400
+    grpc_status = grpc.StatusCode.INVALID_ARGUMENT
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.detail_code = code or self.code
+
+
+class ModelNotFound(PenumbraError):
+    code = "model_not_found"
+    http_status = 404
+    grpc_status = grpc.StatusCode.NOT_FOUND
+
+
+class BodyTooLarge(PenumbraError):
+    code = "body_too_large"
+    http_status = 413
+    grpc_status = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class NoWorkers(PenumbraError):
+    """No usable prefill-decode pair right now."""
+
+    code = "no_workers"
+    http_status = 503
+    grpc_status = grpc.StatusCode.UNAVAILABLE
+    retryable = True
+
+
+class Overloaded(PenumbraError):
+    """A worker or the router has no room; try again later."""
+
+    code = "overloaded"
+    http_status = 503
+    grpc_status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    retryable = True
+
+
+class Draining(PenumbraError):
+    code = "draining"
+    http_status = 503
+    grpc_status = grpc.StatusCode.UNAVAILABLE
+    retryable = True
+
+
+class WorkerLost(PenumbraError):
+    """The other side died, froze or restarted."""
+
+    code = "worker_lost"
+    http_status = 503
+    grpc_status = grpc.StatusCode.UNAVAILABLE
+    retryable = True
+
+
+class ClaimRefused(PenumbraError):
+    """Unknown request, wrong secret, or pages that are gone."""
+
+    code = "claim_refused"
+    http_status = 503
+    grpc_status = grpc.StatusCode.PERMISSION_DENIED
+    retryable = True
+
+
+class LayoutMismatch(PenumbraError):
+    """Two workers whose pages are not byte for byte the same kind."""
+
+    code = "layout_mismatch"
+    http_status = 503
+    grpc_status = grpc.StatusCode.FAILED_PRECONDITION
+    retryable = True
+
+
+class StaleAttempt(PenumbraError):
+    code = "stale_attempt"
+    http_status = 503
+    grpc_status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class TransferFailed(PenumbraError):
+    """A read did not finish in time, or its bytes did not match their checksum."""
+
+    code = "transfer_failed"
+    http_status = 503
+    grpc_status = grpc.StatusCode.UNAVAILABLE
+    retryable = True
+
+
+class NumericalError(PenumbraError):
+    """The model produced NaN or infinite logits for this request."""
+
+    code = "numerical_error"
+    retryable = True
+
+
+class DeadlineExceeded(PenumbraError):
+    code = "deadline_exceeded"
+    http_status = 504
+    grpc_status = grpc.StatusCode.DEADLINE_EXCEEDED
+    retryable = True
+
+
+class Cancelled(PenumbraError):
+    """Whoever asked has left."""
+
+    code = "cancelled"
+    http_status = 499
+    grpc_status = grpc.StatusCode.CANCELLED

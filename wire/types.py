@@ -1,0 +1,243 @@
+"""Types that cross a process boundary. Frozen; no torch, no I/O.
+
+A *position* is a page's index within its request (token position // PAGE_TOKENS); an *item* is a page's
+place in one worker's pool. Readers and owners pair pages by position, never by each other's items.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+PAGE_TOKENS = 256
+"""Virtual slots in a page, on every worker: a multiple of both compression ratios (4 and 128)."""
+
+PROTOCOL_VERSION = 1
+
+
+class PageClass(StrEnum):
+    """Pools addressed together by one list of item ids."""
+
+    FULL = "full"  # C4, C4 index and C128 rows of 256 tokens
+    SWA = "swa"  # window rows of every layer and both C4 rings of 256 tokens
+    STATE = "state"  # half a request slot's C128 rings: 128 raw rows of every C128 layer
+
+
+class Role(StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens of one request are drawn. `seed` is always set: the router draws one when the client gives none."""
+
+    max_tokens: int
+    seed: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    logprobs: bool = False
+    top_logprobs: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerRef:
+    worker_id: str
+    address: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerInfo:
+    """A worker's record in the registry. A hint for placement, never the authority on anything."""
+
+    worker_id: str
+    role: Role
+    address: str  # gRPC host:port
+    epoch: int
+    model: str  # fingerprint of the checkpoint
+    signature: str  # layout signature of its pages
+    protocol: int = PROTOCOL_VERSION
+    draining: bool = False
+    max_context: int = 0
+    free_tokens: int = 0  # full-pool tokens not spoken for
+    total_tokens: int = 0
+    running: int = 0
+    waiting: int = 0
+    queued_tokens: int = 0
+
+    @property
+    def ref(self) -> WorkerRef:
+        return WorkerRef(worker_id=self.worker_id, address=self.address, epoch=self.epoch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Region:
+    """One address range of `num_items` items of `item_bytes`, back to back."""
+
+    name: str
+    address: int
+    item_bytes: int
+    num_items: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegionClass:
+    """Regions that one list of item ids addresses together, in an order both sides share."""
+
+    name: PageClass
+    regions: tuple[Region, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnerCard:
+    """What a reader needs to reach an owner's memory."""
+
+    worker_id: str
+    epoch: int
+    transport: str
+    agent: str
+    metadata: bytes = field(repr=False)
+    memory: str = "DRAM"
+    device: int = 0
+    signature: str
+    classes: tuple[RegionClass, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageGroup:
+    """Pages of one class that are ready to be read; the tuples run in parallel."""
+
+    page_class: PageClass
+    positions: tuple[int, ...]
+    items: tuple[int, ...]
+    generations: tuple[int, ...]
+    checksums: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenEvent:
+    """One generated token. `index` 0 is the first; `top` holds (id, logprob), most likely first."""
+
+    index: int
+    token_id: int
+    logprob: float = 0.0
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tail:
+    """What decoding needs besides pages; comes with the last offer."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    first: TokenEvent
+    total_pages: int
+    draft_state: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageOffer:
+    """One message of a claim. `seq` 0 carries the owner's card and no pages; the last carries the tail."""
+
+    seq: int
+    claim_id: str
+    owner: OwnerCard | None = None
+    groups: tuple[PageGroup, ...] = ()
+    tail: Tail | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimRequest:
+    request_id: str
+    attempt: int
+    from_token: int
+    secret: bytes = field(repr=False)
+    reader_id: str
+    reader_epoch: int
+    signature: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartRequest:
+    """Decode this request; pull its pages from `source`. `emitted` tokens are replayed, not sampled again."""
+
+    request_id: str
+    attempt: int
+    prompt: tuple[int, ...] = field(repr=False)
+    sampling: SamplingParams
+    source: WorkerRef
+    emitted: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRequest:
+    """Prefill this request; whoever shows `secret` may claim its pages from token `skip` on."""
+
+    request_id: str
+    attempt: int
+    prompt: tuple[int, ...] = field(repr=False)
+    sampling: SamplingParams
+    skip: int
+    secret: bytes = field(repr=False)
+
+
+# Events of Decode.Start and Prefill.Run streams.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admitted:
+    resident_prefix: int
+    secret: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetching:
+    pages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    attempt: int
+    tokens: tuple[TokenEvent, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    done: int
+    total: int
+    cached: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFinished:
+    prompt_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """The attempt ended without an answer. `code` is a `wire.errors` code; a retryable one may go elsewhere."""
+
+    code: str
+    message: str
+    retryable: bool
+
+
+StartEvent = Admitted | Fetching | Tokens | Finished | Failed
+RunEvent = Progress | RunFinished | Failed
