@@ -1,10 +1,13 @@
-"""What the scheduler hands the runner: sequences, and the part of each that one step computes."""
+"""What the scheduler hands the runner: sequences, the part of each that one step computes, and that step's addresses."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from wire.types import SamplingParams
+import torch
+from torch import Tensor
+
+from wire.types import PAGE_TOKENS, SamplingParams
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,3 +48,41 @@ class Sampled:
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
     ok: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class StepMeta:
+    """One step's addresses, computed once and shared by every layer; T tokens of B segments, P pages at most.
+
+    Item, page and slot 0 are sinks: never read for their meaning, harmless to write.
+    """
+
+    positions: Tensor  # [T] int64    token position in its request
+    segment: Tensor  # [T] int32    row of the tables a token belongs to
+    offsets: Tensor  # [B+1] int32  segment b is token rows offsets[b]:offsets[b+1], consecutive positions
+    starts: Tensor  # [B] int64    first position of each segment
+    page_table: Tensor  # [B, P] int32 full page of each page index
+    swa_table: Tensor  # [B, P] int32 SWA page of each page index, 0 where not mapped
+    slots: Tensor  # [B] int32    request slot
+
+    @classmethod
+    def of(cls, batch: list[Segment]) -> StepMeta:
+        starts = [segment.start for segment in batch]
+        lengths = [len(segment.tokens) for segment in batch]
+        width = max(-(-(start + n) // PAGE_TOKENS) for start, n in zip(starts, lengths, strict=True))
+        pages = [(s.sequence.pages + [0] * width)[:width] for s in batch]
+        swa_pages = [(s.sequence.swa_pages + [0] * width)[:width] for s in batch]
+        starts_t = torch.tensor(starts, dtype=torch.int64)
+        lengths_t = torch.tensor(lengths, dtype=torch.int64)
+        ends = lengths_t.cumsum(0)
+        segment = torch.repeat_interleave(torch.arange(len(batch)), lengths_t)
+        first_row = torch.cat([torch.zeros(1, dtype=torch.int64), ends])
+        return cls(
+            positions=torch.arange(int(ends[-1])) - first_row[segment] + starts_t[segment],
+            segment=segment.int(),
+            offsets=first_row.int(),
+            starts=starts_t,
+            page_table=torch.tensor(pages, dtype=torch.int32),
+            swa_table=torch.tensor(swa_pages, dtype=torch.int32),
+            slots=torch.tensor([s.sequence.slot for s in batch], dtype=torch.int32),
+        )
