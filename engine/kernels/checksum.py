@@ -1,0 +1,50 @@
+"""The checksum of a page: what proves that the bytes read are the bytes offered.
+
+Definition. The bytes of one item, taken from every region of its class in order, are read as little-endian
+unsigned 64-bit words w[0], w[1], ... counted on across regions. The checksum is
+
+    sum over i of  w[i] * ((2 i + 1) * 0x9E3779B97F4A7C15)   modulo 2^64.
+
+Every coefficient is odd, so a change confined to one word always shows. Coefficients differ, so words that
+change places show too, unless all they differ in is lost with the carries: two words an odd distance apart
+that differ in the top bit alone, say. It detects torn, stale and foreign pages; it does not stop a forger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_MULTIPLIER = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+def item_checksums(regions: Sequence[Tensor], items: Sequence[int]) -> list[int]:
+    """The checksum of each item, unsigned 64-bit.
+
+    regions  [num_items, item_bytes] uint8 each, rows contiguous; item_bytes a multiple of 8, and may differ
+    items    item numbers, the same in every region
+    """
+    for region in regions:
+        if region.dtype != torch.uint8 or region.dim() != 2 or region.stride(1) != 1 or region.shape[1] % 8:
+            raise ValueError(
+                f"a region is [num_items, item_bytes] uint8 with item_bytes a multiple of 8; "
+                f"got {list(region.shape)} {region.dtype}, strides {region.stride()}"
+            )
+        for item in items:
+            if not 0 <= item < region.shape[0]:
+                raise ValueError(f"item {item} lies outside a region of {region.shape[0]} items")
+    return [_reference(regions, item) for item in items]
+
+
+def _reference(regions: Sequence[Tensor], item: int) -> int:
+    # Signed 64-bit products and sums wrap exactly as unsigned ones do; only the last step names the sign.
+    total, first = 0, 0
+    for region in regions:
+        words = region[item].view(torch.int64)
+        odd = 2 * torch.arange(first, first + len(words), dtype=torch.int64) + 1
+        total += int((words * odd).sum())
+        first += len(words)
+    return total * _MULTIPLIER & _MASK

@@ -1,0 +1,95 @@
+"""Manifold-constrained hyper-connections (mHC): four residual streams instead of one.
+
+T tokens, D hidden size. A layer reads one mixture of the streams (`mix_in`) and writes its result back into
+all of them (`mix_out`) through a 4x4 matrix that Sinkhorn steps have made doubly stochastic. All fp32; rows
+are independent of their neighbours, bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.kernels.linear import safe_rows
+
+STREAMS = 4
+
+
+class HyperSite:
+    """One site's parameters: fn [24, 4D], base [24], scale [3], all fp32.
+
+    Rows are 4 that weigh the streams on the way in, 4 that weigh the result on the way out, and 16 that
+    mix the streams ([from, to], row-major); `scale` has one number for each of the three kinds.
+    """
+
+    __slots__ = ("base", "fn", "scale")
+
+    def __init__(self, fn: Tensor, base: Tensor, scale: Tensor) -> None:
+        rows = 2 * STREAMS + STREAMS * STREAMS
+        if fn.dim() != 2 or fn.shape[0] != rows or base.shape != (rows,) or scale.shape != (3,):
+            raise ValueError(
+                f"a hyper-connection site is fn [{rows}, 4D], base [{rows}], scale [3]; "
+                f"got {list(fn.shape)}, {list(base.shape)}, {list(scale.shape)}"
+            )
+        self.fn, self.base, self.scale = (t.detach().float().contiguous() for t in (fn, base, scale))
+
+
+def mix_in(
+    streams: Tensor, site: HyperSite, rms_eps: float, hc_eps: float, iters: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the layer reads, and how its result will be spread.
+
+    streams [T, 4, D] -> x [T, D], post [T, 4], comb [T, 4, 4]; comb[j, k] carries stream j into stream k,
+    and its columns sum to 1 because the last of the `iters` Sinkhorn rounds ends on columns.
+    """
+    mix = _projection(streams, site.fn, rms_eps)
+    pre_scale, post_scale, comb_scale = site.scale
+    pre = _sigmoid(mix[:, :4] * pre_scale + site.base[:4]) + hc_eps
+    post = 2 * _sigmoid(mix[:, 4:8] * post_scale + site.base[4:8])
+    logits = (mix[:, 8:] * comb_scale + site.base[8:]).view(-1, STREAMS, STREAMS)
+    comb = logits.softmax(dim=-1) + hc_eps
+    comb = comb / (comb.sum(dim=1, keepdim=True) + hc_eps)
+    for _ in range(iters - 1):
+        comb = comb / (comb.sum(dim=2, keepdim=True) + hc_eps)
+        comb = comb / (comb.sum(dim=1, keepdim=True) + hc_eps)
+    return _weigh(streams, pre), post, comb
+
+
+def mix_out(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    """The streams after the layer: y [T, D], streams [T, 4, D] -> [T, 4, D].
+
+    Stream k becomes post[k] * y + sum over j of comb[j, k] * streams[j]: comb is summed over its FIRST index.
+    """
+    out = post[:, :, None] * y[:, None, :]
+    for j in range(STREAMS):
+        out = out + comb[:, j, :, None] * streams[:, j, None, :]
+    return out
+
+
+def collapse(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rms_eps: float, hc_eps: float
+) -> Tensor:
+    """The four streams as one, before the final norm.
+
+    streams [T, 4, D], fn [4, 4D], base [4], scale [1], all fp32 -> [T, D]
+    """
+    return _weigh(streams, _sigmoid(_projection(streams, fn, rms_eps) * scale + base) + hc_eps)
+
+
+def _projection(streams: Tensor, fn: Tensor, rms_eps: float) -> Tensor:
+    """The flattened streams, scaled to unit mean square, times fn: [T, rows of fn]."""
+    flat = streams.flatten(1)
+    return safe_rows(flat, fn) * torch.rsqrt(flat.square().mean(dim=-1, keepdim=True) + rms_eps)
+
+
+def _weigh(streams: Tensor, weights: Tensor) -> Tensor:
+    """Sum over j of weights[:, j] * streams[:, j], in order of j."""
+    x = weights[:, 0, None] * streams[:, 0]
+    for j in range(1, STREAMS):
+        x = x + weights[:, j, None] * streams[:, j]
+    return x
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    # torch.sigmoid's vector body and scalar tail round differently, so a value would depend on its place.
+    return 1 / (1 + torch.exp(-x))

@@ -1,0 +1,96 @@
+"""Norms, rotary positions and the Hadamard rotation: what happens to one row at a time.
+
+T tokens, H heads, D head size. Everything is fp32, and a row's result depends on that row alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., D], weight [D] -> x scaled to unit mean square, times weight."""
+    return weight * (x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps))
+
+
+def head_norm(q: Tensor, eps: float) -> Tensor:
+    """q [T, H, D], each head scaled to unit mean square; there is no weight."""
+    return q * torch.rsqrt(q.square().mean(dim=-1, keepdim=True) + eps)
+
+
+def rope_frequencies(
+    theta: float, rope_dim: int, yarn: tuple[float, int, float, float] | None = None
+) -> Tensor:
+    """Radians per token of each channel pair: [rope_dim / 2] fp32.
+
+    yarn is (factor, original positions, beta_fast, beta_slow): pairs that turn more than beta_fast times over
+    the original context stay as they are, those that turn less than beta_slow times are slowed by `factor`,
+    and the ones between are blended. The blend is done in fp32 in this very order: the model was trained on
+    these bits, and at position 900,000 one more bit in a frequency is a visible angle.
+    """
+    exponents = torch.arange(0, rope_dim, 2, dtype=torch.int64).float() / rope_dim
+    freqs = 1.0 / (theta**exponents)
+    if yarn is None:
+        return freqs
+    factor, original, beta_fast, beta_slow = yarn
+
+    def pair(turns: float) -> float:
+        return rope_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair(beta_fast)), 0)
+    high: float = min(math.ceil(pair(beta_slow)), rope_dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = ((torch.arange(rope_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return (freqs / factor) * ramp + freqs * (1 - ramp)
+
+
+def rotate(x: Tensor, positions: Tensor, freqs: Tensor, inverse: bool = False) -> Tensor:
+    """Turn the trailing channel pairs (2i, 2i+1) of every row by its token's position.
+
+    x [T, ..., D], positions [T] int64, freqs [rope_dim / 2] -> a new tensor of x's shape
+    The angle is fp32(position) * fp32(frequency), one rounded product, as the model was trained with.
+    """
+    rope_dim = 2 * freqs.shape[0]
+    angle = positions.float()[:, None] * freqs
+    shape = (x.shape[0], *[1] * (x.dim() - 2), freqs.shape[0])
+    cos, sin = angle.cos().view(shape), angle.sin().view(shape)
+    if inverse:
+        sin = -sin
+    out = x.clone()
+    even, odd = x[..., -rope_dim::2], x[..., -rope_dim + 1 :: 2]
+    out[..., -rope_dim::2] = even * cos - odd * sin
+    out[..., -rope_dim + 1 :: 2] = even * sin + odd * cos
+    return out
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Each row of x [..., D] times the Sylvester Hadamard matrix over sqrt(D); D a power of two.
+
+    It spreads an outlier over the whole row before quantisation. Orthogonal, so the dot product of two rows
+    that both went through it is unchanged.
+    """
+    size = x.shape[-1]
+    if size & (size - 1):
+        raise ValueError(f"a Hadamard rotation needs a power of two, not {size} channels")
+    rows = x.reshape(-1, size)
+    half = 1
+    while half < size:
+        pairs = rows.view(-1, size // (2 * half), 2, half)
+        a, b = pairs[:, :, 0], pairs[:, :, 1]
+        rows = torch.stack((a + b, a - b), dim=2).view(-1, size)
+        half *= 2
+    return (rows * size**-0.5).view(x.shape)
+
+
+def query(q: Tensor, positions: Tensor, freqs: Tensor, eps: float) -> Tensor:
+    """Attention queries from their raw projection: head norm, then rotation. q [T, H, D] -> [T, H, D]."""
+    return rotate(head_norm(q, eps), positions, freqs)
+
+
+def latent(kv: Tensor, weight: Tensor, positions: Tensor, freqs: Tensor, eps: float) -> Tensor:
+    """The KV row of each token from its raw projection: norm, then rotation. kv [T, D] -> [T, D]."""
+    return rotate(rms_norm(kv, weight, eps), positions, freqs)
