@@ -1,0 +1,257 @@
+"""The physical pools: which item is whose, and the tensors behind them.
+
+A page of 256 tokens lives in three places. Its FULL item holds the compressed rows (C4, C4 index, C128), its SWA
+item the window rows of every layer and both C4 rings, and a request slot's C128 rings make two STATE items. Virtual
+slots have no memory of their own: a token at position p of a sequence sits in FULL item pages[p // 256] and in SWA
+item swa_pages[p // 256], at offset p % 256, and every row address follows by division. Item 0 of every pool is a sink.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.config import C4_RATIO, C4_RING, C128_RATIO, C128_RING, EngineConfig, KvLayout, ModelConfig
+from engine.kernels.checksum import item_checksums
+from engine.kernels.rows import RowPool
+from wire.errors import ConfigError, PenumbraError
+from wire.types import PAGE_TOKENS, PageClass, Region, RegionClass
+
+LAYOUT_VERSION = 1
+"""Moves when bytes inside an item change meaning; part of the layout signature."""
+
+STATE_ROWS = 128
+"""Raw rows in one STATE item: a request slot's ring of 256 is two items."""
+
+
+class OutOfPages(PenumbraError):
+    """An allocator has fewer free items than asked for; nothing was taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolCounts:
+    free: int
+    used: int
+    quarantined: int
+
+
+class PageAllocator:
+    """Ids of one pool. Every item is free, used or quarantined; an item's generation moves on when it is freed.
+
+    A quarantined item has no owner and may still be written by an unsettled read; `settle` frees it.
+    """
+
+    def __init__(self, num_items: int) -> None:
+        self.capacity = num_items - 1
+        # Popped from the end, so that a fresh pool hands out 1, 2, 3, ... and neighbours travel together.
+        self._free = list(range(num_items - 1, 0, -1))
+        self._generation = [0] * num_items
+        self._used: set[int] = set()
+        self._quarantined: set[int] = set()
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def counts(self) -> PoolCounts:
+        return PoolCounts(free=len(self._free), used=len(self._used), quarantined=len(self._quarantined))
+
+    def generation(self, item: int) -> int:
+        return self._generation[item]
+
+    def allocate(self, n: int) -> list[int]:
+        """n items, all or nothing. Raises OutOfPages."""
+        if n > len(self._free):
+            raise OutOfPages(f"{n} items wanted, {len(self._free)} of {self.capacity} free")
+        taken = [self._free.pop() for _ in range(n)]
+        self._used.update(taken)
+        return taken
+
+    def release(self, items: Iterable[int]) -> None:
+        for item in items:
+            assert item in self._used, f"item {item} released but not in use"
+            self._used.remove(item)
+            self._give_back(item)
+
+    def quarantine(self, items: Iterable[int]) -> None:
+        for item in items:
+            assert item in self._used, f"item {item} quarantined but not in use"
+            self._used.remove(item)
+            self._quarantined.add(item)
+
+    def settle(self, items: Iterable[int]) -> None:
+        for item in items:
+            assert item in self._quarantined, f"item {item} settled but not quarantined"
+            self._quarantined.remove(item)
+            self._give_back(item)
+
+    def _give_back(self, item: int) -> None:
+        self._generation[item] += 1
+        self._free.append(item)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSizes:
+    """Items in each pool, sinks included."""
+
+    full: int
+    swa: int
+    slots: int
+
+
+def item_bytes(model: ModelConfig, layout: KvLayout) -> dict[PageClass, int]:
+    """Bytes of one item of each class, over all layers."""
+    return {cls: sum(size for _, size in regions) for cls, regions in _regions(model, layout).items()}
+
+
+def _regions(model: ModelConfig, layout: KvLayout) -> dict[PageClass, list[tuple[str, int]]]:
+    """(name, bytes of one item) of every region, in the order readers and owners share."""
+    c4, c128 = model.layers_of(C4_RATIO), model.layers_of(C128_RATIO)
+
+    def latent(rows: int) -> int:
+        return RowPool.item_bytes_for(rows, "latent", layout, model.head_dim, model.rope_dim)
+
+    index = RowPool.item_bytes_for(
+        PAGE_TOKENS // C4_RATIO, "index", layout, model.index_head_dim, model.rope_dim
+    )
+    c4_ring, index_ring = (C4_RING * 4 * dim * 4 for dim in (model.head_dim, model.index_head_dim))
+    return {
+        PageClass.FULL: [
+            *((f"c4.{layer}", latent(PAGE_TOKENS // C4_RATIO)) for layer in c4),
+            *((f"index.{layer}", index) for layer in c4),
+            *((f"c128.{layer}", latent(PAGE_TOKENS // C128_RATIO)) for layer in c128),
+        ],
+        PageClass.SWA: [
+            *((f"window.{layer}", latent(PAGE_TOKENS)) for layer in range(model.num_layers)),
+            *((f"c4_ring.{layer}", c4_ring) for layer in c4),
+            *((f"index_ring.{layer}", index_ring) for layer in c4),
+        ],
+        PageClass.STATE: [(f"c128_ring.{layer}", STATE_ROWS * 2 * model.head_dim * 4) for layer in c128],
+    }
+
+
+def plan_sizes(model: ModelConfig, config: EngineConfig) -> PoolSizes:
+    """Split the memory budget: slots and windows for every request first, full pages with the rest.
+
+    A request holds at most three SWA pages while decoding (its window crosses one boundary and the next page is
+    being filled); prefill adds the pages of the chunk in flight, which the slack of one page per request covers
+    together with the requests that are not at their peak.
+    """
+    sizes = item_bytes(model, config.kv_layout)
+    slots = config.max_requests + 1
+    swa = 4 * config.max_requests + 1
+    fixed = slots * 2 * sizes[PageClass.STATE] + swa * sizes[PageClass.SWA]
+    full_bytes = max(sizes[PageClass.FULL], 1)
+    full = (config.kv_memory_bytes - fixed) // full_bytes
+    if full < 2:
+        raise ConfigError(
+            f"kv_memory_bytes={config.kv_memory_bytes} leaves no full page: windows and rings of "
+            f"max_requests={config.max_requests} alone take {fixed} bytes. "
+            f"Give at least {fixed + 16 * full_bytes} bytes or lower max_requests."
+        )
+    # A model with no compressed layers needs page ids but no bytes behind them.
+    return PoolSizes(full=min(full, 1 << 24), swa=swa, slots=slots)
+
+
+class KvPools:
+    """Every pool of one worker: allocators, tensors, and the regions a transport registers.
+
+    The tensors of one class are slices of one allocation, so a transport registers few ranges.
+    """
+
+    def __init__(
+        self, model: ModelConfig, layout: KvLayout, sizes: PoolSizes, fingerprint: str, device: str
+    ) -> None:
+        self.layout = layout
+        self.full = PageAllocator(sizes.full)
+        self.swa = PageAllocator(sizes.swa)
+        self.slots = PageAllocator(sizes.slots)
+        counts = {PageClass.FULL: sizes.full, PageClass.SWA: sizes.swa, PageClass.STATE: 2 * sizes.slots}
+        named = _regions(model, layout)
+        self._tensors: dict[PageClass, list[Tensor]] = {}
+        self._by_name: dict[str, Tensor] = {}
+        classes = []
+        for cls, regions in named.items():
+            n = counts[cls]
+            # Untouched pages of a zeroed allocation cost no memory, and rows nobody wrote decode to finite zeros.
+            memory = torch.zeros(sum(size for _, size in regions) * n, dtype=torch.uint8, device=device)
+            tensors, offset = [], 0
+            for name, size in regions:
+                tensor = memory[offset : offset + n * size].view(n, size)
+                offset += n * size
+                tensors.append(tensor)
+                self._by_name[name] = tensor
+            self._tensors[cls] = tensors
+            classes.append(
+                RegionClass(
+                    name=cls,
+                    regions=tuple(
+                        Region(name=name, address=tensor.data_ptr(), item_bytes=size, num_items=n)
+                        for (name, size), tensor in zip(regions, tensors, strict=True)
+                    ),
+                )
+            )
+        self.classes = tuple(classes)
+        described = {
+            "version": LAYOUT_VERSION,
+            "layout": layout,
+            "page_tokens": PAGE_TOKENS,
+            "model": fingerprint,
+            "regions": {str(cls): regions for cls, regions in named.items()},
+        }
+        self.signature = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+        def rows(name: str, per_item: int, kind: str, dim: int) -> RowPool:
+            return RowPool(
+                data=self._by_name[name],
+                rows_per_item=per_item,
+                kind=kind,  # type: ignore[arg-type]
+                layout=layout,
+                dim=dim,
+                rope_dim=model.rope_dim,
+            )
+
+        c4, c128 = model.layers_of(C4_RATIO), model.layers_of(C128_RATIO)
+        head, index = model.head_dim, model.index_head_dim
+        self.window = {n: rows(f"window.{n}", PAGE_TOKENS, "latent", head) for n in range(model.num_layers)}
+        self.c4 = {n: rows(f"c4.{n}", PAGE_TOKENS // C4_RATIO, "latent", head) for n in c4}
+        self.index = {n: rows(f"index.{n}", PAGE_TOKENS // C4_RATIO, "index", index) for n in c4}
+        self.c128 = {n: rows(f"c128.{n}", PAGE_TOKENS // C128_RATIO, "latent", head) for n in c128}
+        self.c4_ring = {n: self._floats(f"c4_ring.{n}").view(sizes.swa, C4_RING, 4 * head) for n in c4}
+        self.index_ring = {n: self._floats(f"index_ring.{n}").view(sizes.swa, C4_RING, 4 * index) for n in c4}
+        self.c128_ring = {
+            n: self._floats(f"c128_ring.{n}").view(sizes.slots, C128_RING, 2 * head) for n in c128
+        }
+
+    def _floats(self, name: str) -> Tensor:
+        return self._by_name[name].view(torch.float32)
+
+    def export_pages(self, page_class: PageClass, items: Sequence[int]) -> list[int]:
+        """Checksums of the bytes now at these items: what a reader, a host tier or a resumed request compares with.
+
+        The bytes themselves move by whatever reaches this memory; this pair only says what they must be.
+        """
+        return (
+            item_checksums(self._tensors[page_class], items)
+            if self._tensors[page_class]
+            else [0] * len(items)
+        )
+
+    def import_pages(
+        self, page_class: PageClass, items: Sequence[int], checksums: Sequence[int]
+    ) -> list[int]:
+        """Items among `items` whose bytes are not the exported ones. An empty list means all may be used."""
+        found = self.export_pages(page_class, items)
+        return [item for item, ours, theirs in zip(items, found, checksums, strict=True) if ours != theirs]
+
+
+def state_item(slot: int, num_tokens: int) -> int | None:
+    """The STATE item holding the open C128 block after `num_tokens` tokens; None when no block is open."""
+    if num_tokens % C128_RATIO == 0:
+        return None
+    return 2 * slot + ((num_tokens - 1) % C128_RING) // STATE_ROWS

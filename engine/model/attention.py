@@ -1,0 +1,131 @@
+"""Attention over a 128-token window plus compressed rows: the plain, C4 and C128 layers of DeepSeek-V4.
+
+Shapes: T tokens, D hidden, H query heads, K head size, I index heads, J index head size. All activations float32.
+One KV vector per token is key and value of every head. Rows go through the pools before they are attended, in prefill
+and decode alike, so both see the same (quantised) values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from engine.batch import StepMeta
+from engine.cache.pools import KvPools
+from engine.config import C4_RATIO, C128_RATIO, ModelConfig
+from engine.kernels.compress import compress_c4, compress_c128
+from engine.kernels.index_topk import index_topk
+from engine.kernels.linear import Matrix, grouped_linear, linear
+from engine.kernels.norm_rope import hadamard, latent, query, rms_norm, rope_frequencies, rotate
+from engine.kernels.rows import write_rows
+from engine.kernels.sparse_attention import sparse_attention
+
+
+class LayerTensors(Protocol):
+    """The checkpoint's tensors of one layer, by official name below `layers.{n}.`."""
+
+    def __call__(self, name: str) -> Tensor: ...
+
+
+def layer_frequencies(config: ModelConfig, ratio: int) -> Tensor:
+    """Rope frequencies of everything in a layer: YaRN over the compressed base wherever there is a compressor."""
+    if ratio == 0:
+        return rope_frequencies(config.rope_theta, config.rope_dim, None)
+    yarn = (config.rope_factor, config.rope_original_positions, config.rope_beta_fast, config.rope_beta_slow)
+    return rope_frequencies(config.compress_rope_theta, config.rope_dim, yarn)
+
+
+@dataclass(frozen=True, slots=True)
+class Compressor:
+    """Pools neighbouring tokens into one row: 8 overlapping tokens every 4, or 128 every 128."""
+
+    wkv: Matrix
+    wgate: Matrix
+    ape: Tensor
+    norm: Tensor
+
+    @classmethod
+    def of(cls, tensors: LayerTensors, prefix: str) -> Compressor:
+        return cls(
+            wkv=Matrix.prepare(tensors(f"{prefix}.wkv.weight")),
+            wgate=Matrix.prepare(tensors(f"{prefix}.wgate.weight")),
+            ape=tensors(f"{prefix}.ape").float().contiguous(),
+            norm=tensors(f"{prefix}.norm.weight").float(),
+        )
+
+
+class Indexer:
+    """Picks the C4 rows a query reads: the top-k by sum_h w_h relu(q_h . key), lower block first on ties."""
+
+    def __init__(self, config: ModelConfig, tensors: LayerTensors) -> None:
+        self.heads, self.head_dim, self.topk = config.index_heads, config.index_head_dim, config.index_topk
+        self.wq_b = Matrix.prepare(tensors("attn.indexer.wq_b.weight"))
+        self.weights_proj = Matrix.prepare(tensors("attn.indexer.weights_proj.weight"))
+        self.compressor = Compressor.of(tensors, "attn.indexer.compressor")
+        self.weight_scale = self.head_dim**-0.5 * self.heads**-0.5
+
+    def select(
+        self, x: Tensor, q_low: Tensor, meta: StepMeta, freqs: Tensor, pools: KvPools, layer: int
+    ) -> Tensor:
+        """x [T, D], q_low [T, q_lora] -> [T, topk] int32 block numbers, ascending, -1 past the end."""
+        q = rotate(linear(q_low, self.wq_b).view(-1, self.heads, self.head_dim), meta.positions, freqs)
+        if pools.layout == "v4":
+            # Stored keys are rotated so that e4m3 spends its range evenly; queries must turn with them.
+            q = hadamard(q)
+        weights = linear(x, self.weights_proj) * self.weight_scale
+        return index_topk(q, weights, pools.index[layer], meta, self.topk)
+
+
+class Attention:
+    def __init__(self, config: ModelConfig, layer: int, tensors: LayerTensors) -> None:
+        self.layer, self.ratio = layer, config.compress_ratios[layer]
+        self.heads, self.head_dim, self.groups = config.num_heads, config.head_dim, config.o_groups
+        self.eps = config.rms_norm_eps
+        self.freqs = layer_frequencies(config, self.ratio)
+        self.wq_a = Matrix.prepare(tensors("attn.wq_a.weight"))
+        self.q_norm = tensors("attn.q_norm.weight").float()
+        self.wq_b = Matrix.prepare(tensors("attn.wq_b.weight"))
+        self.wkv = Matrix.prepare(tensors("attn.wkv.weight"))
+        self.kv_norm = tensors("attn.kv_norm.weight").float()
+        self.sink = tensors("attn.attn_sink").float()
+        self.wo_a = Matrix.prepare(tensors("attn.wo_a.weight"))
+        self.wo_b = Matrix.prepare(tensors("attn.wo_b.weight"))
+        self.compressor = Compressor.of(tensors, "attn.compressor") if self.ratio else None
+        self.indexer = Indexer(config, tensors) if self.ratio == C4_RATIO else None
+
+    def __call__(self, x: Tensor, meta: StepMeta, window_rows: Tensor, pools: KvPools) -> Tensor:
+        """x [T, D] (site-normed) -> [T, D]. Writes this step's rows and rings; window_rows [T] are the tokens' own."""
+        q_low = rms_norm(linear(x, self.wq_a), self.q_norm, self.eps)
+        q = query(
+            linear(q_low, self.wq_b).view(-1, self.heads, self.head_dim), meta.positions, self.freqs, self.eps
+        )
+        kv = latent(linear(x, self.wkv), self.kv_norm, meta.positions, self.freqs, self.eps)
+        window = pools.window[self.layer]
+        write_rows(window, window_rows, kv)
+        # A row closed by a token is visible to that very token: compress before attending.
+        compressed, selected = None, None
+        if self.ratio == C4_RATIO:
+            compressed, selected = pools.c4[self.layer], self._compress_c4(x, q_low, meta, pools)
+        elif self.ratio == C128_RATIO:
+            compressed = pools.c128[self.layer]
+            c, ring = self.compressor, pools.c128_ring[self.layer]
+            u, g = linear(x, c.wkv), linear(x, c.wgate)
+            compress_c128(u, g, c.ape, c.norm, ring, meta, self.freqs, self.eps, compressed)
+        out = sparse_attention(
+            q, self.sink, meta, window, compressed, self.ratio, selected, self.head_dim**-0.5
+        )
+        # The value carries its key's rotation; turning back by the query's position leaves the distance only.
+        out = rotate(out, meta.positions, self.freqs, inverse=True)
+        return linear(grouped_linear(out.view(out.shape[0], self.groups, -1), self.wo_a), self.wo_b)
+
+    def _compress_c4(self, x: Tensor, q_low: Tensor, meta: StepMeta, pools: KvPools) -> Tensor:
+        quantised = pools.layout == "v4"
+        for c, ring, out, rotate_keys in (
+            (self.compressor, pools.c4_ring[self.layer], pools.c4[self.layer], False),
+            (self.indexer.compressor, pools.index_ring[self.layer], pools.index[self.layer], quantised),
+        ):
+            u, g = linear(x, c.wkv), linear(x, c.wgate)
+            compress_c4(u, g, c.ape, c.norm, ring, meta, self.freqs, self.eps, out, rotate_keys)
+        return self.indexer.select(x, q_low, meta, self.freqs, pools, self.layer)

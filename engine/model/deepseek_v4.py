@@ -1,0 +1,84 @@
+"""DeepSeek-V4 from token ids to logits: embedding, four residual streams mixed by hyper-connections, layers, head.
+
+Shapes: T tokens, S of them wanted at the head, D hidden, V vocabulary. Activations are float32; matrices keep the
+precision of the checkpoint, which bfloat16 holds exactly.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from engine.batch import StepMeta
+from engine.cache.pools import KvPools
+from engine.config import ModelConfig
+from engine.kernels.hyper_connections import HyperSite, collapse, mix_in, mix_out
+from engine.kernels.linear import Matrix, linear
+from engine.kernels.norm_rope import rms_norm
+from engine.model.attention import Attention, LayerTensors
+from engine.model.moe import MixtureOfExperts
+from wire.types import PAGE_TOKENS
+
+
+class Layer:
+    def __init__(self, config: ModelConfig, layer: int, tensors: LayerTensors) -> None:
+        self.config = config
+        self.attention = Attention(config, layer, tensors)
+        self.moe = MixtureOfExperts(config, layer, tensors)
+        self.attn_norm = tensors("attn_norm.weight").float()
+        self.ffn_norm = tensors("ffn_norm.weight").float()
+        self.attn_site, self.ffn_site = (
+            HyperSite(*(tensors(f"hc_{site}_{part}").float() for part in ("fn", "base", "scale")))
+            for site in ("attn", "ffn")
+        )
+
+    def __call__(
+        self, streams: Tensor, token_ids: Tensor, meta: StepMeta, window_rows: Tensor, pools: KvPools
+    ) -> Tensor:
+        """streams [T, 4, D] -> [T, 4, D]."""
+        c = self.config
+        x, post, comb = mix_in(streams, self.attn_site, c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters)
+        y = self.attention(rms_norm(x, self.attn_norm, c.rms_norm_eps), meta, window_rows, pools)
+        streams = mix_out(y, streams, post, comb)
+        x, post, comb = mix_in(streams, self.ffn_site, c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters)
+        y = self.moe(rms_norm(x, self.ffn_norm, c.rms_norm_eps), token_ids)
+        return mix_out(y, streams, post, comb)
+
+
+class DeepseekV4:
+    """The model, without any state of its own: rows and rings live in the pools it is given."""
+
+    def __init__(self, config: ModelConfig, tensors: dict[str, Tensor]) -> None:
+        """Takes the checkpoint's tensors by official name, as `load_checkpoint` returns them, and empties the dict.
+
+        Raises KeyError for a tensor the loader should have refused to miss.
+        """
+        self.config = config
+        self.embedding = tensors.pop("embed.weight")
+        self.layers = []
+        for n in range(config.num_layers):
+            self.layers.append(Layer(config, n, partial(_take, tensors, f"layers.{n}.")))
+        self.head_mix = [tensors.pop(f"hc_head_{part}").float() for part in ("fn", "base", "scale")]
+        self.norm = tensors.pop("norm.weight").float()
+        self.head = Matrix.prepare(tensors.pop("head.weight"))
+
+    @torch.inference_mode()
+    def forward(self, token_ids: Tensor, meta: StepMeta, wanted: Tensor, pools: KvPools) -> Tensor:
+        """token_ids [T] int64, wanted [S] int64 token rows -> logits [S, V] float32.
+
+        Row by row, the bits do not depend on the other rows, on where a prompt was cut into steps, or on threads.
+        """
+        page = meta.swa_table[meta.segment.long(), meta.positions // PAGE_TOKENS].long()
+        window_rows = page * PAGE_TOKENS + meta.positions % PAGE_TOKENS
+        streams = self.embedding[token_ids].float()[:, None, :].repeat(1, self.config.hc_mult, 1)
+        for layer in self.layers:
+            streams = layer(streams, token_ids, meta, window_rows, pools)
+        c = self.config
+        hidden = collapse(streams[wanted], *self.head_mix, c.rms_norm_eps, c.hc_eps)
+        return linear(rms_norm(hidden, self.norm, c.rms_norm_eps), self.head)
+
+
+def _take(tensors: dict[str, Tensor], prefix: str, name: str) -> Tensor:
+    return tensors.pop(prefix + name)

@@ -1,0 +1,35 @@
+"""The mixture of experts: hash-routed in the first layers, scored in the rest, one shared expert beside."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.kernels.experts import Experts, mlp, route_hashed, route_scored, routed_experts
+from engine.kernels.linear import Matrix
+from engine.model.attention import LayerTensors
+
+
+class MixtureOfExperts:
+    def __init__(self, config: ModelConfig, layer: int, tensors: LayerTensors) -> None:
+        self.k, self.scaling, self.limit = (
+            config.experts_per_token,
+            config.routed_scaling_factor,
+            config.swiglu_limit,
+        )
+        self.gate = Matrix.prepare(tensors("ffn.gate.weight"))
+        self.table = self.bias = None
+        if layer < config.num_hash_layers:
+            self.table = tensors("ffn.gate.tid2eid").long()
+        else:
+            self.bias = tensors("ffn.gate.bias").float()
+        self.experts = Experts.prepare(*(tensors(f"ffn.experts.{w}") for w in ("w1", "w3", "w2")))
+        self.shared = [Matrix.prepare(tensors(f"ffn.shared_experts.{w}.weight")) for w in ("w1", "w3", "w2")]
+
+    def __call__(self, x: Tensor, token_ids: Tensor) -> Tensor:
+        """x [T, D], token_ids [T] int64 (the input tokens: hash layers route by them) -> [T, D]."""
+        if self.table is not None:
+            picks, weights = route_hashed(x, self.gate, self.table, token_ids, self.scaling)
+        else:
+            picks, weights = route_scored(x, self.gate, self.bias, self.k, self.scaling)
+        return routed_experts(x, picks, weights, self.experts, self.limit) + mlp(x, *self.shared, self.limit)

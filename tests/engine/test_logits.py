@@ -1,0 +1,171 @@
+"""Logits of the paged engine against transformers (exact layout) and against a dense forward (both layouts)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine.kernels.rows import RowPool, read_rows
+from torch import Tensor
+
+from engine.batch import StepMeta
+from engine.kernels import index_topk as index_topk_module
+from engine.model import attention
+from engine.model.deepseek_v4 import DeepseekV4
+from tests.engine.dense_forward import dense_forward
+from tests.engine.geometries import PATTERNS, random_tensors, tiny_config
+from tests.engine.oracle import Picks, transformers_model
+from tests.engine.paged import Paged
+
+TIE_MARGIN = 1e-5
+LENGTHS = (1, 2, 3, 127, 128, 129, 255, 256, 257, 511, 1000, 3000)
+
+
+class JudgedPicks:
+    """Stands where the model calls `index_topk`: our picks must be the judge's, except among scores that tie.
+
+    The judge's choice is then used, so that a tie broken the other way does not spread into every later logit.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, paged: Paged) -> None:
+        self.paged, self.picks, self.ties = paged, {}, 0
+        monkeypatch.setattr(attention, "index_topk", self)
+
+    def judge_by(self, picks: dict[int, Tensor]) -> None:
+        """picks: layer -> [T, rows] bool."""
+        self.picks = picks
+
+    def __call__(self, q: Tensor, w: Tensor, pool: RowPool, meta: StepMeta, k: int) -> Tensor:
+        ours = index_topk_module.index_topk(q, w, pool, meta, k)
+        layer = next(n for n, p in self.paged.pools.index.items() if p is pool)
+        judged = ours.clone()
+        for t, position in enumerate(meta.positions.tolist()):
+            visible = (position + 1) // 4
+            theirs = self.picks[layer][position][:visible]
+            mine = torch.zeros(visible, dtype=torch.bool)
+            mine[ours[t][ours[t] >= 0].long()] = True
+            if not torch.equal(mine, theirs):
+                blocks = (mine ^ theirs).nonzero()[:, 0]
+                pages = meta.page_table[int(meta.segment[t])].long()
+                keys = read_rows(pool, pages[blocks // 64] * 64 + blocks % 64)
+                scores = ((keys @ q[t].T).relu() * w[t]).sum(-1)
+                assert scores.max() - scores.min() < TIE_MARGIN, (
+                    f"layer {layer} position {position}: {scores}"
+                )
+                self.ties += 1
+                chosen = theirs.nonzero()[:, 0].int()
+                judged[t] = -1
+                judged[t, : len(chosen)] = chosen
+        return judged
+
+
+def as_mask(picks: Tensor, rows: int) -> Tensor:
+    """[T, k] block numbers with -1 for none -> [T, rows] bool."""
+    mask = torch.zeros(len(picks), rows + 1, dtype=torch.bool)
+    return mask.scatter(1, torch.where(picks < 0, rows, picks), True)[:, :rows]
+
+
+def check_against_transformers(
+    monkeypatch: pytest.MonkeyPatch, seed: int, pattern: str, lengths: tuple[int, ...], chunks: dict[int, int]
+) -> int:
+    """chunks: chunk size -> prompt tokens to run at that size. Returns how many ties were met."""
+    config = tiny_config(seed, pattern)
+    tensors = random_tensors(config, seed)
+    oracle = transformers_model(config, tensors)
+    recorded = Picks(oracle)
+    paged = Paged(DeepseekV4(config, dict(tensors)), "exact")
+    judged = JudgedPicks(monkeypatch, paged)
+    prompt = torch.randint(config.vocab_size, (max(lengths),), generator=torch.Generator().manual_seed(seed))
+
+    def expected(n: int) -> Tensor:
+        with torch.inference_mode():
+            logits = oracle(prompt[None, :n], use_cache=False).logits[0]
+        judged.judge_by({layer: as_mask(p, n // 4) for layer, p in recorded.by_layer.items()})
+        return logits
+
+    for n in lengths:
+        want = expected(n)
+        got = paged.prefill(prompt[:n], n)
+        assert (want - got).abs().max() <= 1e-4, f"{n} tokens at once: {(want - got).abs().max():.2e}"
+    # `want` and the judge's picks are those of the longest prompt from here on.
+    for chunk, n in chunks.items():
+        error = (want[:n] - paged.prefill(prompt[:n], chunk)).abs().max()
+        assert error <= 1e-4, f"chunks of {chunk}: {error:.2e}"
+    return judged.ties
+
+
+@pytest.mark.parametrize(("seed", "pattern"), [(1, "flash"), (2, "pro"), (3, "all"), (4, "c4")])
+def test_logits_match_transformers_at_every_length_and_chunk_size(
+    monkeypatch: pytest.MonkeyPatch, seed: int, pattern: str
+) -> None:
+    lengths = LENGTHS if pattern in ("flash", "pro") else (1, 3, 128, 257, 1000)
+    check_against_transformers(
+        monkeypatch, seed, pattern, lengths, {1: 280, 3: 300, 100: 1000, 256: lengths[-1], 300: lengths[-1]}
+    )
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", range(100, 120))
+def test_logits_match_transformers_over_twenty_geometries(
+    monkeypatch: pytest.MonkeyPatch, seed: int, record_property: pytest.RecordProperty
+) -> None:
+    pattern = list(PATTERNS)[seed % len(PATTERNS)]
+    ties = check_against_transformers(
+        monkeypatch, seed, pattern, LENGTHS, {1: 1000, 3: 1000, 100: 3000, 256: 3000, 300: 3000}
+    )
+    record_property("ties", ties)
+
+
+def check_against_dense(
+    monkeypatch: pytest.MonkeyPatch, seed: int, pattern: str, n: int, bound: float
+) -> None:
+    """The packed layout needs production row sizes, so this model is wider than the others."""
+    config = tiny_config(seed, pattern, head_dim=512, rope_dim=64, index_head_dim=128, index_topk=64)
+    tensors = random_tensors(config, seed)
+    paged = Paged(DeepseekV4(config, dict(tensors)), "v4")
+    judged = JudgedPicks(monkeypatch, paged)
+    prompt = torch.randint(config.vocab_size, (n,), generator=torch.Generator().manual_seed(seed))
+    want, picks = dense_forward(config, tensors, prompt, quantise=True)
+    judged.judge_by(picks)
+    for chunk in (n, 100, 256):
+        error = (want - paged.prefill(prompt, chunk)).abs().max()
+        assert error <= bound, f"chunks of {chunk}: {error:.2e}"
+
+
+@pytest.mark.parametrize(("seed", "pattern"), [(11, "flash"), (12, "pro")])
+def test_packed_layout_matches_a_dense_forward_with_quantised_keys(
+    monkeypatch: pytest.MonkeyPatch, seed: int, pattern: str
+) -> None:
+    check_against_dense(monkeypatch, seed, pattern, 700, 1e-3)
+
+
+def test_dense_forward_is_itself_right() -> None:
+    config = tiny_config(5, "flash", index_topk=16)
+    tensors = random_tensors(config, 5)
+    prompt = torch.randint(config.vocab_size, (400,), generator=torch.Generator().manual_seed(5))
+    with torch.inference_mode():
+        want = transformers_model(config, tensors)(prompt[None], use_cache=False).logits[0]
+    got, _ = dense_forward(config, tensors, prompt, quantise=False)
+    assert (want - got).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("layout", ["v4", "exact"])
+def test_a_row_has_the_same_bits_in_any_chunk_and_any_batch(layout: str) -> None:
+    config = tiny_config(21, "flash", head_dim=512, rope_dim=64, index_head_dim=128, index_topk=32)
+    paged = Paged(DeepseekV4(config, random_tensors(config, 21)), layout)  # type: ignore[arg-type]
+    prompt = torch.randint(config.vocab_size, (330,), generator=torch.Generator().manual_seed(21))
+    whole = paged.prefill(prompt, 330)
+    for chunk in (1, 7, 100, 256):
+        assert torch.equal(paged.prefill(prompt, chunk), whole), f"chunks of {chunk}"
+    ours, *others = [paged.sequence() for _ in range(4)]
+    got = []
+    for part in prompt.split(37):
+        crowd = [(other, prompt[i : i + 1 + 3 * i]) for i, other in enumerate(others)]
+        got.append(paged.step(crowd[0], (ours, part), *crowd[1:])[1])
+    assert torch.equal(torch.cat(got), whole), "beside three other sequences"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2 if threads == 1 else 1)
+    try:
+        assert torch.equal(paged.prefill(prompt, 256), whole), "with another thread count"
+    finally:
+        torch.set_num_threads(threads)
