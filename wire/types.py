@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 PAGE_TOKENS = 256
 """Virtual slots in a page, on every worker: a multiple of both compression ratios (4 and 128)."""
@@ -31,6 +32,16 @@ class Role(StrEnum):
 class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
+
+
+class AttemptId(NamedTuple):
+    """One try of one request: what claims, runs and pages are held for. Later tries count up."""
+
+    request_id: str
+    attempt: int
+
+    def __str__(self) -> str:
+        return f"{self.request_id}/{self.attempt}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

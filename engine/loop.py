@@ -1,0 +1,175 @@
+"""The engine thread: the one owner of a worker's model, pools and scheduler.
+
+Everyone else talks to it by message: `post` puts an event in its inbox, `emit` hands actions out. The core
+that it drives decides without I/O; this file is the only place where its decisions meet a clock, a queue and
+a model.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Generic, Protocol, TypeVar
+
+from engine.batch import Sampled, Segment
+
+IDLE_WAIT_S = 1.0
+"""An idle loop looks at its deadlines at least this often, whatever the core says."""
+
+MAX_EVENTS_PER_TURN = 1024
+"""A flood of events may delay the next step by this many, not for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """A deadline the core named has passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepFailed:
+    """The runner raised during the last batch: its sequences hold undefined rows and have no result."""
+
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What a worker has on its hands. Replaced whole after every turn, so any thread may read the latest."""
+
+    running: int = 0
+    waiting: int = 0
+    queued_tokens: int = 0  # prompt tokens not yet computed (prefill) or not yet fetched (decode)
+    free_tokens: int = 0  # full-pool tokens not spoken for
+    full_used: int = 0
+    full_quarantined: int = 0
+    swa_used: int = 0
+    swa_quarantined: int = 0
+
+
+EventIn = TypeVar("EventIn", contravariant=True)
+Event = TypeVar("Event")
+Action = TypeVar("Action")
+
+
+class Core(Protocol[EventIn, Action]):
+    """A scheduler: events in, actions and batches out. Same calls, same answers; time is an argument."""
+
+    def step(self, now_s: float, event: EventIn | Tick | StepFailed) -> list[Action]: ...
+
+    def next_batch(self, now_s: float) -> list[Segment]:
+        """What to compute now; empty when there is nothing. Answered by `finish`, or by StepFailed."""
+
+    def finish(self, now_s: float, results: list[Sampled | None]) -> list[Action]:
+        """Results of the last batch, one per segment."""
+
+    def next_deadline(self) -> float | None:
+        """When to send the next Tick; after a Tick it lies in the future."""
+
+    def load(self) -> Load: ...
+
+
+class StepRunner(Protocol):
+    def run(self, batch: list[Segment]) -> list[Sampled | None]: ...
+
+
+class EngineLoop(Generic[Event, Action]):
+    """Runs a core and a runner on one thread.
+
+    emit      called on the engine thread with the actions of one turn; must not block
+    on_crash  called on the engine thread, once per crash, with the error and whether the loop has ended.
+              A runner that raises fails the requests of its batch and leaves the loop running, for others
+              to finish; a core that raises has lost its books, so the loop ends.
+    """
+
+    def __init__(
+        self,
+        core: Core[Event, Action],
+        runner: StepRunner,
+        *,
+        emit: Callable[[list[Action]], None],
+        on_crash: Callable[[BaseException, bool], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._core = core
+        self._runner = runner
+        self._emit = emit
+        self._on_crash = on_crash
+        self._clock = clock
+        self._inbox: SimpleQueue[Event | None] = SimpleQueue()  # None only wakes the loop
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+        self.load = core.load()
+        self.healthy = True
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def post(self, event: Event) -> None:
+        """Hand the core an event; from any thread, never blocks. Ignored once the loop has ended."""
+        self._inbox.put(event)
+
+    def stop(self, timeout_s: float) -> bool:
+        """End after the step in progress. False when that step did not finish within `timeout_s`."""
+        self._stopping.set()
+        self._inbox.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _main(self) -> None:
+        busy = False
+        try:
+            while not self._stopping.is_set():
+                busy = self._turn(busy)
+        except Exception as error:
+            self.healthy = False
+            self._on_crash(error, True)
+
+    def _turn(self, busy: bool) -> bool:
+        """Events, timers, then one step of computation; whether there was one."""
+        core, clock = self._core, self._clock
+        actions: list[Action] = []
+        for event in self._take_events(wait=not busy):
+            actions += core.step(clock(), event)
+        deadline = core.next_deadline()
+        if deadline is not None and clock() >= deadline:
+            actions += core.step(clock(), Tick())
+        batch = core.next_batch(clock())
+        self.load = core.load()
+        # Before the step, not after: an admission must not wait for a forward pass it has no part in.
+        self._hand_out(actions)
+        if not batch:
+            return False
+        try:
+            results = self._runner.run(batch)
+        except Exception as error:
+            self.healthy = False
+            self._hand_out(core.step(clock(), StepFailed(f"{type(error).__name__}: {error}")))
+            self._on_crash(error, False)
+        else:
+            self._hand_out(core.finish(clock(), results))
+        self.load = core.load()
+        return True
+
+    def _take_events(self, wait: bool) -> list[Event]:
+        events: list[Event] = []
+        try:
+            if wait:
+                deadline = self._core.next_deadline()
+                limit = (
+                    IDLE_WAIT_S if deadline is None else min(IDLE_WAIT_S, max(0.0, deadline - self._clock()))
+                )
+                first = self._inbox.get(timeout=limit)
+                events += [] if first is None else [first]
+            while len(events) < MAX_EVENTS_PER_TURN:
+                event = self._inbox.get_nowait()
+                events += [] if event is None else [event]
+        except Empty:
+            pass
+        return events
+
+    def _hand_out(self, actions: list[Action]) -> None:
+        if actions:
+            self._emit(actions)
