@@ -1,4 +1,4 @@
-"""What the scheduler hands the runner: sequences, the part of each that one step computes, and that step's addresses."""
+"""What the scheduler hands the runner: sequences, the part of each that a step computes, and the step's addresses."""
 
 from __future__ import annotations
 

@@ -6,36 +6,20 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 
 from engine.batch import Sampled, Segment, Sequence
-from engine.cache.pools import KvPools
-from engine.config import WINDOW
 from engine.runner import Runner
-from wire.types import PAGE_TOKENS, SamplingParams
+from engine.window import WindowPages, most_window_pages, num_pages
+from wire.types import SamplingParams
 
 
-def map_pages(pools: KvPools, sequence: Sequence, end: int) -> None:
-    """Give the sequence the pages that positions below `end` need. Raises OutOfPages."""
-    grow = max(-(-end // PAGE_TOKENS) - len(sequence.pages), 0)
-    sequence.pages += pools.full.allocate(grow)
-    sequence.swa_pages += pools.swa.allocate(grow)
-
-
-def slide_window(pools: KvPools, sequence: Sequence) -> None:
-    """Return the SWA pages that no later token of the sequence can see."""
-    for j in range(max(sequence.length - WINDOW + 1, 0) // PAGE_TOKENS):
-        if sequence.swa_pages[j]:
-            pools.swa.release([sequence.swa_pages[j]])
-            sequence.swa_pages[j] = 0
-
-
-def generate(
-    runner: Runner, prompt: Seq[int], sampling: SamplingParams, chunk_tokens: int = 512
-) -> Iterator[Sampled]:
+def generate(runner: Runner, prompt: Seq[int], sampling: SamplingParams, chunk_tokens: int = 512) -> Iterator[Sampled]:
     """Yield the request's tokens, ending as a worker would: at the stop token, or after max_tokens.
 
     Every page goes back when the iterator is closed. Raises OutOfPages when the pools are too small.
     """
     pools = runner.pools
+    window = WindowPages(pools.swa)
     sequence = Sequence(request_id="colocated", sampling=sampling, slot=pools.slots.allocate(1)[0])
+    window.reserve(sequence, most_window_pages(chunk_tokens))
     stops = set(sampling.stop_token_ids)
     if not sampling.ignore_eos:
         stops.add(runner.model_config.eos_token_id)
@@ -43,13 +27,13 @@ def generate(
         tokens, index = list(prompt), 0
         while True:
             part, tokens = tokens[:chunk_tokens], tokens[chunk_tokens:]
-            map_pages(pools, sequence, sequence.length + len(part))
-            segment = Segment(
-                sequence=sequence, start=sequence.length, tokens=part, sample=not tokens, index=index
-            )
+            end = sequence.length + len(part)
+            sequence.pages += pools.full.allocate(num_pages(end) - len(sequence.pages))
+            window.cover(sequence, sequence.length, end)
+            segment = Segment(sequence=sequence, start=sequence.length, tokens=part, sample=not tokens, index=index)
             (sampled,) = runner.run([segment])
-            sequence.length += len(part)
-            slide_window(pools, sequence)
+            sequence.length = end
+            window.trim(sequence)
             if sampled is not None:
                 yield sampled
                 index += 1
@@ -58,5 +42,5 @@ def generate(
                 tokens = [sampled.token_id]
     finally:
         pools.full.release(sequence.pages)
-        pools.swa.release([page for page in sequence.swa_pages if page])
+        pools.swa.release(window.drop(sequence))
         pools.slots.release([sequence.slot])

@@ -55,7 +55,7 @@ class Runner:
 
     @property
     def max_context(self) -> int:
-        """Tokens one request may hold, prompt and answer together: the model's reach or the pool's, whichever is less."""
+        """Tokens one request may hold, prompt and answer: the model's reach or the pool's, whichever is less."""
         asked = self.config.max_context or self.model_config.max_positions
         return min(asked, self.model_config.max_positions, self.pools.full.capacity * PAGE_TOKENS)
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from engine.batch import Segment, Sequence, StepMeta
 from engine.cache.pools import KvPools, PoolSizes
-from engine.colocated import map_pages, slide_window
 from engine.config import KvLayout
 from engine.model.deepseek_v4 import DeepseekV4
+from engine.window import WindowPages, num_pages
 from wire.types import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=1, seed=0, temperature=0)
@@ -18,28 +18,30 @@ GREEDY = SamplingParams(max_tokens=1, seed=0, temperature=0)
 class Paged:
     """One model over small pools; every position's logits are wanted."""
 
-    def __init__(self, model: DeepseekV4, layout: KvLayout, *, pages: int = 40, slots: int = 8) -> None:
+    def __init__(self, model: DeepseekV4, layout: KvLayout, *, pages: int = 80, slots: int = 8) -> None:
         self.model = model
-        self.pools = KvPools(
-            model.config, layout, PoolSizes(full=pages, swa=pages, slots=slots), "test", "cpu"
-        )
+        self.pools = KvPools(model.config, layout, PoolSizes(full=pages, swa=pages, slots=slots), "test", "cpu")
+
+        self.window = WindowPages(self.pools.swa)
 
     def sequence(self) -> Sequence:
-        return Sequence(request_id="r", sampling=GREEDY, slot=self.pools.slots.allocate(1)[0])
+        sequence = Sequence(request_id="r", sampling=GREEDY, slot=self.pools.slots.allocate(1)[0])
+        self.window.reserve(sequence, 16)
+        return sequence
 
     def step(self, *parts: tuple[Sequence, Tensor]) -> list[Tensor]:
         """Append tokens to each sequence; returns [n, V] logits of every token, per sequence."""
         batch = []
         for sequence, tokens in parts:
-            map_pages(self.pools, sequence, sequence.length + len(tokens))
-            batch.append(
-                Segment(sequence=sequence, start=sequence.length, tokens=tokens.tolist(), sample=False)
-            )
+            end = sequence.length + len(tokens)
+            sequence.pages += self.pools.full.allocate(num_pages(end) - len(sequence.pages))
+            self.window.cover(sequence, sequence.length, end)
+            batch.append(Segment(sequence=sequence, start=sequence.length, tokens=tokens.tolist(), sample=False))
         ids = torch.cat([tokens for _, tokens in parts])
         logits = self.model.forward(ids, StepMeta.of(batch), torch.arange(len(ids)), self.pools)
         for sequence, tokens in parts:
             sequence.length += len(tokens)
-            slide_window(self.pools, sequence)
+            self.window.trim(sequence)
         return list(logits.split([len(tokens) for _, tokens in parts]))
 
     def prefill(self, tokens: Tensor, chunk: int) -> Tensor:
@@ -51,5 +53,5 @@ class Paged:
 
     def finish(self, sequence: Sequence) -> None:
         self.pools.full.release(sequence.pages)
-        self.pools.swa.release([page for page in sequence.swa_pages if page])
+        self.pools.swa.release(self.window.drop(sequence))
         self.pools.slots.release([sequence.slot])

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine.kernels.rows import RowPool, read_rows
 from torch import Tensor
 
+from bench.transformers_v4 import Picks, transformers_model
 from engine.batch import StepMeta
 from engine.kernels import index_topk as index_topk_module
+from engine.kernels.rows import RowPool, read_rows
 from engine.model import attention
 from engine.model.deepseek_v4 import DeepseekV4
 from tests.engine.dense_forward import dense_forward
 from tests.engine.geometries import PATTERNS, random_tensors, tiny_config
-from tests.engine.oracle import Picks, transformers_model
 from tests.engine.paged import Paged
 
 TIE_MARGIN = 1e-5
@@ -48,9 +48,7 @@ class JudgedPicks:
                 pages = meta.page_table[int(meta.segment[t])].long()
                 keys = read_rows(pool, pages[blocks // 64] * 64 + blocks % 64)
                 scores = ((keys @ q[t].T).relu() * w[t]).sum(-1)
-                assert scores.max() - scores.min() < TIE_MARGIN, (
-                    f"layer {layer} position {position}: {scores}"
-                )
+                assert scores.max() - scores.min() < TIE_MARGIN, f"layer {layer} position {position}: {scores}"
                 self.ties += 1
                 chosen = theirs.nonzero()[:, 0].int()
                 judged[t] = -1
@@ -116,9 +114,7 @@ def test_logits_match_transformers_over_twenty_geometries(
     record_property("ties", ties)
 
 
-def check_against_dense(
-    monkeypatch: pytest.MonkeyPatch, seed: int, pattern: str, n: int, bound: float
-) -> None:
+def check_against_dense(monkeypatch: pytest.MonkeyPatch, seed: int, pattern: str, n: int, bound: float) -> None:
     """The packed layout needs production row sizes, so this model is wider than the others."""
     config = tiny_config(seed, pattern, head_dim=512, rope_dim=64, index_head_dim=128, index_topk=64)
     tensors = random_tensors(config, seed)
