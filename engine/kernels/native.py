@@ -7,6 +7,7 @@ public function runs its C++ twin instead. ctypes releases the GIL for the lengt
 from __future__ import annotations
 
 import ctypes
+import sysconfig
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -26,13 +27,13 @@ _chosen: Path | None = None
 
 
 def use_reference(on: bool) -> None:
-    """Whether this process keeps to the torch references although the library is there; tests compare both."""
+    """Whether this process keeps to the torch references though the library is there; tests compare both."""
     global _reference_only
     _reference_only = on
 
 
 def load_from(path: Path | None) -> None:
-    """Take the library at `path` instead of the one installed beside the package; None goes back to that one."""
+    """Take the library at `path` instead of the one built beside the package; None goes back to that one."""
     global _chosen
     _chosen = path
     _function.cache_clear()
@@ -59,29 +60,29 @@ def threads() -> int:
 
 
 def check(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
-    """Raise ValueError unless `tensor` is contiguous CPU memory of this dtype and shape (None: any length)."""
+    """Raise ValueError unless `tensor` is contiguous CPU memory of this dtype and shape; None is any length."""
     if tensor.device.type != "cpu":
         raise ValueError(
-            f"{name} is on {tensor.device}, but this kernel has only a CPU engine. Move the tensor to the CPU."
+            f"{name} is on {tensor.device}, but this kernel runs on the CPU alone. Move the tensor to the CPU."
         )
-    fits = tensor.dtype == dtype and tensor.dim() == len(shape)
-    if not fits or any(want is not None and want != got for want, got in zip(shape, tensor.shape, strict=True)):
+    wanted = tuple(got if want is None else want for want, got in zip(shape, tensor.shape, strict=False))
+    if tensor.dtype != dtype or tensor.dim() != len(shape) or tensor.shape != wanted:
         want_shape = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(
             f"{name} is {tensor.dtype} {list(tensor.shape)}; the kernel reads {dtype} [{want_shape}]. "
             "Pass that, or the kernel would read other memory."
         )
     if not tensor.is_contiguous():
-        raise ValueError(f"{name} is not contiguous; the kernel walks its memory in order. Call .contiguous().")
+        raise ValueError(f"{name} is not contiguous; the kernel walks memory in order. Call .contiguous().")
 
 
 @lru_cache(maxsize=4)
 def _load(path: Path | None) -> ctypes.CDLL | None:
     if path is None:
-        built = sorted(Path(__file__).resolve().parent.parent.glob("_penumbra_cpu*.so"))
-        if not built:
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")  # this interpreter's; others may have built theirs
+        path = Path(__file__).resolve().parent.parent / f"_penumbra_cpu{suffix}"
+        if not path.exists():
             return None
-        path = built[-1]
     return ctypes.CDLL(str(path))
 
 

@@ -1,0 +1,47 @@
+"""The lightning indexer's choice: which C4 rows each token reads.
+
+T tokens, H index heads, D index head size, K rows chosen at most.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from engine.batch import StepMeta
+from engine.config import C4_RATIO
+from engine.kernels.rows import RowPool, read_rows
+
+
+def index_topk(q: Tensor, w: Tensor, pool: RowPool, meta: StepMeta, k: int) -> Tensor:
+    """The k best C4 rows of each token, as block numbers of its own sequence.
+
+    q     [T, H, D] float32  rotated, and Hadamard-turned when the keys in the pool are
+    w     [T, H] float32     signed head weights
+    pool  index keys, 64 rows a page; block b of segment s is row page_table[s, b // 64] * 64 + b % 64
+    ->    [T, k] int32       ascending, then -1
+
+    A token at position p sees the finished blocks b < (p + 1) // 4. Its score for block b is
+    sum over heads of w * relu(q . key), in float32. Exact: ties go to the lower block, NaN scores lose to all.
+    The native engine's choice for a token does not depend on the other tokens of the step, nor on the threads.
+    """
+    chosen = torch.full((len(q), k), -1, dtype=torch.int32)
+    visible = ((meta.positions + 1) // C4_RATIO).tolist()
+    offsets = meta.offsets.tolist()
+    n = pool.rows_per_item
+    for segment, (start, end) in enumerate(itertools.pairwise(offsets)):
+        blocks = torch.arange(visible[end - 1])  # positions ascend, so the last token sees the most
+        if len(blocks) > k:
+            keys = read_rows(pool, meta.page_table[segment].long()[blocks // n] * n + blocks % n)
+        for token in range(start, end):
+            seen = visible[token]
+            if seen <= k:
+                chosen[token, :seen] = blocks[:seen]
+                continue
+            scores = (keys[:seen] @ q[token].T).relu() @ w[token]
+            scores = torch.where(scores.isnan(), -torch.inf, scores)
+            best = scores.sort(descending=True, stable=True).indices[:k]
+            chosen[token] = best.sort().values
+    return chosen

@@ -1,0 +1,79 @@
+"""Attention of one latent KV head over a window of raw rows and a few compressed rows.
+
+T tokens, H query heads, D values in a row, K selected rows at most.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from engine.batch import StepMeta
+from engine.config import C4_RATIO, C128_RATIO, WINDOW
+from engine.kernels.rows import RowPool, read_rows
+
+
+def sparse_attention(
+    q: Tensor,
+    sink: Tensor,
+    meta: StepMeta,
+    window: RowPool,
+    compressed: RowPool | None,
+    ratio: int,
+    selected: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Every token attends to its window, to the compressed rows it may see, and to nothing else.
+
+    q           [T, H, D] float32   rotated queries
+    sink        [H] float32         a logit that takes probability and gives no value; -inf for a padding head
+    window      256 rows a page: the token at position s is row swa_table[., s // 256] * 256 + s % 256
+    compressed  None (ratio 0); C4 rows, 64 a page (ratio 4); C128 rows, 2 a page (ratio 128)
+    selected    [T, K] int32        ratio 4 only: block numbers, then -1 from the first unused column on
+    scale       multiplies q . key, not the sink
+    ->          [T, H, D] float32   still rotated like the keys
+
+    The keys of a token at position p are the window rows of [max(0, p - 127), p] and the blocks `selected`
+    (ratio 4) or every finished block b < (p + 1) // 128 (ratio 128). A key is its own value. One softmax.
+    All of it in float32. The native engine gives a (token, head) the same bits whatever else is in the step,
+    however a prompt was cut into chunks, and on any number of threads.
+    """
+    _check_ratio(ratio, compressed, selected)
+    out = torch.empty_like(q)
+    positions = meta.positions.tolist()
+    for segment, (start, end) in enumerate(itertools.pairwise(meta.offsets.tolist())):
+        pages = meta.page_table[segment].long()
+        swa_pages = meta.swa_table[segment].long()
+        first = max(0, positions[start] - WINDOW + 1)
+        raw = read_rows(window, _rows(window, swa_pages, torch.arange(first, positions[end - 1] + 1)))
+        if ratio == C128_RATIO:
+            finished = torch.arange((positions[end - 1] + 1) // C128_RATIO)
+            pooled = read_rows(compressed, _rows(compressed, pages, finished))
+        for token in range(start, end):
+            p = positions[token]
+            keys = raw[max(0, p - WINDOW + 1) - first : p + 1 - first]
+            if ratio == C128_RATIO:
+                keys = torch.cat([keys, pooled[: (p + 1) // C128_RATIO]])
+            elif ratio == C4_RATIO:
+                blocks = selected[token][selected[token] >= 0].long()
+                keys = torch.cat([keys, read_rows(compressed, _rows(compressed, pages, blocks))])
+            logits = torch.cat([q[token] @ keys.T * scale, sink[:, None]], dim=1)
+            out[token] = logits.softmax(dim=1)[:, :-1] @ keys
+    return out
+
+
+def _rows(pool: RowPool, pages: Tensor, blocks: Tensor) -> Tensor:
+    n = pool.rows_per_item
+    return pages[blocks // n] * n + blocks % n
+
+
+def _check_ratio(ratio: int, compressed: RowPool | None, selected: Tensor | None) -> None:
+    wants = {0: (False, False), C4_RATIO: (True, True), C128_RATIO: (True, False)}.get(ratio)
+    if wants != (compressed is not None, selected is not None):
+        raise ValueError(
+            f"ratio {ratio} with compressed rows {'given' if compressed is not None else 'missing'} and a selection "
+            f"{'given' if selected is not None else 'missing'}. Ratio 0 reads neither, ratio {C4_RATIO} both, "
+            f"ratio {C128_RATIO} every finished row and so no selection."
+        )
