@@ -162,8 +162,7 @@ start_events = st.one_of(
         lambda attempt, batch: Tokens(
             attempt=attempt,
             tokens=tuple(
-                TokenEvent(index=i, token_id=t.token_id, logprob=t.logprob, top=t.top)
-                for i, t in enumerate(batch)
+                TokenEvent(index=i, token_id=t.token_id, logprob=t.logprob, top=t.top) for i, t in enumerate(batch)
             ),
         ),
         u32,
@@ -329,9 +328,7 @@ def test_a_region_beyond_the_address_space_is_refused() -> None:
 
 
 def test_tokens_out_of_order_are_refused() -> None:
-    event = worker_pb2.StartEvent(
-        tokens=worker_pb2.Tokens(tokens=[kv_pb2.Token(index=4), kv_pb2.Token(index=6)])
-    )
+    event = worker_pb2.StartEvent(tokens=worker_pb2.Tokens(tokens=[kv_pb2.Token(index=4), kv_pb2.Token(index=6)]))
     with pytest.raises(InvalidRequest, match=r"\[4, 6\] are not consecutive"):
         convert.start_event_from_wire(event)
 
@@ -348,9 +345,7 @@ def test_an_unknown_finish_reason_is_refused() -> None:
 
 
 def test_a_failure_keeps_its_code_and_whether_to_retry() -> None:
-    assert convert.failed_from_error(WorkerLost("gone")) == Failed(
-        code="worker_lost", message="gone", retryable=True
-    )
+    assert convert.failed_from_error(WorkerLost("gone")) == Failed(code="worker_lost", message="gone", retryable=True)
 
 
 def test_the_committed_stubs_are_what_the_contracts_generate(tmp_path: Path) -> None:
