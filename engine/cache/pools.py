@@ -116,9 +116,7 @@ def _regions(model: ModelConfig, layout: KvLayout) -> dict[PageClass, list[tuple
     def latent(rows: int) -> int:
         return RowPool.item_bytes_for(rows, "latent", layout, model.head_dim, model.rope_dim)
 
-    index = RowPool.item_bytes_for(
-        PAGE_TOKENS // C4_RATIO, "index", layout, model.index_head_dim, model.rope_dim
-    )
+    index = RowPool.item_bytes_for(PAGE_TOKENS // C4_RATIO, "index", layout, model.index_head_dim, model.rope_dim)
     c4_ring, index_ring = (C4_RING * 4 * dim * 4 for dim in (model.head_dim, model.index_head_dim))
     return {
         PageClass.FULL: [
@@ -164,9 +162,7 @@ class KvPools:
     The tensors of one class are slices of one allocation, so a transport registers few ranges.
     """
 
-    def __init__(
-        self, model: ModelConfig, layout: KvLayout, sizes: PoolSizes, fingerprint: str, device: str
-    ) -> None:
+    def __init__(self, model: ModelConfig, layout: KvLayout, sizes: PoolSizes, fingerprint: str, device: str) -> None:
         self.layout = layout
         self.full = PageAllocator(sizes.full)
         self.swa = PageAllocator(sizes.swa)
@@ -224,9 +220,7 @@ class KvPools:
         self.c128 = {n: rows(f"c128.{n}", PAGE_TOKENS // C128_RATIO, "latent", head) for n in c128}
         self.c4_ring = {n: self._floats(f"c4_ring.{n}").view(sizes.swa, C4_RING, 4 * head) for n in c4}
         self.index_ring = {n: self._floats(f"index_ring.{n}").view(sizes.swa, C4_RING, 4 * index) for n in c4}
-        self.c128_ring = {
-            n: self._floats(f"c128_ring.{n}").view(sizes.slots, C128_RING, 2 * head) for n in c128
-        }
+        self.c128_ring = {n: self._floats(f"c128_ring.{n}").view(sizes.slots, C128_RING, 2 * head) for n in c128}
 
     def _floats(self, name: str) -> Tensor:
         return self._by_name[name].view(torch.float32)
@@ -236,15 +230,9 @@ class KvPools:
 
         The bytes themselves move by whatever reaches this memory; this pair only says what they must be.
         """
-        return (
-            item_checksums(self._tensors[page_class], items)
-            if self._tensors[page_class]
-            else [0] * len(items)
-        )
+        return item_checksums(self._tensors[page_class], items) if self._tensors[page_class] else [0] * len(items)
 
-    def import_pages(
-        self, page_class: PageClass, items: Sequence[int], checksums: Sequence[int]
-    ) -> list[int]:
+    def import_pages(self, page_class: PageClass, items: Sequence[int], checksums: Sequence[int]) -> list[int]:
         """Items among `items` whose bytes are not the exported ones. An empty list means all may be used."""
         found = self.export_pages(page_class, items)
         return [item for item, ours, theirs in zip(items, found, checksums, strict=True) if ours != theirs]

@@ -37,9 +37,7 @@ def sample(logits: NDArray[np.float32], params: list[SamplingParams], positions:
     finite = np.isfinite(logits).all(axis=-1)
     greedy = logits.argmax(axis=-1)
     return [
-        _draw(logits[row], int(greedy[row]), p, position)
-        if finite[row]
-        else Sampled(token_id=0, logprob=0.0, ok=False)
+        _draw(logits[row], int(greedy[row]), p, position) if finite[row] else Sampled(token_id=0, logprob=0.0, ok=False)
         for row, (p, position) in enumerate(zip(params, positions, strict=True))
     ]
 

@@ -66,9 +66,7 @@ class Indexer:
         self.compressor = Compressor.of(tensors, "attn.indexer.compressor")
         self.weight_scale = self.head_dim**-0.5 * self.heads**-0.5
 
-    def select(
-        self, x: Tensor, q_low: Tensor, meta: StepMeta, freqs: Tensor, pools: KvPools, layer: int
-    ) -> Tensor:
+    def select(self, x: Tensor, q_low: Tensor, meta: StepMeta, freqs: Tensor, pools: KvPools, layer: int) -> Tensor:
         """x [T, D], q_low [T, q_lora] -> [T, topk] int32 block numbers, ascending, -1 past the end."""
         q = rotate(linear(q_low, self.wq_b).view(-1, self.heads, self.head_dim), meta.positions, freqs)
         if pools.layout == "v4":
@@ -98,9 +96,7 @@ class Attention:
     def __call__(self, x: Tensor, meta: StepMeta, window_rows: Tensor, pools: KvPools) -> Tensor:
         """x [T, D] (site-normed) -> [T, D]. Writes this step's rows and rings; window_rows [T] are the tokens' own."""
         q_low = rms_norm(linear(x, self.wq_a), self.q_norm, self.eps)
-        q = query(
-            linear(q_low, self.wq_b).view(-1, self.heads, self.head_dim), meta.positions, self.freqs, self.eps
-        )
+        q = query(linear(q_low, self.wq_b).view(-1, self.heads, self.head_dim), meta.positions, self.freqs, self.eps)
         kv = latent(linear(x, self.wkv), self.kv_norm, meta.positions, self.freqs, self.eps)
         window = pools.window[self.layer]
         write_rows(window, window_rows, kv)
@@ -113,9 +109,7 @@ class Attention:
             c, ring = self.compressor, pools.c128_ring[self.layer]
             u, g = linear(x, c.wkv), linear(x, c.wgate)
             compress_c128(u, g, c.ape, c.norm, ring, meta, self.freqs, self.eps, compressed)
-        out = sparse_attention(
-            q, self.sink, meta, window, compressed, self.ratio, selected, self.head_dim**-0.5
-        )
+        out = sparse_attention(q, self.sink, meta, window, compressed, self.ratio, selected, self.head_dim**-0.5)
         # The value carries its key's rotation; turning back by the query's position leaves the distance only.
         out = rotate(out, meta.positions, self.freqs, inverse=True)
         return linear(grouped_linear(out.view(out.shape[0], self.groups, -1), self.wo_a), self.wo_b)

@@ -94,9 +94,7 @@ def _attention(c: ModelConfig, layer: int, w, x: Tensor, quantise: bool, picks: 
     low = _norm(x @ w("attn.wq_a.weight").float().T, w("attn.q_norm.weight"), c.rms_norm_eps)
     q = (low @ w("attn.wq_b.weight").float().T).view(T, c.num_heads, c.head_dim)
     q = _rope(_norm(q, None, c.rms_norm_eps), pos, freqs)
-    kv = _rope(
-        _norm(x @ w("attn.wkv.weight").float().T, w("attn.kv_norm.weight"), c.rms_norm_eps), pos, freqs
-    )
+    kv = _rope(_norm(x @ w("attn.wkv.weight").float().T, w("attn.kv_norm.weight"), c.rms_norm_eps), pos, freqs)
     kv = _stored_latent(kv) if quantise else kv
     keys, visible = kv, (pos[None] <= pos[:, None]) & (pos[None] > pos[:, None] - 128)
     if ratio:
@@ -109,11 +107,7 @@ def _attention(c: ModelConfig, layer: int, w, x: Tensor, quantise: bool, picks: 
             iq = _rope(iq, pos, freqs)
             if quantise:
                 iq, ik = _hadamard(iq), _stored_index(_hadamard(ik))
-            weights = (
-                x
-                @ w("attn.indexer.weights_proj.weight").float().T
-                * (c.index_head_dim * c.index_heads) ** -0.5
-            )
+            weights = x @ w("attn.indexer.weights_proj.weight").float().T * (c.index_head_dim * c.index_heads) ** -0.5
             scores = torch.cat(
                 [
                     ((a @ ik.T).relu() * b[..., None]).sum(1)
@@ -128,9 +122,7 @@ def _attention(c: ModelConfig, layer: int, w, x: Tensor, quantise: bool, picks: 
         keys, visible = torch.cat([keys, e]), torch.cat([visible, closed], 1)
     out = []
     for a, mask in zip(q.split(128), visible.split(128), strict=True):
-        logits = (torch.einsum("thd,sd->ths", a, keys) * c.head_dim**-0.5).masked_fill(
-            ~mask[:, None], -math.inf
-        )
+        logits = (torch.einsum("thd,sd->ths", a, keys) * c.head_dim**-0.5).masked_fill(~mask[:, None], -math.inf)
         sink = w("attn.attn_sink").float().view(1, -1, 1).expand(len(a), -1, 1)
         out.append(torch.cat([logits, sink], -1).softmax(-1)[..., :-1] @ keys)
     o = _rope(torch.cat(out), pos, freqs, -1.0)
@@ -193,9 +185,6 @@ def dense_forward(
             y = _attention(c, n, w, x, quantise, picks) if site == "attn" else _moe(c, n, w, x, ids)
             streams = post[..., None] * y[:, None] + torch.einsum("tjk,tjd->tkd", comb, streams)
     flat = _norm(streams.reshape(len(ids), -1), None, c.rms_norm_eps)
-    a = (
-        torch.sigmoid(flat @ tensors["hc_head_fn"].T * tensors["hc_head_scale"] + tensors["hc_head_base"])
-        + c.hc_eps
-    )
+    a = torch.sigmoid(flat @ tensors["hc_head_fn"].T * tensors["hc_head_scale"] + tensors["hc_head_base"]) + c.hc_eps
     h = _norm((a[..., None] * streams).sum(1), tensors["norm.weight"], c.rms_norm_eps)
     return h @ tensors["head.weight"].float().T, picks
