@@ -1,0 +1,282 @@
+"""What a process tells the people who run it: logs, metrics, and the small HTTP door both are watched through.
+
+Metric names keep the shapes of vLLM, SGLang and llm-d under the prefix `penumbra_`, so a dashboard ports by
+a change of prefix. Nothing is global: every metric lives in the CollectorRegistry its owner was given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import sys
+from collections.abc import Callable, Iterator
+
+import structlog
+import uvicorn
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from wire.errors import ConfigError
+from wire.types import PageClass
+
+# A prompt of a million tokens may wait minutes for its first token; the edges tell 146 s from 202 s.
+TTFT_BUCKETS_S = (
+    *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 45),
+    *(60, 90, 120, 150, 180, 240, 300, 420, 600),
+)
+ITL_BUCKETS_S = (
+    *(0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075),
+    *(0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 600),
+)
+TRANSFER_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+PAGE_STATES = ("free", "used", "quarantined")
+
+
+# Logs
+
+
+def configure_logging(service: str, worker_id: str = "", level: str = "info", json: bool = False) -> None:
+    """One event a line on stderr, `key=value` or JSON, for our own events and the libraries' alike.
+
+    Every event carries `service` and, when given, `worker_id`. Raises ConfigError for an unknown level.
+    """
+    threshold = logging.getLevelNamesMapping().get(level.upper())
+    if threshold is None:
+        raise ConfigError(f"log level {level!r} is unknown; use debug, info, warning or error.")
+    who = {"service": service} | ({"worker_id": worker_id} if worker_id else {})
+
+    def sign(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        for key, value in who.items():
+            event.setdefault(key, value)
+        return event
+
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        sign,
+        # A traceback is one field of its event, newlines escaped by the renderers: still one line.
+        structlog.processors.format_exc_info,
+    ]
+    render: structlog.typing.Processor = (
+        structlog.processors.JSONRenderer()
+        if json
+        else structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"], bool_as_flag=False)
+    )
+    structlog.configure(
+        processors=[*shared, render],
+        wrapper_class=structlog.make_filtering_bound_logger(threshold),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, render],
+            foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],
+        )
+    )
+    logging.basicConfig(handlers=[handler], level=threshold, force=True)
+    for noisy in ("uvicorn.access", "uvicorn.error", "asyncio"):
+        logging.getLogger(noisy).setLevel(max(threshold, logging.WARNING))
+
+
+# Metrics
+
+
+class RouterMetrics:
+    """What the router measures: every time is as its client sees it."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests = Counter(
+            "penumbra_http_requests_total",
+            "HTTP requests by route and status",
+            ["route", "status"],
+            registry=registry,
+        )
+        self.errors = Counter(
+            "penumbra_request_errors_total", "Failed requests by error code", ["error_code"], registry=registry
+        )
+        self.retries = Counter(
+            "penumbra_request_retries_total",
+            "Attempts after the first, by error code",
+            ["error_code"],
+            registry=registry,
+        )
+        self.running = Gauge("penumbra_num_requests_running", "Requests being served", registry=registry)
+        self.waiting = Gauge("penumbra_num_requests_waiting", "Requests waiting for a worker pair", registry=registry)
+        self.ttft = Histogram(
+            "penumbra_time_to_first_token_seconds",
+            "From request to first token",
+            buckets=TTFT_BUCKETS_S,
+            registry=registry,
+        )
+        self.itl = Histogram(
+            "penumbra_inter_token_latency_seconds",
+            "Between two tokens of one request",
+            buckets=ITL_BUCKETS_S,
+            registry=registry,
+        )
+        self.e2e = Histogram(
+            "penumbra_e2e_request_latency_seconds",
+            "From request to last token",
+            buckets=TTFT_BUCKETS_S,
+            registry=registry,
+        )
+        self.queue_time = Histogram(
+            "penumbra_queue_time_seconds",
+            "From request to its placement",
+            buckets=TTFT_BUCKETS_S,
+            registry=registry,
+        )
+        self.prompt_tokens = Counter("penumbra_prompt_tokens_total", "Prompt tokens accepted", registry=registry)
+        self.generation_tokens = Counter("penumbra_generation_tokens_total", "Tokens delivered", registry=registry)
+        self.workers = Gauge("penumbra_workers", "Workers known, by role", ["role"], registry=registry)
+        self.registry_stale = Gauge("penumbra_registry_stale_seconds", "Age of the worker list", registry=registry)
+
+
+class WorkerMetrics:
+    """What a worker measures, of either role."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.running = Gauge("penumbra_num_requests_running", "Requests in the current batch", registry=registry)
+        self.waiting = Gauge("penumbra_num_requests_waiting", "Requests not yet computed on", registry=registry)
+        self.kv_cache_usage = Gauge(
+            "penumbra_kv_cache_usage_perc", "Share of full pages that are not free, 0 to 1", registry=registry
+        )
+        self.pages = Gauge(
+            "penumbra_pages",
+            "Pages by class and state; the states sum to the pool",
+            ["page_class", "state"],
+            registry=registry,
+        )
+        self.quarantined = Counter(
+            "penumbra_pages_quarantined_total",
+            "Destination pages set aside because a read had not settled",
+            registry=registry,
+        )
+        self.queue_time = Histogram(
+            "penumbra_queue_time_seconds",
+            "From arrival to the first step",
+            buckets=TTFT_BUCKETS_S,
+            registry=registry,
+        )
+        self.step_time = Histogram(
+            "penumbra_step_time_seconds", "One step of the engine", buckets=ITL_BUCKETS_S, registry=registry
+        )
+        self.transfer_bytes = Counter(
+            "penumbra_kv_transfer_bytes_total", "Page bytes read from other workers", registry=registry
+        )
+        self.transfer_time = Histogram(
+            "penumbra_kv_transfer_seconds",
+            "From submitting a read job to its last verified page",
+            buckets=TRANSFER_BUCKETS_S,
+            registry=registry,
+        )
+        self.transfer_failures = Counter(
+            "penumbra_kv_transfer_failures_total",
+            "Read jobs that failed, by error code",
+            ["error_code"],
+            registry=registry,
+        )
+        self.claims = Gauge("penumbra_claims", "Claims that pin pages here", registry=registry)
+        self.prompt_tokens = Counter("penumbra_prompt_tokens_total", "Prompt tokens computed", registry=registry)
+        self.generation_tokens = Counter("penumbra_generation_tokens_total", "Tokens generated", registry=registry)
+
+    def set_pages(self, page_class: PageClass, *, free: int, used: int, quarantined: int) -> None:
+        """Publish one pool's page counts, and the usage when it is the full pool."""
+        for state, count in zip(PAGE_STATES, (free, used, quarantined), strict=True):
+            self.pages.labels(page_class, state).set(count)
+        total = free + used + quarantined
+        if page_class is PageClass.FULL and total:
+            self.kv_cache_usage.set((total - free) / total)
+
+
+# The HTTP door
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves SIGINT and SIGTERM to the process that runs it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class StatusDoor:
+    """A worker's HTTP port: /health, /live, /liveness, /readiness and /metrics.
+
+    `ready` says whether the worker takes new requests: 200 or 503 on /health and /readiness. Liveness is
+    200 as long as the event loop turns.
+    """
+
+    def __init__(self, registry: CollectorRegistry, ready: Callable[[], bool]) -> None:
+        async def live(_: Request) -> Response:
+            return JSONResponse({"status": "alive"})
+
+        async def readiness(_: Request) -> Response:
+            if ready():
+                return JSONResponse({"status": "ready"})
+            return JSONResponse({"status": "not ready"}, status_code=503)
+
+        async def metrics(_: Request) -> Response:
+            return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+        self._app = Starlette(
+            routes=[
+                Route("/health", readiness),
+                Route("/readiness", readiness),
+                Route("/live", live),
+                Route("/liveness", live),
+                Route("/metrics", metrics),
+            ]
+        )
+        self._server: _Uvicorn | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self, host: str = "127.0.0.1", port: int = 0) -> int:
+        """Serve until `stop`. Returns the port. Raises ConfigError when the address can not be bound."""
+        try:
+            listener = socket.create_server((host, port), family=_family(host))
+        except OSError as error:
+            raise ConfigError(
+                f"Cannot listen on {host}:{port}: {error.strerror or error}. Choose another port, or 0 for a free one."
+            ) from error
+        bound: int = listener.getsockname()[1]
+        config = uvicorn.Config(
+            self._app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=1,
+            timeout_keep_alive=5,
+        )
+        self._server = _Uvicorn(config)
+        self._task = asyncio.create_task(self._server.serve(sockets=[listener]), name="status-door")
+        return bound
+
+    async def stop(self) -> None:
+        """Close the port. Safe to call twice, or without `start`."""
+        server, task, self._task = self._server, self._task, None
+        if server is None or task is None:
+            return
+        server.should_exit = True
+        await task
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
