@@ -1,0 +1,358 @@
+"""A random checkpoint in the official DeepSeek-V4 layout: FP8 and MXFP4 tensors, shards, index, config, tokenizer.
+
+What comes out is read by the same loader as the real thing, and behaves like a model: activations keep their size
+through the layers, attention looks at few keys, experts compete, logits are far from uniform. It only knows nothing.
+
+The same arguments give the same bytes on every machine: each tensor has its own numpy stream, seeded by its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.model.survey import FP4_BLOCK, FP8_BLOCK, TensorSpec, tensor_table
+from wire.errors import ConfigError
+
+LEADING_TOKENS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>")
+TRAILING_TOKENS = (
+    "<｜User｜>",
+    "<｜Assistant｜>",
+    "<think>",
+    "</think>",
+    "｜DSML｜",
+    "<｜latest_reminder｜>",
+    "<｜action｜>",
+    "<｜query｜>",
+    "<｜authority｜>",
+    "<｜domain｜>",
+    "<｜title｜>",
+    "<｜read_url｜>",
+)
+"""DeepSeek's own special tokens. The first three have the ids 0, 1, 2; these follow the 256 bytes."""
+
+_SHARD_BYTES = 1 << 30
+_LIKE: dict[str | None, dict[str, Any]] = {
+    None: {"layers": (0, 0, 4, 128, 4, 128), "hash_layers": 1, "index_topk": 512, "scaling": 1.5},
+    "flash": {"layers": (0, 0, 4, 128, 4, 128, 4), "hash_layers": 3, "index_topk": 512, "scaling": 1.5},
+    "pro": {"layers": (128, 128, 4, 128, 4, 128, 4), "hash_layers": 3, "index_topk": 1024, "scaling": 2.5},
+}
+
+
+def write_tiny(
+    out: Path,
+    *,
+    seed: int,
+    layers: Sequence[int] | None = None,
+    hidden: int = 256,
+    heads: int = 4,
+    index_heads: int = 4,
+    experts: int = 16,
+    experts_per_token: int = 2,
+    hash_layers: int | None = None,
+    vocab: int | None = None,
+    head_dim: int = 512,
+    rope_dim: int = 64,
+    q_lora_rank: int = 128,
+    o_groups: int = 2,
+    o_lora_rank: int = 64,
+    moe_intermediate: int = 128,
+    index_head_dim: int = 128,
+    index_topk: int | None = None,
+    like: Literal["flash", "pro"] | None = None,
+    mtp: bool = False,
+    max_positions: int = 1_048_576,
+    swiglu_limit: float = 10.0,
+    routed_scaling_factor: float | None = None,
+) -> Path:
+    """Write a checkpoint to the new directory `out` and return it; it appears complete or not at all.
+
+    layers   the compress ratio of each layer (0, 4 or 128)
+    vocab    at least the tokenizer's size, which is also the default, rounded up to a multiple of 64
+    like     Flash or Pro: sets layers, hash_layers, index_topk and routed_scaling_factor where they are None
+    mtp      also writes the tensors of one draft layer
+
+    Raises ConfigError for a geometry that cannot be stored or run, and when `out` exists.
+    """
+    if like not in _LIKE:
+        raise ConfigError(f"like={like!r} is not a known model. Use flash or pro.")
+    defaults = _LIKE[like]
+    ratios = list(defaults["layers"] if layers is None else layers)
+    if hash_layers is None:
+        hash_layers = min(defaults["hash_layers"], len(ratios))
+    tokenizer = tokenizer_json()
+    num_tokens = len(tokenizer["added_tokens"]) + 256
+    vocab = -(-num_tokens // 64) * 64 if vocab is None else vocab
+    if vocab < num_tokens:
+        raise ConfigError(
+            f"vocab={vocab} is smaller than the tokenizer's {num_tokens} tokens. Use {num_tokens} or more."
+        )
+    raw_config = {
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "model_type": "deepseek_v4",
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "num_hidden_layers": len(ratios),
+        "num_attention_heads": heads,
+        "num_key_value_heads": 1,
+        "head_dim": head_dim,
+        "qk_rope_head_dim": rope_dim,
+        "q_lora_rank": q_lora_rank,
+        "o_groups": o_groups,
+        "o_lora_rank": o_lora_rank,
+        "sliding_window": 128,
+        "compress_ratios": ratios + [0] * mtp,
+        "num_hash_layers": hash_layers,
+        "rope_theta": 10000,
+        "compress_rope_theta": 160000,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 16,
+            "original_max_position_embeddings": 65536,
+            "beta_fast": 32,
+            "beta_slow": 1,
+        },
+        "max_position_embeddings": max_positions,
+        "index_n_heads": index_heads,
+        "index_head_dim": index_head_dim,
+        "index_topk": defaults["index_topk"] if index_topk is None else index_topk,
+        "n_routed_experts": experts,
+        "num_experts_per_tok": experts_per_token,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": moe_intermediate,
+        "scoring_func": "sqrtsoftplus",
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": defaults["scaling"] if routed_scaling_factor is None else routed_scaling_factor,
+        "swiglu_limit": swiglu_limit,
+        "hc_mult": 4,
+        "hc_sinkhorn_iters": 20,
+        "hc_eps": 1e-06,
+        "rms_norm_eps": 1e-06,
+        "num_nextn_predict_layers": int(mtp),
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "torch_dtype": "bfloat16",
+        "expert_dtype": "fp4",
+        "quantization_config": {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "scale_fmt": "ue8m0",
+            "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+        },
+    }
+    config = ModelConfig.from_json(raw_config, source=out / "config.json")
+    table = tensor_table(config, mtp=mtp)
+    if out.exists():
+        raise ConfigError(f"{out} exists. Choose a new directory, or remove this one first.")
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    building = out.parent / f".{out.name}.{secrets.token_hex(4)}"
+    building.mkdir()
+    try:
+        _write_json(building / "config.json", raw_config)
+        _write_json(building / "generation_config.json", _GENERATION)
+        _write_json(building / "tokenizer.json", tokenizer)
+        _write_json(building / "tokenizer_config.json", _TOKENIZER_CONFIG | {"model_max_length": max_positions})
+        _write_shards(building, _Weights(config, seed), table)
+        try:
+            os.rename(building, out)
+        except OSError as error:
+            raise ConfigError(f"{out} cannot be created: {error.strerror}. Choose another directory.") from None
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return out
+
+
+_GENERATION = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "temperature": 1.0, "top_p": 1.0}
+_TOKENIZER_CONFIG = {
+    "add_bos_token": False,
+    "add_eos_token": False,
+    "bos_token": LEADING_TOKENS[0],
+    "eos_token": LEADING_TOKENS[1],
+    "pad_token": LEADING_TOKENS[2],
+    "clean_up_tokenization_spaces": False,
+    "tokenizer_class": "PreTrainedTokenizerFast",
+}
+
+
+def tokenizer_json() -> dict[str, Any]:
+    """A byte-level tokenizer.json: BOS, EOS, pad, the 256 bytes in order, then the other special tokens. No merges."""
+    # GPT-2's alphabet: printable bytes stand for themselves, the other 68 for the letters from U+0100 on.
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    first_byte = len(LEADING_TOKENS)
+    specials = dict(enumerate(LEADING_TOKENS)) | dict(enumerate(TRAILING_TOKENS, start=first_byte + 256))
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": token_id,
+                "content": content,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": token_id < first_byte,  # as in DeepSeek's own: <think> and the like are visible text
+            }
+            for token_id, content in specials.items()
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": {letters[byte]: first_byte + byte for byte in range(256)},
+            "merges": [],
+        },
+    }
+
+
+def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [O, I] float32 -> float8_e4m3fn [O, I] and its scales, float8_e8m0fnu [ceil(O/128), ceil(I/128)].
+
+    A block's scale is the smallest power of two that keeps its largest value within E4M3's 448.
+    """
+    rows, columns = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK))
+    blocks = padded.view(padded.shape[0] // FP8_BLOCK, FP8_BLOCK, -1, FP8_BLOCK)
+    exponent = _scale_exponent(blocks.abs().amax(dim=(1, 3)).clamp(min=1e-4), 448.0)
+    codes = torch.ldexp(blocks, -exponent[:, None, :, None]).view(padded.shape)[:rows, :columns]
+    scale = (exponent + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
+    return codes.to(torch.float8_e4m3fn).contiguous(), scale
+
+
+def quantise_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [O, I] float32 -> int8 [O, I/2], two E2M1 codes a byte, and float8_e8m0fnu [O, I/32]."""
+    groups = weight.view(weight.shape[0], -1, FP4_BLOCK)
+    exponent = _scale_exponent(groups.abs().amax(dim=2).clamp(min=6 * 2.0**-126), 6.0)
+    value = torch.ldexp(groups, -exponent[:, :, None])
+    # Between the magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6.
+    code = torch.bucketize(value.abs(), torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]))
+    code = (code | (value < 0).long() << 3).view(weight.shape)
+    packed = (code[:, 0::2] | code[:, 1::2] << 4).to(torch.uint8).view(torch.int8)
+    return packed, (exponent + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
+def _scale_exponent(largest: Tensor, limit: float) -> Tensor:
+    """The smallest integer e with largest <= limit * 2^e. frexp and ldexp, because log2 rounds differently by CPU."""
+    mantissa, exponent = torch.frexp(largest / limit)
+    return torch.where(mantissa == 0.5, exponent - 1, exponent)
+
+
+class _Weights:
+    """Random values for each tensor of the table, in proportions that keep a signal alive."""
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        self.config, self.seed = config, seed
+
+    def normal(self, name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> Tensor:
+        words = np.frombuffer(hashlib.sha256(f"{self.seed} {name}".encode()).digest(), dtype="<u4")
+        stream = np.random.Generator(np.random.PCG64(np.random.SeedSequence([int(word) for word in words])))
+        return torch.from_numpy(stream.standard_normal(shape, dtype=np.float32)) * std + mean
+
+    def linear(self, name: str, shape: tuple[int, int], gain: float = 1.0) -> Tensor:
+        """[O, I]: an input of size 1 gives outputs of size `gain`, some rows louder than others."""
+        loudness = self.normal(f"{name} rows", (shape[0], 1), 0.3).clamp(-1, 1) + 1.05
+        return self.normal(name, shape, gain * shape[1] ** -0.5) * loudness
+
+    def make(self, name: str, table: dict[str, TensorSpec]) -> dict[str, Tensor]:
+        """The tensor, and its scale with it where it has one."""
+        spec, shape = table[name], table[name].shape
+        base = name.removesuffix(".weight")
+        if spec.dtype == "I8":
+            gain = 1.0 if base.endswith(".w2") else 1.5
+            codes, scale = quantise_mxfp4(self.linear(name, (shape[0], shape[1] * 2), gain))
+            return {name: codes, f"{base}.scale": scale}
+        if spec.dtype == "F8_E4M3":
+            codes, scale = quantise_fp8(self.linear(name, (shape[0], shape[1])))
+            return {name: codes, f"{base}.scale": scale}
+        if spec.dtype == "I64":
+            # A different set of distinct experts for each token id.
+            order = self.normal(name, (shape[0], self.config.num_experts), 1.0).argsort(dim=1)
+            return {name: order[:, : shape[1]].contiguous()}
+        value = self.bfloat16(name, shape) if spec.dtype == "BF16" else self.float32(name, shape)
+        return {name: value.to(torch.bfloat16) if spec.dtype == "BF16" else value}
+
+    def bfloat16(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if name == "embed.weight":
+            return self.normal(name, shape, 1.0)
+        if name == "head.weight":
+            return self.linear(name, (shape[0], shape[1]), 2.5)  # softmax over these is a choice, not a coin toss
+        if name.endswith(("attn.kv_norm.weight", "attn.compressor.norm.weight")):
+            # Keys and values at once. Longer than 1 so that attention prefers some keys clearly.
+            return self.normal(name, shape, 0.2, 1.5)
+        if name.endswith("norm.weight"):
+            return self.normal(name, shape, 0.2, 1.0)
+        gain = 1.5 if name.endswith(("wgate.weight", "gate.weight")) else 1.0
+        return self.linear(name, (shape[0], shape[1]), gain)
+
+    def float32(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if name.endswith("_fn"):
+            return self.normal(name, shape, shape[1] ** -0.5)
+        if name.endswith("_base"):
+            return self.normal(name, shape, 0.5)
+        if name.endswith("_scale"):
+            return self.normal(name, shape, 0.2, 1.0)
+        if name.endswith("attn_sink"):
+            return self.normal(name, shape, 1.5, 1.0)
+        if name.endswith("gate.bias"):
+            return self.normal(name, shape, 0.1)
+        return self.normal(name, shape, 1.0)  # ape
+
+
+def _write_shards(directory: Path, weights: _Weights, table: dict[str, TensorSpec]) -> None:
+    """At least two shards, so that the index is never idle; one at a time in memory."""
+    total = sum(spec.num_bytes for spec in table.values())
+    count = max(2, -(-total // _SHARD_BYTES))
+    shards: list[list[str]] = [[] for _ in range(count)]
+    shard, seen = shards[0], 0
+    for name, spec in table.items():
+        if not name.endswith(".scale"):  # a scale stays with its weight
+            shard = shards[seen * count // total]
+        shard.append(name)
+        seen += spec.num_bytes
+    placed: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            if not name.endswith(".scale"):
+                tensors.update(weights.make(name, table))
+        placed.update(dict.fromkeys(names, file_name))
+        save_file(tensors, directory / file_name, metadata={"format": "pt"})
+        (directory / file_name).chmod(0o644)  # save_file leaves it to its owner alone
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+    _write_json(directory / "model.safetensors.index.json", index)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
