@@ -1,0 +1,227 @@
+"""Who is alive, as Redis last heard it: workers keep a leased record, routers poll a snapshot.
+
+The registry is a hint for placement and nothing else. Losing Redis therefore raises nothing: a heartbeat
+goes on trying, a snapshot keeps its last answer and says since when it is stale. A Redis that comes back
+empty is full again after one heartbeat.
+
+Keys: `<namespace>:worker:<id>` holds one record with a TTL; the set `<namespace>:workers` lists the ids, so
+nobody scans the keyspace. A record that lost its lease is dropped from the set by whoever reads it next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from types import MappingProxyType, TracebackType
+from typing import Any, Self
+
+import redis.asyncio as aioredis
+import structlog
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
+from redis.exceptions import RedisError
+
+from wire.convert import WORKER_ID
+from wire.errors import ConfigError
+from wire.types import PROTOCOL_VERSION, Role, WorkerInfo
+
+LEASE_S = 3.0
+HEARTBEAT_S = 1.0
+SNAPSHOT_TIMEOUT_S = 0.2
+HEARTBEAT_TIMEOUT_S = 1.0
+MAX_RECORD_BYTES = 16_384
+"""A record is about 400 bytes; whatever is far larger was not written by a worker."""
+
+_UINT64 = 1 << 64
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """Workers as Redis last answered. `stale_since` is None when that was just now, else a monotonic time."""
+
+    workers: Mapping[str, WorkerInfo] = field(default_factory=lambda: MappingProxyType({}))
+    skipped: int = 0  # records of this answer that could not be used
+    stale_since: float | None = None
+
+
+def encode_record(info: WorkerInfo) -> bytes:
+    return json.dumps(asdict(info), separators=(",", ":")).encode()
+
+
+def decode_record(worker_id: str, record: bytes) -> WorkerInfo:
+    """A record as a WorkerInfo. Unknown fields are ignored: a later version may have added them.
+
+    Raises ValueError saying what is wrong with it.
+    """
+    if len(record) > MAX_RECORD_BYTES:
+        raise ValueError(f"more than {MAX_RECORD_BYTES} bytes")
+    try:
+        values = json.loads(record)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(values, dict):
+        raise ValueError("not a JSON object")
+    if values.get("protocol") != PROTOCOL_VERSION:
+        raise ValueError(f"protocol {values.get('protocol')!r}, we speak {PROTOCOL_VERSION}")
+    if values.get("worker_id") != worker_id:
+        raise ValueError(f"it names worker {values.get('worker_id')!r}")
+    known: dict[str, Any] = {}
+    for name, kind in _FIELDS.items():
+        if name not in values:
+            continue
+        value = values[name]
+        if type(value) is not kind:
+            raise ValueError(f"{name} is {type(value).__name__}, not {kind.__name__}")
+        if isinstance(value, int) and not 0 <= value < _UINT64:
+            raise ValueError(f"{name}={value} is out of range")
+        known[name] = value
+    try:
+        return WorkerInfo(**known | {"role": Role(known.get("role", ""))})
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+# JSON has no enums: a role travels as its text.
+_FIELDS: dict[str, type] = {
+    f.name: {"str": str, "int": int, "bool": bool, "Role": str}[str(f.type)] for f in fields(WorkerInfo)
+}
+
+
+class Registry:
+    """One process's view of the registry. Use it as `async with`; it owns its connections."""
+
+    def __init__(self, redis_url: str, namespace: str = "penumbra") -> None:
+        """Connects lazily. Raises ConfigError for a URL redis-py does not understand."""
+        if not WORKER_ID.fullmatch(namespace):
+            raise ConfigError(f"registry namespace {namespace!r} must match {WORKER_ID.pattern}.")
+        self._prefix = namespace
+        self._index = f"{namespace}:workers"
+        # A heartbeat may wait and retry, but never past the lease it renews. A snapshot is asked for again
+        # in a moment anyway: it fails fast and is not retried.
+        patient = Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries=3)
+        self._writer = _connect(redis_url, HEARTBEAT_TIMEOUT_S, patient)
+        self._reader = _connect(redis_url, SNAPSHOT_TIMEOUT_S, Retry(NoBackoff(), retries=0))
+        self._last = Snapshot(stale_since=time.monotonic())
+        self._unusable: dict[str, str] = {}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._writer.aclose()
+        await self._reader.aclose()
+
+    def _key(self, worker_id: str) -> str:
+        return f"{self._prefix}:worker:{worker_id}"
+
+    async def run_heartbeat(self, get_info: Callable[[], WorkerInfo]) -> None:
+        """Keep this worker's record alive until cancelled, then remove it.
+
+        `get_info` is asked before every beat. Raises ConfigError at once when its worker id can not be a key.
+        """
+        worker_id = get_info().worker_id
+        if not WORKER_ID.fullmatch(worker_id):
+            raise ConfigError(f"worker id {worker_id[:80]!r} is not 1 to 63 of a-z, 0-9 and '-'; rename it.")
+        lost = False
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(LEASE_S), self._writer.pipeline(transaction=True) as beat:
+                        beat.set(self._key(worker_id), encode_record(get_info()), px=int(LEASE_S * 1000))
+                        beat.sadd(self._index, worker_id)
+                        await beat.execute()
+                    if lost:
+                        log.info("registry_back", worker_id=worker_id)
+                    lost = False
+                except (RedisError, OSError, TimeoutError) as error:
+                    if not lost:
+                        log.warning("registry_lost", worker_id=worker_id, error=str(error))
+                    lost = True
+                await asyncio.sleep(HEARTBEAT_S)
+        finally:
+            await self._forget(worker_id)
+
+    async def _forget(self, worker_id: str) -> None:
+        try:
+            async with asyncio.timeout(HEARTBEAT_TIMEOUT_S), self._writer.pipeline(transaction=True) as farewell:
+                farewell.delete(self._key(worker_id))
+                farewell.srem(self._index, worker_id)
+                await farewell.execute()
+        except (RedisError, OSError, TimeoutError) as error:
+            log.info("registry_farewell_failed", worker_id=worker_id, error=str(error), lease_s=LEASE_S)
+
+    async def snapshot(self) -> Snapshot:
+        """The workers whose lease is alive; within 200 ms, and without ever raising because of Redis.
+
+        When Redis does not answer, the last snapshot comes back with `stale_since` set.
+        """
+        try:
+            async with asyncio.timeout(SNAPSHOT_TIMEOUT_S):
+                self._last = await self._read()
+        except (RedisError, OSError, TimeoutError) as error:
+            if self._last.stale_since is None:
+                log.warning("registry_stale", error=str(error) or type(error).__name__)
+                self._last = Snapshot(
+                    workers=self._last.workers, skipped=self._last.skipped, stale_since=time.monotonic()
+                )
+        return self._last
+
+    async def _read(self) -> Snapshot:
+        listed = sorted(
+            name
+            for raw in await _await(self._reader.smembers(self._index))
+            if WORKER_ID.fullmatch(name := raw.decode("ascii", "replace"))
+        )
+        # Not MGET: a key of the wrong type spoils its own answer only, and a huge one is not fetched whole.
+        pipeline = self._reader.pipeline(transaction=False)
+        for worker_id in listed:
+            pipeline.getrange(self._key(worker_id), 0, MAX_RECORD_BYTES)
+        records = await pipeline.execute(raise_on_error=False) if listed else []
+        workers: dict[str, WorkerInfo] = {}
+        unusable: dict[str, str] = {}
+        expired = []
+        for worker_id, record in zip(listed, records, strict=True):
+            if record == b"":  # GETRANGE of a key that is gone
+                expired.append(worker_id)
+                continue
+            try:
+                if isinstance(record, Exception):
+                    raise ValueError(str(record))
+                workers[worker_id] = decode_record(worker_id, record)
+            except ValueError as error:
+                unusable[worker_id] = str(error)
+        for worker_id in unusable.keys() - self._unusable.keys():
+            log.warning("registry_record_skipped", worker_id=worker_id, reason=unusable[worker_id])
+        self._unusable = unusable
+        if expired:
+            # A worker that beats in between adds itself again a second later.
+            await _await(self._reader.srem(self._index, *expired))
+        return Snapshot(workers=MappingProxyType(workers), skipped=len(unusable))
+
+
+async def _await(answer: Any) -> Any:
+    """redis-py types one command for its blocking and its asyncio client together."""
+    return await answer
+
+
+def _connect(url: str, timeout_s: float, retry: Retry) -> aioredis.Redis:
+    try:
+        return aioredis.Redis.from_url(
+            url,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            retry=retry,
+            max_connections=2,
+        )
+    except ValueError as error:
+        raise ConfigError(f"redis URL {url!r}: {error}") from error
