@@ -55,6 +55,11 @@ class TensorSpec(NamedTuple):
     def num_bytes(self) -> int:
         return math.prod(self.shape) * _DTYPE_BITS[self.dtype] // 8
 
+    @property
+    def num_weights(self) -> int:
+        """Values the tensor stands for: an I8 byte holds two MXFP4 weights."""
+        return math.prod(self.shape) * (2 if self.dtype == "I8" else 1)
+
     def __str__(self) -> str:
         return f"{self.dtype} [{', '.join(map(str, self.shape))}]"
 
@@ -182,6 +187,20 @@ def tensor_table(config: ModelConfig, formats: Formats = Formats(), *, mtp: bool
             put(f"mtp.0.{name}.weight", "BF16", c.hidden_size)
         hyper("mtp.0.hc_head", c.hc_mult, 1)
     return table
+
+
+def loaded_bytes(table: dict[str, TensorSpec]) -> int:
+    """Memory the loader's tensors take: quantised weights become bfloat16, or float32 where scales are float32."""
+    total = 0
+    for name, spec in table.items():
+        if name.endswith(".scale"):
+            continue
+        scale = table.get(name.removesuffix(".weight") + ".scale")
+        if scale is None:
+            total += spec.num_bytes
+        else:
+            total += spec.num_weights * (4 if scale.dtype == "F32" else 2)
+    return total
 
 
 def survey(directory: Path) -> Survey:

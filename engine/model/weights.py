@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.config import ModelConfig
-from engine.model.survey import FP4_BLOCK, FP8_BLOCK, Survey, TensorSpec, survey, tensor_table
+from engine.model.survey import FP4_BLOCK, FP8_BLOCK, Survey, TensorSpec, loaded_bytes, survey, tensor_table
 from wire.errors import CheckpointError
 
 log = logging.getLogger("penumbra.engine")
@@ -224,14 +224,7 @@ def _stack_experts(reader: _Reader, at: str, matrix: str, config: ModelConfig) -
 
 def _require_memory(directory: Path, table: dict[str, TensorSpec]) -> None:
     """Refuse before the kernel's out-of-memory killer would, half an hour later and without a word."""
-    needed = 0
-    for name, spec in table.items():
-        if name.endswith(".scale"):
-            continue
-        weights = spec.num_bytes * (2 if spec.dtype == "I8" else 1)
-        base_scale = table.get(name.removesuffix(".weight") + ".scale")
-        wide = 4 if base_scale is not None and base_scale.dtype == "F32" else 2
-        needed += weights * wide if spec.dtype in ("I8", "F8_E4M3") else spec.num_bytes
+    needed = loaded_bytes(table)
     free = psutil.virtual_memory().available
     if needed > free:
         raise CheckpointError(
