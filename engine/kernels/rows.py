@@ -13,18 +13,22 @@ Layout `v4` is what production kernels read. A page item of n rows holds all dat
 A scale is the smallest power of two that brings max(amax, 1e-4) to at most 448; a latent's scale byte is its
 biased exponent. Values are divided by it, clamped to +-448 and rounded to the nearest e4m3, ties to even; rope
 channels are rounded to bfloat16 the same way. Values that share a scale with a NaN or an infinity are stored
-as NaN with scale 1, so that what was broken stays visibly broken.
+as NaN under a NaN scale, so that what was broken stays visibly broken.
 
 R rows, D values in a row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from engine.kernels import native
 
 Kind = Literal["latent", "index"]
 Layout = Literal["v4", "exact"]
@@ -40,6 +44,19 @@ LATENT_SCALE_BYTES = NOPE_DIM // GROUP + 1
 E4M3_MAX = 448.0
 AMAX_FLOOR = 1e-4
 _E4M3_NAN = 0x7F
+_NAN_EXPONENT = 255 - 127
+
+
+class _NativePool(ctypes.Structure):
+    """A row pool as `struct Pool` of engine/csrc/rows.h reads it."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("item_bytes", ctypes.c_int64),
+        ("rows_per_item", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("codec", ctypes.c_int64),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +69,7 @@ class RowPool:
     layout: Layout
     dim: int  # values in a row: head_dim, or index_head_dim
     rope_dim: int  # trailing channels of a latent kept in bfloat16; an index row has none to tell apart
+    described: _NativePool = field(init=False, repr=False, compare=False)  # for C++; shares the memory of `data`
 
     def __post_init__(self) -> None:
         item_bytes = self.item_bytes_for(self.rows_per_item, self.kind, self.layout, self.dim, self.rope_dim)
@@ -64,6 +82,14 @@ class RowPool:
             )
         if not data.is_contiguous():
             raise ValueError("a row pool's memory is not contiguous; row addresses count on items back to back")
+        codec = 0 if self.layout == "exact" else 1 if self.kind == "latent" else 2
+        view = _NativePool(data.data_ptr(), item_bytes, self.rows_per_item, self.dim, codec)
+        object.__setattr__(self, "described", view)
+
+    @property
+    def address(self) -> int:
+        """Where C++ kernels find the pool's description."""
+        return ctypes.addressof(self.described)
 
     @property
     def num_rows(self) -> int:
@@ -100,7 +126,10 @@ def write_rows(pool: RowPool, rows: Tensor, values: Tensor) -> None:
         raise ValueError(
             f"values are {values.dtype} {list(values.shape)}; the pool takes float32 [{len(rows)}, {pool.dim}]"
         )
-    if pool.layout == "exact":
+    if twin := _native("penumbra_write_rows"):
+        rows, values = rows.contiguous(), values.contiguous()
+        twin(pool.address, rows.data_ptr(), values.data_ptr(), len(rows), native.threads())
+    elif pool.layout == "exact":
         _scatter(pool, _at(pool, rows, pool.dim * 4, 0), values.contiguous().view(torch.uint8))
     elif pool.kind == "latent":
         groups, exponents = _quantise(values[:, :NOPE_DIM].reshape(len(rows), -1, GROUP))
@@ -111,7 +140,7 @@ def write_rows(pool: RowPool, rows: Tensor, values: Tensor) -> None:
         _scatter(pool, _at(pool, rows, LATENT_SCALE_BYTES, pool.rows_per_item * LATENT_BYTES), scales)
     else:
         data, exponents = _quantise(values.reshape(len(rows), 1, INDEX_DIM))
-        scales = torch.ldexp(torch.ones(len(rows), 1), exponents)
+        scales = torch.where(exponents == _NAN_EXPONENT, torch.nan, torch.ldexp(torch.ones(len(rows), 1), exponents))
         _scatter(pool, _at(pool, rows, INDEX_DIM, 0), data.reshape(len(rows), INDEX_DIM))
         _scatter(pool, _at(pool, rows, 4, pool.rows_per_item * INDEX_DIM), scales.view(torch.uint8))
 
@@ -119,6 +148,10 @@ def write_rows(pool: RowPool, rows: Tensor, values: Tensor) -> None:
 def read_rows(pool: RowPool, rows: Tensor) -> Tensor:
     """Decode rows: [R] int64 flat row ids -> [R, dim] float32, exactly what the bytes say."""
     _check(pool, rows)
+    if twin := _native("penumbra_read_rows"):
+        rows, values = rows.contiguous(), torch.empty(len(rows), pool.dim)
+        twin(pool.address, rows.data_ptr(), values.data_ptr(), len(rows), native.threads())
+        return values
     if pool.layout == "exact":
         return _gather(pool, _at(pool, rows, pool.dim * 4, 0), pool.dim * 4).view(torch.float32)
     if pool.kind == "latent":
@@ -140,7 +173,7 @@ def _quantise(groups: Tensor) -> tuple[Tensor, Tensor]:
     broken = ~torch.isfinite(amax)
     mantissa, exponents = torch.frexp(amax.clamp_min(AMAX_FLOOR) / E4M3_MAX)  # mantissa in [0.5, 1)
     # frexp gives the power of two just above the quotient; an exact power of two is its own ceiling.
-    exponents = torch.where(broken, 0, exponents - (mantissa == 0.5).int())
+    exponents = torch.where(broken, _NAN_EXPONENT, exponents - (mantissa == 0.5).int())
     scaled = torch.ldexp(groups, -exponents[..., None]).clamp(-E4M3_MAX, E4M3_MAX)
     codes = scaled.to(torch.float8_e4m3fn).view(torch.uint8)
     return torch.where(broken[..., None], _E4M3_NAN, codes).to(torch.uint8), exponents
@@ -158,6 +191,10 @@ def _gather(pool: RowPool, at: Tensor, num_bytes: int) -> Tensor:
 
 def _scatter(pool: RowPool, at: Tensor, data: Tensor) -> None:
     pool.data.view(-1)[at[:, None] + torch.arange(data.shape[1])] = data
+
+
+def _native(name: str) -> Callable[..., None] | None:
+    return native.function(name, native.POINTER, native.POINTER, native.POINTER, native.INT, native.INT)
 
 
 def _check(pool: RowPool, rows: Tensor) -> None:
