@@ -6,19 +6,24 @@ unsigned 64-bit words w[0], w[1], ... counted on across regions. The checksum is
     sum over i of  w[i] * ((2 i + 1) * 0x9E3779B97F4A7C15)   modulo 2^64.
 
 Every coefficient is odd, so a change confined to one word always shows. Coefficients differ, so words that
-change places show too, unless all they differ in is lost with the carries: two words an odd distance apart
-that differ in the top bit alone, say. It detects torn, stale and foreign pages; it does not stop a forger.
+change places show too, unless all they differ in is lost with the carries (two words that differ in the top
+bit alone, say). It detects torn, stale and foreign pages; it does not stop a forger.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from engine.kernels import native
+from engine.kernels.native import INT, POINTER
+
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
+_CHECKSUMS = (POINTER, POINTER, POINTER, INT, POINTER, INT, POINTER, INT)
 
 
 def item_checksums(regions: Sequence[Tensor], items: Sequence[int]) -> list[int]:
@@ -28,14 +33,28 @@ def item_checksums(regions: Sequence[Tensor], items: Sequence[int]) -> list[int]
     items    item numbers, the same in every region
     """
     for region in regions:
-        if region.dtype != torch.uint8 or region.dim() != 2 or region.stride(1) != 1 or region.shape[1] % 8:
+        if (
+            region.dtype != torch.uint8
+            or region.dim() != 2
+            or region.stride(1) != 1
+            or region.shape[1] % 8
+            or not region.is_cpu
+        ):
             raise ValueError(
-                f"a region is [num_items, item_bytes] uint8 with item_bytes a multiple of 8; "
-                f"got {list(region.shape)} {region.dtype}, strides {region.stride()}"
+                f"a region is [num_items, item_bytes] uint8 on the CPU, with item_bytes a multiple of 8; "
+                f"got {list(region.shape)} {region.dtype} on {region.device}, strides {region.stride()}"
             )
-        for item in items:
-            if not 0 <= item < region.shape[0]:
-                raise ValueError(f"item {item} lies outside a region of {region.shape[0]} items")
+        if items and (min(items) < 0 or max(items) >= region.shape[0]):
+            raise ValueError(f"items {min(items)} to {max(items)} of a region of {region.shape[0]} items")
+    twin = native.function("penumbra_item_checksums", *_CHECKSUMS)
+    if twin is not None:
+        many, wanted = ctypes.c_int64 * len(regions), ctypes.c_int64 * len(items)
+        out = (ctypes.c_uint64 * len(items))()
+        twin(
+            many(*(r.data_ptr() for r in regions)), many(*(r.stride(0) for r in regions)),
+            many(*(r.shape[1] for r in regions)), len(regions), wanted(*items), len(items), out, native.threads(),
+        )  # fmt: skip
+        return list(out)
     return [_reference(regions, item) for item in items]
 
 

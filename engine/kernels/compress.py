@@ -9,17 +9,32 @@ Chunking never shows: rows(a + b) equals rows(a) then rows(b), bit for bit. All 
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from engine.batch import StepMeta
 from engine.config import C4_RATIO, C4_RING, C128_RATIO, C128_RING
+from engine.kernels import native
+from engine.kernels.linear import fp32_rows
+from engine.kernels.native import FLOAT, INT, POINTER
 from engine.kernels.norm_rope import hadamard, rms_norm, rotate
 from engine.kernels.rows import RowPool, write_rows
 
 _PAGE = 256
 _C4_PER_PAGE = _PAGE // C4_RATIO
 _C128_PER_PAGE = _PAGE // C128_RATIO
+_LANES = 16
+"""Rows and rotated parts the C++ twins take are a multiple of this long; others keep to the reference."""
+_C4 = (
+    POINTER, INT, POINTER, INT, POINTER, POINTER, POINTER, INT, INT, INT, POINTER, POINTER, POINTER, POINTER,
+    POINTER, INT, FLOAT, INT, POINTER, POINTER, POINTER, INT,
+)  # fmt: skip
+_C128 = (
+    POINTER, INT, POINTER, INT, POINTER, POINTER, POINTER, INT, INT, INT, POINTER, POINTER, POINTER, POINTER,
+    POINTER, INT, FLOAT, POINTER, POINTER, POINTER, INT,
+)  # fmt: skip
 
 
 def compress_c4(
@@ -49,6 +64,21 @@ def compress_c4(
     last 16 tokens are kept too: twice a row's reach, so that drafts may be taken back.
     """
     d = norm.shape[0]
+    _check(u, g, ape, (C4_RATIO, 2 * d), ring, (C4_RING, 4 * d), meta)
+    if _fits(d, freqs) and (twin := native.function("penumbra_compress_c4", *_C4)) is not None:
+        u, g = fp32_rows(u), fp32_rows(g)
+        segments, pages = meta.page_table.shape
+        values = u.new_empty(u.shape[0] // C4_RATIO + segments, d)
+        ids, count = meta.positions.new_empty(values.shape[0]), ctypes.c_int64()
+        twin(
+            u.data_ptr(), u.stride(0), g.data_ptr(), g.stride(0), ape.data_ptr(), norm.data_ptr(),
+            ring.data_ptr(), d, segments, pages, meta.offsets.data_ptr(), meta.starts.data_ptr(),
+            meta.page_table.data_ptr(), meta.swa_table.data_ptr(), freqs.data_ptr(), freqs.shape[0], eps,
+            rotate_keys, values.data_ptr(), ids.data_ptr(), ctypes.byref(count), native.threads(),
+        )  # fmt: skip
+        if count.value:
+            write_rows(out, ids[: count.value], values[: count.value])
+        return
     tokens = torch.cat([u, g + ape[meta.positions % C4_RATIO]], dim=1)
     pooled, positions, rows, writes = [], [], [], []
     for b, (start, first, last) in enumerate(_segments(meta)):
@@ -97,6 +127,22 @@ def compress_c128(
     freqs  [rope_dim / 2] fp32; a row is rotated at the position of its block's first token
     out    row b of a sequence is row b % 2 of its page b // 2
     """
+    d = norm.shape[0]
+    _check(u, g, ape, (C128_RATIO, d), ring, (C128_RING, 2 * d), meta)
+    if _fits(d, freqs) and (twin := native.function("penumbra_compress_c128", *_C128)) is not None:
+        u, g = fp32_rows(u), fp32_rows(g)
+        segments, pages = meta.page_table.shape
+        values = u.new_empty(u.shape[0] // C128_RATIO + segments, d)
+        ids, count = meta.positions.new_empty(values.shape[0]), ctypes.c_int64()
+        twin(
+            u.data_ptr(), u.stride(0), g.data_ptr(), g.stride(0), ape.data_ptr(), norm.data_ptr(),
+            ring.data_ptr(), d, segments, pages, meta.offsets.data_ptr(), meta.starts.data_ptr(),
+            meta.page_table.data_ptr(), meta.slots.data_ptr(), freqs.data_ptr(), freqs.shape[0], eps,
+            values.data_ptr(), ids.data_ptr(), ctypes.byref(count), native.threads(),
+        )  # fmt: skip
+        if count.value:
+            write_rows(out, ids[: count.value], values[: count.value])
+        return
     tokens = torch.cat([u, g + ape[meta.positions % C128_RATIO]], dim=1)
     pooled, positions, rows, writes = [], [], [], []
     for b, (start, first, last) in enumerate(_segments(meta)):
@@ -115,6 +161,23 @@ def compress_c128(
         writes.append((torch.full_like(at, slot), at % C128_RING, tokens[first + at - start]))
     _emit(pooled, positions, rows, norm, freqs, eps, out, rotate_keys=False)
     _remember(ring, writes)
+
+
+def _check(
+    u: Tensor, g: Tensor, ape: Tensor, ape_shape: tuple[int, int], ring: Tensor, item: tuple[int, int], meta: StepMeta
+) -> None:
+    wanted = (meta.positions.shape[0], ape_shape[1])
+    if u.shape != wanted or g.shape != wanted or ape.shape != ape_shape or ring.shape[1:] != item:
+        raise ValueError(
+            f"u {list(u.shape)}, g {list(g.shape)}, ape {list(ape.shape)} and ring {list(ring.shape)} do not belong "
+            f"together: expected {list(wanted)} twice, {list(ape_shape)} and [items, {item[0]}, {item[1]}]"
+        )
+    if not ring.is_contiguous() or ring.dtype != torch.float32 or not ape.is_contiguous():
+        raise ValueError("a ring is contiguous fp32, updated in place, and ape is contiguous; copies would be lost")
+
+
+def _fits(d: int, freqs: Tensor) -> bool:
+    return d % _LANES == 0 and 2 * freqs.shape[0] % _LANES == 0
 
 
 def _segments(meta: StepMeta) -> list[tuple[int, int, int]]:

@@ -6,12 +6,25 @@ Rows are independent of their neighbours, bit for bit, as in `linear`.
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from engine.kernels.linear import Matrix, linear, safe_rows
+from engine.kernels import native
+from engine.kernels.linear import Matrix, fp32_rows, linear, pack, safe_rows, unpack
+from engine.kernels.native import FLOAT, INT, POINTER
+
+_EXPERTS = (
+    POINTER, INT, INT, POINTER, POINTER, INT, INT, INT, INT, POINTER, POINTER, POINTER, INT, FLOAT, POINTER,
+    POINTER, INT,
+)  # fmt: skip
+_MLP = (POINTER, INT, INT, POINTER, POINTER, POINTER, INT, INT, INT, FLOAT, POINTER, INT)
+_ROUTE = (
+    POINTER, INT, INT, POINTER, INT, INT, INT, POINTER, INT, FLOAT, POINTER, POINTER, POINTER, INT,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +37,7 @@ class Experts:
     gate: Tensor
     up: Tensor
     down: Tensor
+    packed: bool
 
     @classmethod
     def prepare(cls, w1: Tensor, w3: Tensor, w2: Tensor) -> Experts:
@@ -34,8 +48,21 @@ class Experts:
                 f"w1 {list(w1.shape)}, w3 {list(w3.shape)} and w2 {list(w2.shape)} are not one set of "
                 f"experts: expected [E, I, D], [E, I, D] and [E, D, I] of one dtype"
             )
+        if w1.is_cpu and native.library() is not None:
+            gate, up, down = (pack(w.detach()) for w in (w1, w3, w2))
+            return cls(count, hidden, inner, gate, up, down, True)
         gate, up, down = (w.detach().to(torch.float32, copy=True).contiguous() for w in (w1, w3, w2))
-        return cls(count, hidden, inner, gate, up, down)
+        return cls(count, hidden, inner, gate, up, down, False)
+
+    def dense(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        """One expert's w1, w3 and w2 in fp32, whatever the layout."""
+        if not self.packed:
+            return self.gate[expert], self.up[expert], self.down[expert]
+        return (
+            unpack(self.gate[expert], self.inner),
+            unpack(self.up[expert], self.inner),
+            unpack(self.down[expert], self.hidden),
+        )
 
 
 def routed_experts(x: Tensor, picks: Tensor, weights: Tensor, experts: Experts, limit: float) -> Tensor:
@@ -53,15 +80,27 @@ def routed_experts(x: Tensor, picks: Tensor, weights: Tensor, experts: Experts, 
             f"x {list(x.shape)}, picks {list(picks.shape)} and weights {list(weights.shape)} do not belong "
             f"together for experts of hidden size {experts.hidden}"
         )
+    if experts.packed and (twin := native.function("penumbra_routed_experts", *_EXPERTS)) is not None:
+        x, picks, weights = fp32_rows(x), picks.int().contiguous(), fp32_rows(weights).contiguous()
+        y, bad = x.new_empty(tokens, experts.hidden), ctypes.c_int64()
+        twin(
+            x.data_ptr(), x.stride(0), tokens, picks.data_ptr(), weights.data_ptr(), k, experts.count,
+            experts.hidden, experts.inner, experts.gate.data_ptr(), experts.up.data_ptr(),
+            experts.down.data_ptr(), experts.gate.dtype == torch.bfloat16, limit, y.data_ptr(),
+            ctypes.byref(bad), native.threads(),
+        )  # fmt: skip
+        if bad.value >= 0:
+            raise _no_such_expert(int(picks.view(-1)[bad.value]), experts.count)
+        return y
     outputs = x.new_empty(tokens * k, experts.hidden)
     flat = picks.reshape(-1)
     for expert in flat.unique().tolist():
         if not 0 <= expert < experts.count:
-            raise ValueError(f"picked expert {expert} of {experts.count}")
+            raise _no_such_expert(expert, experts.count)
+        gate, up, down = experts.dense(expert)
         which = (flat == expert).nonzero().squeeze(1)
         rows = x[which // k]
-        inner = swiglu(safe_rows(rows, experts.gate[expert]), safe_rows(rows, experts.up[expert]), limit)
-        outputs[which] = safe_rows(inner, experts.down[expert])
+        outputs[which] = safe_rows(swiglu(safe_rows(rows, gate), safe_rows(rows, up), limit), down)
     outputs = outputs.view(tokens, k, experts.hidden)
     total = weights[:, 0, None] * outputs[:, 0]
     for j in range(1, k):
@@ -70,7 +109,18 @@ def routed_experts(x: Tensor, picks: Tensor, weights: Tensor, experts: Experts, 
 
 
 def mlp(x: Tensor, w1: Matrix, w3: Matrix, w2: Matrix, limit: float) -> Tensor:
-    """The shared expert: x [T, D] fp32 -> [T, D] fp32."""
+    """The shared expert: x [T, D] fp32 -> [T, D] fp32; matrices as in `Experts`, of one dtype."""
+    if not (w1.inputs == w3.inputs == w2.outputs == x.shape[1] and w1.outputs == w3.outputs == w2.inputs):
+        raise ValueError(f"x {list(x.shape)} and the three matrices of this MLP do not belong together")
+    one_dtype = w1.data.dtype == w3.data.dtype == w2.data.dtype
+    if one_dtype and w1.packed and (twin := native.function("penumbra_mlp", *_MLP)) is not None:
+        x = fp32_rows(x)
+        y = x.new_empty(x.shape)
+        twin(
+            x.data_ptr(), x.stride(0), x.shape[0], w1.data.data_ptr(), w3.data.data_ptr(), w2.data.data_ptr(),
+            w1.data.dtype == torch.bfloat16, w1.inputs, w1.outputs, limit, y.data_ptr(), native.threads(),
+        )  # fmt: skip
+        return y
     return linear(swiglu(linear(x, w1), linear(x, w3), limit), w2)
 
 
@@ -90,21 +140,51 @@ def route_scored(x: Tensor, gate: Matrix, bias: Tensor, k: int, scaling: float) 
     x [T, D] fp32, gate [E, D], bias [E] fp32 (it steers the choice, never the weight)
     -> picks [T, k] int32, best first; weights [T, k] fp32, summing to `scaling`
     """
+    if gate.packed and (twin := native.function("penumbra_route", *_ROUTE)) is not None:
+        picks = torch.empty(x.shape[0], k, dtype=torch.int32)
+        return picks, _route(twin, x, gate, bias, picks, scaling)
     scores = _scores(x, gate)
     picks = (scores + bias).sort(dim=-1, descending=True, stable=True).indices[:, :k]
     return picks.int(), _weights(scores.gather(1, picks), scaling)
 
 
-def route_hashed(
-    x: Tensor, gate: Matrix, table: Tensor, token_ids: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
+def route_hashed(x: Tensor, gate: Matrix, table: Tensor, token_ids: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """The experts a fixed table names for each token id; the gate only weighs them.
 
     x [T, D] fp32, gate [E, D], table [V, k] int64, token_ids [T] int64
     -> picks [T, k] int32 in table order; weights [T, k] fp32, summing to `scaling`
     """
     picks = table[token_ids]
+    if gate.packed and (twin := native.function("penumbra_route", *_ROUTE)) is not None:
+        picks = picks.int()
+        return picks, _route(twin, x, gate, None, picks, scaling)
     return picks.int(), _weights(_scores(x, gate).gather(1, picks), scaling)
+
+
+def _route(
+    twin: Callable[..., None], x: Tensor, gate: Matrix, bias: Tensor | None, picks: Tensor, scaling: float
+) -> Tensor:
+    """The weights of `picks`; with a bias, chooses them first."""
+    if x.dim() != 2 or x.shape[1] != gate.inputs or not 0 < picks.shape[1] <= gate.outputs:
+        raise ValueError(f"x {list(x.shape)} does not fit {picks.shape[1]} picks of {gate.outputs} experts")
+    x, bias = fp32_rows(x), None if bias is None else fp32_rows(bias)
+    weights, bad = x.new_empty(picks.shape), ctypes.c_int64()
+    twin(
+        x.data_ptr(), x.stride(0), x.shape[0], gate.data.data_ptr(), gate.data.dtype == torch.bfloat16,
+        gate.outputs, gate.inputs, None if bias is None else bias.data_ptr(), picks.shape[1], scaling,
+        picks.data_ptr(), weights.data_ptr(),
+        ctypes.byref(bad), native.threads(),
+    )  # fmt: skip
+    if bad.value >= 0:
+        raise _no_such_expert(int(picks.view(-1)[bad.value]), gate.outputs)
+    return weights
+
+
+def _no_such_expert(expert: int, count: int) -> ValueError:
+    return ValueError(
+        f"expert {expert} was picked, but there are {count}. The checkpoint's routing table is broken, or the "
+        f"layer's experts are not all loaded."
+    )
 
 
 def _scores(x: Tensor, gate: Matrix) -> Tensor:

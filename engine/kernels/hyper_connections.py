@@ -10,9 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.kernels.linear import safe_rows
+from engine.kernels import native
+from engine.kernels.linear import fp32_rows, safe_rows
+from engine.kernels.native import FLOAT, INT, POINTER
 
 STREAMS = 4
+_LANES = 16
+"""Rows the C++ twins take are a multiple of this long; others keep to the reference."""
+_MIX_IN = (
+    POINTER, INT, INT, POINTER, POINTER, POINTER, FLOAT, FLOAT, INT, POINTER, POINTER, POINTER, INT,
+)  # fmt: skip
+_MIX_OUT = (POINTER, POINTER, POINTER, POINTER, INT, INT, POINTER, INT)
+_COLLAPSE = (POINTER, INT, INT, POINTER, POINTER, POINTER, FLOAT, FLOAT, POINTER, INT)
 
 
 class HyperSite:
@@ -42,6 +51,18 @@ def mix_in(
     streams [T, 4, D] -> x [T, D], post [T, 4], comb [T, 4, 4]; comb[j, k] carries stream j into stream k,
     and its columns sum to 1 because the last of the `iters` Sinkhorn rounds ends on columns.
     """
+    tokens, size = _shape(streams)
+    if size % _LANES == 0 and (twin := native.function("penumbra_mix_in", *_MIX_IN)) is not None:
+        streams = fp32_rows(streams).contiguous()
+        if site.fn.shape[1] != STREAMS * size:
+            raise ValueError(f"a site of width {site.fn.shape[1]} does not fit streams {list(streams.shape)}")
+        x, post = streams.new_empty(tokens, size), streams.new_empty(tokens, STREAMS)
+        comb = streams.new_empty(tokens, STREAMS, STREAMS)
+        twin(
+            streams.data_ptr(), tokens, size, site.fn.data_ptr(), site.base.data_ptr(), site.scale.data_ptr(),
+            rms_eps, hc_eps, iters, x.data_ptr(), post.data_ptr(), comb.data_ptr(), native.threads(),
+        )  # fmt: skip
+        return x, post, comb
     mix = _projection(streams, site.fn, rms_eps)
     pre_scale, post_scale, comb_scale = site.scale
     pre = _sigmoid(mix[:, :4] * pre_scale + site.base[:4]) + hc_eps
@@ -60,20 +81,53 @@ def mix_out(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
 
     Stream k becomes post[k] * y + sum over j of comb[j, k] * streams[j]: comb is summed over its FIRST index.
     """
+    tokens, size = _shape(streams)
+    if y.shape != (tokens, size) or post.shape != (tokens, STREAMS) or comb.shape != (tokens, STREAMS, STREAMS):
+        raise ValueError(
+            f"y {list(y.shape)}, streams {list(streams.shape)}, post {list(post.shape)} and comb "
+            f"{list(comb.shape)} do not belong together"
+        )
+    if size % _LANES == 0 and (twin := native.function("penumbra_mix_out", *_MIX_OUT)) is not None:
+        y, streams, post, comb = (fp32_rows(t).contiguous() for t in (y, streams, post, comb))
+        out = torch.empty_like(streams)
+        twin(
+            y.data_ptr(), streams.data_ptr(), post.data_ptr(), comb.data_ptr(), tokens, size, out.data_ptr(),
+            native.threads(),
+        )  # fmt: skip
+        return out
     out = post[:, :, None] * y[:, None, :]
     for j in range(STREAMS):
         out = out + comb[:, j, :, None] * streams[:, j, None, :]
     return out
 
 
-def collapse(
-    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rms_eps: float, hc_eps: float
-) -> Tensor:
+def collapse(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rms_eps: float, hc_eps: float) -> Tensor:
     """The four streams as one, before the final norm.
 
     streams [T, 4, D], fn [4, 4D], base [4], scale [1], all fp32 -> [T, D]
     """
+    tokens, size = _shape(streams)
+    if fn.shape != (STREAMS, STREAMS * size) or base.shape != (STREAMS,) or scale.shape != (1,):
+        raise ValueError(
+            f"fn {list(fn.shape)}, base {list(base.shape)} and scale {list(scale.shape)} do not collapse "
+            f"streams {list(streams.shape)}: expected [4, 4D], [4] and [1]"
+        )
+    if size % _LANES == 0 and (twin := native.function("penumbra_collapse", *_COLLAPSE)) is not None:
+        streams, fn, base, scale = (fp32_rows(t).contiguous() for t in (streams, fn, base, scale))
+        x = streams.new_empty(tokens, size)
+        twin(
+            streams.data_ptr(), tokens, size, fn.data_ptr(), base.data_ptr(), scale.data_ptr(), rms_eps, hc_eps,
+            x.data_ptr(), native.threads(),
+        )  # fmt: skip
+        return x
     return _weigh(streams, _sigmoid(_projection(streams, fn, rms_eps) * scale + base) + hc_eps)
+
+
+def _shape(streams: Tensor) -> tuple[int, int]:
+    """(T, D) of streams [T, 4, D]."""
+    if streams.dim() != 3 or streams.shape[1] != STREAMS:
+        raise ValueError(f"streams are [tokens, {STREAMS}, size]; got {list(streams.shape)}")
+    return streams.shape[0], streams.shape[2]
 
 
 def _projection(streams: Tensor, fn: Tensor, rms_eps: float) -> Tensor:

@@ -15,17 +15,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels import native
+
 _TILE = 4
 """torch picks its fp32 product by the number of rows; every multiple of 4 rows gets the same one."""
+_PANEL = 32
+"""Outputs the C++ product computes side by side."""
+_LINEAR = (
+    native.POINTER, native.INT, native.INT, native.POINTER, native.INT, native.INT, native.INT, native.INT,
+    native.POINTER, native.INT,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A weight [N, K] laid out for `linear`. Make one with `prepare`, once, when the checkpoint is loaded."""
+    """A weight [N, K] laid out for `linear`. Make one with `prepare`, once, when the checkpoint is loaded.
+
+    data is fp32 [N, K] for the reference, or what `pack` makes of the weight for the C++ product.
+    """
 
     outputs: int
     inputs: int
     data: Tensor
+    packed: bool
 
     @classmethod
     def prepare(cls, weight: Tensor) -> Matrix:
@@ -36,14 +48,21 @@ class Matrix:
                 f"{weight.dtype}. Dequantise FP8 and FP4 tensors first: both are exact in bfloat16."
             )
         outputs, inputs = weight.shape
-        return cls(outputs, inputs, weight.detach().to(torch.float32, copy=True).contiguous())
+        if weight.is_cpu and native.library() is not None:
+            return cls(outputs, inputs, pack(weight.detach()), True)
+        return cls(outputs, inputs, weight.detach().to(torch.float32, copy=True).contiguous(), False)
+
+    @property
+    def dense(self) -> Tensor:
+        """[N, K] fp32, whatever the layout; for the reference, not for a hot path."""
+        return unpack(self.data, self.outputs) if self.packed else self.data
 
 
 def linear(x: Tensor, matrix: Matrix) -> Tensor:
     """x [T, K] fp32 -> [T, N] fp32, products summed in fp32."""
-    if x.shape[-1] != matrix.inputs:
-        raise ValueError(f"rows of {x.shape[-1]} values do not fit a matrix of {matrix.inputs} inputs")
-    return safe_rows(x, matrix.data)
+    if x.dim() != 2 or x.shape[1] != matrix.inputs:
+        raise ValueError(f"x {list(x.shape)} does not fit a [{matrix.outputs}, {matrix.inputs}] matrix")
+    return _product(x, matrix, 1)
 
 
 def grouped_linear(x: Tensor, matrix: Matrix, groups: int) -> Tensor:
@@ -55,12 +74,56 @@ def grouped_linear(x: Tensor, matrix: Matrix, groups: int) -> Tensor:
         raise ValueError(
             f"x {list(x.shape)} does not fit {groups} groups of a [{matrix.outputs}, {matrix.inputs}] matrix"
         )
-    per_group = matrix.data.view(groups, matrix.outputs // groups, matrix.inputs)
-    return torch.cat([safe_rows(x[:, g].contiguous(), per_group[g]) for g in range(groups)], dim=1)
+    return _product(x.flatten(1), matrix, groups)
+
+
+def _product(x: Tensor, matrix: Matrix, groups: int) -> Tensor:
+    """x [T, G*K], matrix [G*N, K] -> [T, G*N]."""
+    twin = native.function("penumbra_linear", *_LINEAR) if matrix.packed else None
+    per_group = matrix.outputs // groups
+    if twin is None:
+        blocks = matrix.dense.view(groups, per_group, matrix.inputs)
+        parts = [safe_rows(part, block) for part, block in zip(x.chunk(groups, 1), blocks, strict=True)]
+        return parts[0] if groups == 1 else torch.cat(parts, dim=1)
+    x = fp32_rows(x)
+    y = x.new_empty(x.shape[0], matrix.outputs)
+    twin(
+        x.data_ptr(), x.stride(0), x.shape[0], matrix.data.data_ptr(), matrix.data.dtype == torch.bfloat16,
+        groups, per_group, matrix.inputs, y.data_ptr(), native.threads(),
+    )  # fmt: skip
+    return y
+
+
+def fp32_rows(x: Tensor) -> Tensor:
+    """x as the C++ kernels read it: fp32 on the CPU, the values of a row side by side (rows may have gaps)."""
+    if x.dtype != torch.float32 or not x.is_cpu:
+        raise ValueError(
+            f"the CPU kernels compute in float32 on the CPU; got {x.dtype} on {x.device}. Convert it first."
+        )
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def pack(weight: Tensor) -> Tensor:
+    """weight [..., N, K] bf16 or fp32 -> panels [..., ceil(N / 32), K, 32], padded with zeros.
+
+    In bf16 output i of a panel sits beside output 16 + i, so that the two are one 32-bit word.
+    """
+    *lead, outputs, inputs = weight.shape
+    panels = F.pad(weight, (0, 0, 0, -outputs % _PANEL)).view(*lead, -1, _PANEL, inputs).transpose(-1, -2)
+    if weight.dtype == torch.bfloat16:
+        panels = panels.unflatten(-1, (2, _PANEL // 2)).transpose(-1, -2).flatten(-2)
+    return panels.clone(memory_format=torch.contiguous_format)
+
+
+def unpack(panels: Tensor, outputs: int) -> Tensor:
+    """The inverse of `pack`, in fp32."""
+    if panels.dtype == torch.bfloat16:
+        panels = panels.unflatten(-1, (_PANEL // 2, 2)).transpose(-1, -2).flatten(-2)
+    return panels.float().transpose(-1, -2).flatten(-3, -2)[..., :outputs, :].contiguous()
 
 
 def safe_rows(x: Tensor, weight: Tensor) -> Tensor:
     """The reference product: x [T, K] fp32, weight [N, K] fp32 -> [T, N], under the law above."""
     tokens = x.shape[0]
     spare = -tokens % _TILE
-    return F.linear(F.pad(x, (0, 0, 0, spare)) if spare else x, weight)[:tokens]
+    return F.linear(F.pad(x, (0, 0, 0, spare)) if spare else x.contiguous(), weight)[:tokens]
