@@ -4,13 +4,15 @@ The library is plain C++ loaded through ctypes (`engine/kernels/native.py`); it 
 every kernel has a torch reference that takes over where no compiler is at hand.
 """
 
+from pathlib import Path
+
 from setuptools import Extension, setup
 
 setup(
     ext_modules=[
         Extension(
             "engine._penumbra_cpu",
-            sources=["engine/csrc/penumbra_cpu.cpp"],
+            sources=sorted(str(path) for path in Path("engine/csrc").glob("*.cpp")),
             extra_compile_args=["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-Wall"],
             extra_link_args=["-fopenmp"],
             optional=True,

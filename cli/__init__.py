@@ -1,0 +1,1 @@
+"""The `penumbra` program. It may import everything, but only when a command needs it."""

@@ -1,0 +1,57 @@
+# Penumbra: `make up` serves, `make test` checks. Both need Python >= 3.11, make and (for speed) g++; nothing else.
+
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+EXTRAS ?=
+
+# The first Python that is new enough; `make PYTHON=/path/to/python3.12 install` to choose one.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
+	  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+need_python = $(if $(PYTHON),,$(error Penumbra needs Python 3.11 or newer and none was found on PATH. \
+	Install python3.11, or say where it is: make $@ PYTHON=/path/to/python3.11))
+
+# One thread per process in tests: two cores are shared by whole clusters.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help install install-dev up test test-long lint format stubs bench clean
+
+help:
+	@echo 'make up [ARGS="--prefill 2 --decode 2"]   install, then serve http://127.0.0.1:8000; Ctrl-C stops it'
+	@echo 'make test                                 install, then lint, types and every test that needs no GPU'
+	@echo 'make install [EXTRAS="gpu ray"]           the step both share; does nothing when nothing changed'
+	@echo 'make test-long | lint | format | stubs | bench | clean'
+
+install:
+	@$(need_python)$(PYTHON) deploy/install.py $(EXTRAS)
+
+install-dev:
+	@$(need_python)$(PYTHON) deploy/install.py dev $(EXTRAS)
+
+up: install
+	@exec $(BIN)/penumbra up $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest -m "not long and not gpu" --durations=15 $(ARGS)
+
+test-long: install-dev
+	$(BIN)/python -m pytest -m "long and not gpu" --timeout=3600 $(ARGS)
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The path under proto/ is the Python path, so the generated imports are right as they come.
+stubs: install-dev
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. proto/wire/v1/*.proto
+
+bench: install-dev
+	$(BIN)/penumbra bench transfer
+	$(BIN)/penumbra bench engine
+
+clean:
+	rm -rf $(VENV) build penumbra.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis engine/_penumbra_cpu*.so

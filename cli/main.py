@@ -1,0 +1,427 @@
+"""`penumbra`: every command, its flags, and how it ends.
+
+A flag is declared once below and means the same on every command that has it. What a command needs is imported when
+it runs, so that `penumbra --help` costs no torch. Errors a user can mend end in one line and exit code 78.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from cli.settings import config_flag, dump, effective, flag, parse_bytes, variable
+from wire.errors import ConfigError, PenumbraError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Serve DeepSeek-V4 as a disaggregated prefill/decode cluster. Every flag has an environment variable "
+    "PENUMBRA_<FLAG> and a key in one config file.",
+)
+model_app = typer.Typer(no_args_is_help=True, help="Checkpoints: write a small random one, look into one.")
+config_app = typer.Typer(no_args_is_help=True, help="What the flags, the environment and the config file add up to.")
+bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks; each prints its machine, commit and units.")
+app.add_typer(model_app, name="model")
+app.add_typer(config_app, name="config")
+app.add_typer(bench_app, name="bench")
+
+# Flags.
+
+ConfigFile = Annotated[Path | None, config_flag()]
+Cluster = Annotated[str, flag("cluster", "Name of the cluster, where several run on one machine.")]
+Home = Annotated[
+    Path | None, flag("home", "Folder for models, logs and state, instead of ~/.cache and ~/.local/state.")
+]
+Host = Annotated[str, flag("host", "Address to listen on.")]
+Model = Annotated[Path, flag("model", "Checkpoint folder in the official DeepSeek-V4 layout.")]
+ServedName = Annotated[str | None, flag("served-model-name", "The model's name in the API; else its folder's name.")]
+RedisUrl = Annotated[str, flag("redis", "URL of the Redis that is the registry.")]
+Device = Annotated[Literal["cpu"], flag("device", "Where the model runs.")]
+Dtype = Annotated[Literal["bfloat16", "float32"], flag("dtype", "Type of activations.")]
+KvLayout = Annotated[
+    Literal["v4", "exact"], flag("kv-layout", "v4: production pages; exact: float32 rows, for parity tests.")
+]
+KvMemory = Annotated[
+    int, flag("kv-memory", "Memory for KV pages of one worker, such as 512MiB.", parser=parse_bytes, metavar="BYTES")
+]
+MaxRequests = Annotated[int, flag("max-requests", "Requests one worker holds at once.", min=1)]
+MaxContext = Annotated[int, flag("max-context", "Longest request in tokens; 0: what the checkpoint allows.", min=0)]
+Threads = Annotated[int, flag("threads", "Compute threads of one worker.", min=1)]
+Transport = Annotated[Literal["nixl"], flag("transport", "How pages travel.")]
+LogLevel = Annotated[Literal["debug", "info", "warning", "error"], flag("log-level", "Least severe event to log.")]
+WorkerId = Annotated[str | None, flag("worker-id", "Name in the registry; else one is made up.")]
+GrpcPort = Annotated[int, flag("port", "gRPC port; 0 picks a free one.", min=0, max=65535)]
+WorkerHttpPort = Annotated[int, flag("http-port", "Health and metrics port; 0 picks a free one.", min=0, max=65535)]
+HttpPort = Annotated[int, flag("port", "HTTP port of the router; 0 picks a free one.", min=0, max=65535)]
+
+# The cluster on this machine.
+
+
+@app.command()
+def up(
+    context: typer.Context,
+    config: ConfigFile = None,
+    model: Annotated[Path | None, flag("model", "Checkpoint folder; else a small random model, written once.")] = None,
+    served_model_name: ServedName = None,
+    prefill: Annotated[int, flag("prefill", "Prefill workers.", min=1)] = 1,
+    decode: Annotated[int, flag("decode", "Decode workers.", min=1)] = 1,
+    host: Host = "127.0.0.1",
+    port: HttpPort = 8000,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    kv_layout: KvLayout = "v4",
+    kv_memory: KvMemory = "512MiB",  # type: ignore[assignment]
+    max_requests: MaxRequests = 64,
+    max_context: MaxContext = 0,
+    threads: Threads = 1,
+    transport: Transport = "nixl",
+    redis: Annotated[str | None, flag("redis", "URL of a running Redis; else one is started and stopped.")] = None,
+    cluster: Cluster = "default",
+    home: Home = None,
+    log_level: LogLevel = "info",
+    ready_timeout_s: Annotated[float, flag("ready-timeout-s", "Give up when not ready by then.", min=1)] = 300.0,
+    grace_s: Annotated[float, flag("grace-s", "What each tier gets to finish before it is killed.", min=0)] = 10.0,
+    detach: Annotated[bool, flag("detach", "Return once ready; `penumbra down` stops it.", switch=True)] = False,
+) -> int:
+    """Run a whole cluster: Redis, a router, prefill and decode workers."""
+    from rich.console import Console
+
+    from deploy import local
+
+    shared = ("--log-level", log_level, *(("--config", str(config)) if config else ()))
+    settings = local.ClusterConfig(
+        cluster=cluster,
+        home=home,
+        model=model,
+        served_model_name=served_model_name,
+        prefill=prefill,
+        decode=decode,
+        host=host,
+        port=port,
+        redis=redis,
+        worker_flags=(
+            *("--device", device, "--dtype", dtype, "--kv-layout", kv_layout, "--kv-memory", str(kv_memory)),
+            *("--max-requests", str(max_requests), "--max-context", str(max_context), "--transport", transport),
+            *shared,
+        ),
+        router_flags=shared,
+        threads=threads,
+        ready_timeout_s=ready_timeout_s,
+        grace_s=grace_s,
+    )
+    if detach:
+        # The same words once more; of two contradicting switches the last one counts.
+        return local.start_detached(settings, (*context.obj, "--no-detach"), Console())
+    return local.run(settings, Console())
+
+
+@app.command()
+def down(cluster: Cluster = "default", home: Home = None, config: ConfigFile = None) -> int:
+    """Stop a cluster that `penumbra up` started, wherever it runs on this machine."""
+    from deploy import local
+
+    killed = local.stop(local.cluster_folder(home, cluster))
+    if killed is None:
+        print(f"the cluster '{cluster}' is not up")
+    elif killed:
+        print(f"stopped; these did not stop by themselves and were killed: {', '.join(killed)}")
+    else:
+        print("stopped")
+    return 0
+
+
+@app.command()
+def status(cluster: Cluster = "default", home: Home = None, config: ConfigFile = None) -> int:
+    """Who is alive and what each holds. Exit code 3 when the cluster is not up, 1 when a part of it is dead."""
+    from rich.console import Console
+
+    from deploy import local
+
+    return local.show_status(local.cluster_folder(home, cluster), cluster, Console())
+
+
+# Single services, as the container images run them.
+
+
+@app.command()
+def router(
+    model: Model,
+    redis: RedisUrl,
+    config: ConfigFile = None,
+    served_model_name: ServedName = None,
+    host: Host = "127.0.0.1",
+    port: HttpPort = 8000,
+    log_level: LogLevel = "info",
+) -> int:
+    """Run the router: HTTP in, tokens out. Needs the checkpoint's tokenizer and config, not its weights."""
+    from router.config import RouterConfig
+    from router.process import run
+
+    return run(
+        RouterConfig(
+            model=model,
+            served_model_names=(served_model_name or model.resolve().name,),
+            host=host,
+            port=port,
+            redis_url=redis,
+            log_level=log_level,
+        )
+    )
+
+
+@app.command()
+def prefill(
+    model: Model,
+    redis: RedisUrl,
+    config: ConfigFile = None,
+    worker_id: WorkerId = None,
+    host: Host = "127.0.0.1",
+    port: GrpcPort = 50051,
+    http_port: WorkerHttpPort = 50052,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    kv_layout: KvLayout = "v4",
+    kv_memory: KvMemory = "512MiB",  # type: ignore[assignment]
+    max_requests: MaxRequests = 64,
+    max_context: MaxContext = 0,
+    threads: Threads = 1,
+    transport: Transport = "nixl",
+    log_level: LogLevel = "info",
+) -> int:
+    """Run a prefill worker: reads prompts, offers their KV pages."""
+    from engine.config import EngineConfig
+    from prefill_worker.config import PrefillConfig
+    from prefill_worker.process import run
+
+    return run(
+        PrefillConfig(
+            engine=EngineConfig(
+                model=model,
+                device=device,
+                dtype=dtype,
+                kv_layout=kv_layout,
+                kv_memory_bytes=kv_memory,
+                max_requests=max_requests,
+                max_context=max_context,
+                threads=threads,
+            ),
+            host=host,
+            port=port,
+            http_port=http_port,
+            redis_url=redis,
+            worker_id=worker_id or _made_up_name("prefill"),
+            transport=transport,
+            log_level=log_level,
+        )
+    )
+
+
+@app.command()
+def decode(
+    model: Model,
+    redis: RedisUrl,
+    config: ConfigFile = None,
+    worker_id: WorkerId = None,
+    host: Host = "127.0.0.1",
+    port: GrpcPort = 50051,
+    http_port: WorkerHttpPort = 50052,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    kv_layout: KvLayout = "v4",
+    kv_memory: KvMemory = "512MiB",  # type: ignore[assignment]
+    max_requests: MaxRequests = 64,
+    max_context: MaxContext = 0,
+    threads: Threads = 1,
+    transport: Transport = "nixl",
+    log_level: LogLevel = "info",
+) -> int:
+    """Run a decode worker: pulls pages, draws tokens."""
+    from decode_worker.config import DecodeConfig
+    from decode_worker.process import run
+    from engine.config import EngineConfig
+
+    return run(
+        DecodeConfig(
+            engine=EngineConfig(
+                model=model,
+                device=device,
+                dtype=dtype,
+                kv_layout=kv_layout,
+                kv_memory_bytes=kv_memory,
+                max_requests=max_requests,
+                max_context=max_context,
+                threads=threads,
+            ),
+            host=host,
+            port=port,
+            http_port=http_port,
+            redis_url=redis,
+            worker_id=worker_id or _made_up_name("decode"),
+            transport=transport,
+            log_level=log_level,
+        )
+    )
+
+
+def _made_up_name(role: str) -> str:
+    import secrets
+
+    return f"{role}-{secrets.token_hex(4)}"
+
+
+# Checkpoints.
+
+
+@model_app.command()
+def tiny(
+    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.", show_default=False)],
+    seed: Annotated[int, flag("seed", "The same seed writes the same bytes.")] = 0,
+    layers: Annotated[str | None, flag("layers", "Compress ratio of each layer, such as 0,4,128,4.")] = None,
+    hidden: Annotated[int, flag("hidden", "Hidden size.", min=1)] = 256,
+    heads: Annotated[int, flag("heads", "Query heads.", min=1)] = 4,
+    index_heads: Annotated[int, flag("index-heads", "Heads of the indexer.", min=1)] = 4,
+    experts: Annotated[int, flag("experts", "Routed experts.", min=1)] = 16,
+    hash_layers: Annotated[int | None, flag("hash-layers", "First layers that route by token id.", min=0)] = None,
+    vocab: Annotated[int | None, flag("vocab", "Vocabulary size; else what the tokenizer needs.", min=1)] = None,
+    like: Annotated[
+        Literal["flash", "pro"] | None, flag("like", "Take the layer pattern and top-k of this DeepSeek-V4.")
+    ] = None,
+    config: ConfigFile = None,
+) -> int:
+    """Write a small random checkpoint in the official DeepSeek-V4 layout."""
+    from engine.model.tiny import write_tiny
+
+    written = write_tiny(
+        out,
+        seed=seed,
+        layers=_integers("--layers", layers, "0,4,128,4") if layers else None,
+        hidden=hidden,
+        heads=heads,
+        index_heads=index_heads,
+        experts=experts,
+        hash_layers=hash_layers,
+        vocab=vocab,
+        like=like,
+    )
+    print(written)
+    return 0
+
+
+@model_app.command("inspect")
+def inspect_model(
+    directory: Annotated[Path, typer.Argument(help="Checkpoint folder.", show_default=False)],
+    config: ConfigFile = None,
+) -> int:
+    """Geometry, bytes per token, what fits on which GPU, what is missing or corrupt. Exit code 78 for problems."""
+    from rich.console import Console
+
+    from engine.model.inspect import inspect, render
+
+    found = inspect(directory)
+    Console().print(render(found))
+    return ConfigError.exit_code if found.problems else 0
+
+
+@config_app.command(
+    "dump", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def dump_config(
+    context: typer.Context,
+    command: Annotated[str, typer.Argument(help="The command, followed by its flags.")] = "up",
+) -> int:
+    """Print the effective value of every flag of a command and where it came from, as a config file."""
+    commands = context.find_root().command.commands  # type: ignore[attr-defined]
+    target = commands.get(command)
+    if target is None or hasattr(target, "commands"):
+        names = ", ".join(name for name, known in commands.items() if not hasattr(known, "commands"))
+        raise typer.BadParameter(f"'{command}' is no command with flags of its own; choose from {names}")
+    with target.make_context(command, list(context.args), parent=context.find_root(), resilient_parsing=False) as inner:
+        print(dump(effective(inner)))
+    return 0
+
+
+# Benchmarks.
+
+
+@bench_app.command("transfer")
+def bench_transfer(config: ConfigFile = None) -> int:
+    """NIXL GB/s of our page batches beside a contiguous NIXL read and memcpy, in one run."""
+    from bench.transfer import run
+
+    run()
+    return 0
+
+
+@bench_app.command("engine")
+def bench_engine(
+    lengths: Annotated[str, flag("lengths", "Prompt lengths in tokens.")] = "1024,4096,16384,65536",
+    decode_tokens: Annotated[int, flag("decode-tokens", "Tokens to decode after each prompt.", min=1)] = 32,
+    threads: Threads = 2,
+    kv_layout: KvLayout = "v4",
+    config: ConfigFile = None,
+) -> int:
+    """Prefill and decode tokens/s beside transformers: same checkpoint, same threads, one run."""
+    from bench.engine import run
+
+    run(
+        lengths=_integers("--lengths", lengths, "1024,4096"),
+        decode_tokens=decode_tokens,
+        threads=threads,
+        layout=kv_layout,
+    )
+    return 0
+
+
+def _integers(name: str, text: str, example: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"{name} is '{text}'; write whole numbers with commas between them: {example}.") from error
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The console script. Exits 78 with one line when a configuration or a checkpoint can not run."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = app(args=words, prog_name="penumbra", standalone_mode=False, obj=words)
+    except typer.BadParameter as error:
+        code = _bad_value(error)
+    except typer.TyperException as error:
+        error.show()  # type: ignore[attr-defined]
+        code = error.exit_code
+    except typer.Abort:
+        code = 130
+    except ConfigError as error:
+        code = _complain(str(error), ConfigError.exit_code)
+    except PenumbraError as error:
+        code = _complain(str(error), 1)
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code or 0)
+
+
+def _bad_value(error: typer.BadParameter) -> int:
+    """A wrong word on the command line is a matter of usage (2); from elsewhere it is a bad configuration (78)."""
+    context, parameter = error.ctx, error.param
+    if context is not None and parameter is not None and parameter.name is not None:
+        source = context.get_parameter_source(parameter.name)
+        if source is not None and source.name == "ENVIRONMENT":
+            return _complain(f"{variable(parameter.name)}: {error.message}", ConfigError.exit_code)
+        if source is not None and source.name == "DEFAULT_MAP":
+            file = context.params.get("config")
+            return _complain(f"{file}: {parameter.name}: {error.message}", ConfigError.exit_code)
+    error.show()
+    return error.exit_code
+
+
+def _complain(text: str, code: int) -> int:
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,537 @@
+"""A whole cluster as processes of this machine: Redis, one router, N prefill and M decode workers.
+
+`run` stays in front of them until Ctrl-C, SIGTERM or the death of one, and leaves none behind; even SIGKILL takes
+them along (deploy/tether.py). A state file in the cluster's folder says what runs, for `stop` and `status`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+from rich.console import Console
+from rich.status import Status
+from rich.text import Text
+
+import engine
+from deploy.redis import EmbeddedRedis, free_port
+from deploy.supervisor import Child, ChildSpec, Supervisor
+from wire.errors import ConfigError
+
+BUNDLED_MODEL = "penumbra-nano"
+"""What the bundled model is called in the API."""
+
+BUNDLED_RECIPE: Mapping[str, object] = {
+    "seed": 0,
+    "layers": (0, 0, 4, 128, 4, 128),
+    "hidden": 256,
+    "heads": 4,
+    "index_heads": 4,
+    "experts": 16,
+}
+"""Arguments of `engine.model.tiny.write_tiny`. Its other defaults keep pages as in production: head 512, window 128."""
+
+PACKAGES = os.pathsep.join(filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH"))))
+"""Children import the packages this process imports, installed or not."""
+
+COLOURS = {"router": "cyan", "prefill": "green", "decode": "magenta", "redis": "yellow", "penumbra": "bold"}
+LOAD_COLUMNS = ("running", "waiting", "queued_tokens", "free_tokens", "total_tokens")
+"""What `status` shows of a worker's record."""
+POLL_S = 0.2
+REDIS_RESTART_S = 1.0
+"""Between two tries to replace an embedded Redis that died; streams go on without it meanwhile."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """What `penumbra up` was asked for. Sizes in bytes, times in seconds."""
+
+    cluster: str = "default"
+    home: Path | None = None
+    model: Path | None = None  # None: the bundled random model, generated once
+    served_model_name: str | None = None
+    prefill: int = 1
+    decode: int = 1
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: any free one
+    redis: str | None = None  # None: an embedded server
+    worker_flags: tuple[str, ...] = ()  # passed to every worker as they are
+    router_flags: tuple[str, ...] = ()
+    threads: int = 1
+    ready_timeout_s: float = 300.0
+    grace_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if min(self.prefill, self.decode) < 1:
+            raise ConfigError(
+                f"A cluster needs at least one worker of each kind, not {self.prefill} prefill and {self.decode} "
+                "decode: a prompt is read by one and answered by the other."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """A process of a cluster. `started` tells it from a later one that was given the same pid."""
+
+    name: str
+    pid: int
+    started: float  # seconds since the epoch, as the kernel tells it
+    log: str
+
+    def process(self) -> psutil.Process | None:
+        """The process, or None when it is gone, whoever holds its pid now."""
+        try:
+            process = psutil.Process(self.pid)
+            # The kernel counts in ticks of 10 ms; a recycled pid is never that close.
+            if abs(process.create_time() - self.started) < 0.05 and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+        except psutil.NoSuchProcess:
+            pass
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterState:
+    """The state file: what one supervisor runs."""
+
+    cluster: str
+    url: str
+    model: str
+    ready: bool
+    supervisor: Member
+    members: tuple[Member, ...] = field(default=())
+
+    def save(self, folder: Path) -> None:
+        draft = folder / "state.json.new"
+        draft.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        draft.replace(folder / "state.json")
+
+    @classmethod
+    def load(cls, folder: Path) -> ClusterState | None:
+        """None when no cluster was left running here. Raises ConfigError when the file is not ours."""
+        path = folder / "state.json"
+        try:
+            data = json.loads(path.read_text())
+            data["supervisor"] = Member(**data["supervisor"])
+            data["members"] = tuple(Member(**member) for member in data["members"])
+            return cls(**data)
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(
+                f"{path} is not a state file of this version ({error}). Stop what it names by hand, then delete it."
+            ) from error
+
+
+def cluster_folder(home: Path | None, cluster: str) -> Path:
+    """Where a cluster keeps its logs and its state file."""
+    if not cluster.replace("-", "").replace("_", "").isalnum():
+        raise ConfigError(f"'{cluster}' can not name a cluster: use letters, digits, '-' and '_'.")
+    base = home / "clusters" if home else Path.home() / ".local" / "state" / "penumbra"
+    return base / cluster
+
+
+def models_folder(home: Path | None) -> Path:
+    return home / "models" if home else Path.home() / ".cache" / "penumbra" / "models"
+
+
+def run(config: ClusterConfig, console: Console) -> int:
+    """Start the cluster and stay until it is told to stop. -> exit code.
+
+    Raises ConfigError for what can be refused before anything starts.
+    """
+    folder = cluster_folder(config.home, config.cluster)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_one(folder, config.cluster), _Stop() as stop:
+        return _Cluster(config, folder, console, stop).run()
+
+
+def start_detached(config: ClusterConfig, arguments: tuple[str, ...], console: Console) -> int:
+    """Run `penumbra *arguments`, which must be `up` in the foreground, in a session of its own; return when ready."""
+    folder = cluster_folder(config.home, config.cluster)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_one(folder, config.cluster):
+        (folder / "state.json").unlink(missing_ok=True)
+    log = folder / "penumbra.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            _penumbra(*arguments),
+            env={**os.environ, **_environment(1)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + config.ready_timeout_s + 30
+    with console.status("starting"):
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+                console.print("\n".join(lines[-15:]), markup=False, highlight=False, soft_wrap=True)
+                return process.returncode or 1
+            state = ClusterState.load(folder)
+            if state is not None and state.ready and state.supervisor.pid == process.pid:
+                console.print(ready_line(state), markup=False, highlight=False, soft_wrap=True)
+                return 0
+            time.sleep(POLL_S)
+    process.terminate()
+    raise ConfigError(f"The cluster was not ready in {config.ready_timeout_s:g} s; see {log}.")
+
+
+def stop(folder: Path, *, timeout_s: float = 60.0) -> list[str] | None:
+    """Stop the cluster of `folder`. -> names of processes that had to be killed, None when nothing was running."""
+    state = ClusterState.load(folder)
+    if state is None:
+        return None
+    killed = []
+    found = [(member, process) for member in (state.supervisor, *state.members) if (process := member.process())]
+    if supervisor := state.supervisor.process():
+        supervisor.terminate()  # it stops the others in order
+        with contextlib.suppress(psutil.TimeoutExpired):
+            supervisor.wait(timeout_s)
+    for member, process in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if member.process():
+                process.kill()
+                killed.append(member.name)
+    psutil.wait_procs([process for _, process in found], timeout=5.0)
+    (folder / "state.json").unlink(missing_ok=True)
+    return killed if found else None
+
+
+def fetch_json(url: str, timeout_s: float = 1.0) -> Any:
+    """The JSON behind a local URL, or None when it does not answer 200 in time."""
+    try:
+        with urllib.request.urlopen(url, timeout=timeout_s) as answer:
+            return json.loads(answer.read() or b"null")
+    except (OSError, ValueError):
+        return None
+
+
+def ready_line(state: ClusterState) -> str:
+    body = json.dumps({"model": state.model, "prompt": "Once upon a time", "max_tokens": 32, "stream": True})
+    return f"ready: curl -N {state.url}/v1/completions -H 'content-type: application/json' -d {shlex.quote(body)}"
+
+
+def show_status(folder: Path, cluster: str, console: Console) -> int:
+    """Print who is alive and what each holds. -> 0, or 1 when a part is dead, or 3 when the cluster is not up."""
+    from rich.table import Table
+
+    state = ClusterState.load(folder)
+    if state is None or state.supervisor.process() is None:
+        console.print(f"the cluster '{cluster}' is not up")
+        return 3
+    held = _loads(state.url)
+    table = Table("process", "pid", "state", "memory MB", "up s", *LOAD_COLUMNS)
+    dead = 0
+    resident_bytes = 0
+    for member in (state.supervisor, *state.members):
+        process = member.process()
+        dead += process is None
+        cells = ["dead", "", ""]
+        if process is not None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                memory = process.memory_info().rss
+                resident_bytes += memory
+                cells = ["alive", f"{memory / 1e6:.0f}", f"{time.time() - member.started:.0f}"]
+        load = held.get(member.name, {})
+        table.add_row(member.name, str(member.pid), *cells, *(str(load.get(name, "")) for name in LOAD_COLUMNS))
+    console.print(table)
+    ready = "ready" if fetch_json(f"{state.url}/readiness") is not None else "NOT READY"
+    console.print(f"{state.url} {ready}, {resident_bytes / 1e6:.0f} MB resident in all", highlight=False)
+    return 1 if dead else 0
+
+
+def _loads(url: str) -> dict[str, dict[str, Any]]:
+    """Worker id -> what the router knows of its load; empty while the router does not answer."""
+    found = fetch_json(f"{url}/workers")
+    workers = found.get("workers") if isinstance(found, dict) else found
+    if not isinstance(workers, list):
+        return {}
+    return {str(worker.get("worker_id")): worker for worker in workers if isinstance(worker, dict)}
+
+
+class _Stop:
+    """SIGINT, SIGTERM and SIGHUP, as flags: the first asks for an orderly stop, one more for an immediate one."""
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self.count = 0
+
+    def __enter__(self) -> _Stop:
+        self._before = {number: signal.signal(number, self._on_signal) for number in self.NUMBERS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, *_: object) -> None:
+        self.count += 1
+        self._event.set()
+
+    @property
+    def asked(self) -> bool:
+        return self.count > 0
+
+    def wait(self, timeout_s: float) -> bool:
+        return self._event.wait(timeout_s)
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path, cluster: str) -> Iterator[None]:
+    """Hold the cluster's name. The kernel lets go of the lock whichever way this process ends."""
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"The cluster '{cluster}' is already up. Stop it with `penumbra down --cluster {cluster}`, "
+                "or give this one another name with --cluster."
+            ) from error
+        yield
+
+
+class _Cluster:
+    """One run of a cluster, in the thread that called `run`."""
+
+    def __init__(self, config: ClusterConfig, folder: Path, console: Console, stop: _Stop) -> None:
+        self._config = config
+        self._folder = folder
+        self._console = console
+        self._stop = stop
+        self._port = config.port or free_port()
+        self._redis: EmbeddedRedis | None = None
+        self._redis_retry_at = 0.0
+        self._served = config.served_model_name or (config.model.name if config.model else BUNDLED_MODEL)
+
+    @property
+    def _url(self) -> str:
+        host = "127.0.0.1" if self._config.host in ("0.0.0.0", "::") else self._config.host
+        return f"http://{host}:{self._port}"
+
+    def run(self) -> int:
+        began = time.monotonic()
+        self._require_free_port()
+        with contextlib.ExitStack() as stack:
+            stack.callback((self._folder / "state.json").unlink, missing_ok=True)
+            logs = self._folder / "logs"
+            logs.mkdir(exist_ok=True)
+            status = stack.enter_context(self._console.status("starting"))
+            model = self._config.model or self._bundled_model(status)
+            if self._stop.asked:
+                return 0
+            redis_url = self._config.redis
+            if redis_url is None:
+                self._redis = stack.enter_context(EmbeddedRedis(log=logs / "redis.log"))
+                redis_url = self._redis.url
+            supervisor = Supervisor(log_dir=logs, echo=self._echo, grace_s=self._config.grace_s)
+            # Redis was entered first and leaves last: draining workers still take themselves off the registry.
+            stack.callback(self._stop_children, supervisor)
+            prefill = self._workers("prefill", self._config.prefill, model, redis_url)
+            decode = self._workers("decode", self._config.decode, model, redis_url)
+            supervisor.start(prefill)
+            supervisor.start(decode)
+            supervisor.start([self._router(model, redis_url)])
+            self._save(supervisor, ready=False)
+            code = self._until_ready(supervisor, status, began)
+            if code is None:
+                self._save(supervisor, ready=True)
+                status.stop()
+                state = self._state(supervisor, ready=True)
+                self._say(f"{ready_line(state)}", style="bold green")
+                self._say(f"took {time.monotonic() - began:.1f} s; logs in {logs}; Ctrl-C stops everything")
+                code = self._until_stopped(supervisor)
+            status.update("stopping")
+            return code
+
+    def _until_ready(self, supervisor: Supervisor, status: Status, began: float) -> int | None:
+        """None once the router says ready, else the exit code."""
+        shown = ""
+        wanted = self._config.prefill + self._config.decode
+        while not self._stop.wait(POLL_S):
+            if (code := self._watch(supervisor)) is not None:
+                return code
+            if fetch_json(f"{self._url}/liveness") is None:
+                text = "starting the router and the workers"
+            else:
+                known = len(_loads(self._url))
+                if known >= wanted and fetch_json(f"{self._url}/readiness") is not None:
+                    return None
+                text = f"the router is up; {known} of {wanted} workers have registered"
+            status.update(f"{text} ({time.monotonic() - began:.0f} s)")
+            if text != shown and not self._console.is_terminal:
+                self._say(text)
+            shown = text
+            if time.monotonic() - began > self._config.ready_timeout_s:
+                self._say(
+                    f"not ready after {self._config.ready_timeout_s:g} s: {text}. The logs are in "
+                    f"{self._folder / 'logs'}; raise --ready-timeout-s on a slow machine.",
+                    style="bold red",
+                )
+                return 1
+        return 0
+
+    def _until_stopped(self, supervisor: Supervisor) -> int:
+        while not self._stop.wait(POLL_S):
+            if (code := self._watch(supervisor)) is not None:
+                return code
+        return 0
+
+    def _watch(self, supervisor: Supervisor) -> int | None:
+        """The exit code once a process of the cluster has died; a dead embedded Redis is replaced instead."""
+        if (child := supervisor.dead()) is not None:
+            return self._report(child)
+        if self._redis is not None and not self._redis.alive and time.monotonic() >= self._redis_retry_at:
+            self._redis_retry_at = time.monotonic() + REDIS_RESTART_S
+            self._say("the embedded Redis died: starting an empty one on its port; workers register by themselves")
+            try:
+                self._redis.restart()
+                self._save(supervisor, ready=True)
+            except ConfigError as error:
+                self._say(str(error), style="bold red")
+        return None
+
+    def _report(self, child: Child) -> int:
+        code = child.exit_code
+        assert code is not None
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        self._say(f"{child.name} ended by itself with {how}; its last lines:", style="bold red")
+        for line in child.tail():
+            self._say(f"  {line}")
+        self._say(f"stopping the others; the whole log is {child.log}", style="bold red")
+        return ConfigError.exit_code if code == ConfigError.exit_code else 1
+
+    def _stop_children(self, supervisor: Supervisor) -> None:
+        asked = self._stop.count
+        killed = supervisor.stop(hurry=lambda: self._stop.count > asked)
+        if killed:
+            self._say(f"killed after {self._config.grace_s:g} s of grace: {', '.join(killed)}", style="bold red")
+
+    # What runs.
+
+    def _router(self, model: Path, redis_url: str) -> ChildSpec:
+        config = self._config
+        command = _penumbra(
+            "router",
+            *("--model", str(model), "--served-model-name", self._served, "--redis", redis_url),
+            *("--host", config.host, "--port", str(self._port), *config.router_flags),
+        )
+        return ChildSpec(name="router", command=command, env=_environment(1))
+
+    def _workers(self, role: Literal["prefill", "decode"], count: int, model: Path, redis_url: str) -> list[ChildSpec]:
+        return [
+            ChildSpec(
+                name=f"{role}-{index}",
+                command=_penumbra(
+                    role,
+                    *("--model", str(model), "--redis", redis_url, "--worker-id", f"{role}-{index}"),
+                    *("--host", "127.0.0.1", "--port", "0", "--http-port", "0"),
+                    *("--threads", str(self._config.threads), *self._config.worker_flags),
+                ),
+                env=_environment(self._config.threads),
+            )
+            for index in range(count)
+        ]
+
+    def _bundled_model(self, status: Status) -> Path:
+        """The bundled checkpoint's folder, generated the first time."""
+        # The writer is part of the recipe: a change of it must not leave an old checkpoint in use.
+        writer_folder = Path(engine.__file__).parent / "model"
+        sources = b"".join((writer_folder / name).read_bytes() for name in ("tiny.py", "survey.py"))
+        digest = hashlib.sha256(json.dumps(BUNDLED_RECIPE).encode() + sources)
+        folder = models_folder(self._config.home) / f"nano-random-{digest.hexdigest()[:12]}"
+        if (folder / "config.json").exists():
+            return folder
+        status.update("writing the bundled random model (once)")
+        self._say(f"writing the bundled random model to {folder} (once)")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write = (
+            "import json, sys, pathlib; from engine.model.tiny import write_tiny; "
+            "write_tiny(pathlib.Path(sys.argv[1]), **json.loads(sys.argv[2]))"
+        )
+        command = (sys.executable, "-P", "-c", write, str(folder), json.dumps(BUNDLED_RECIPE))
+        # In a process of its own: this one stays small for as long as the cluster runs.
+        log = self._folder / "logs"
+        with Supervisor(log_dir=log, echo=self._echo, grace_s=1.0) as writer:
+            (child,) = writer.start([ChildSpec(name="model", command=command, env=_environment(1))])
+            while not child.wait(0.0):
+                if self._stop.wait(POLL_S):
+                    return folder
+            if child.exit_code != 0:
+                raise ConfigError("The bundled model was not written: " + " / ".join(child.tail()))
+        return folder
+
+    # What is told.
+
+    def _state(self, supervisor: Supervisor, *, ready: bool) -> ClusterState:
+        logs = self._folder / "logs"
+        members = [Member(name=c.name, pid=c.pid, started=c.started, log=str(c.log)) for c in supervisor.children]
+        if self._redis is not None and self._redis.alive:
+            pid = self._redis.pid
+            started = psutil.Process(pid).create_time()
+            members.append(Member(name="redis", pid=pid, started=started, log=str(logs / "redis.log")))
+        own = psutil.Process()
+        return ClusterState(
+            cluster=self._config.cluster,
+            url=self._url,
+            model=self._served,
+            ready=ready,
+            supervisor=Member(
+                name="supervisor", pid=own.pid, started=own.create_time(), log=str(self._folder / "penumbra.log")
+            ),
+            members=tuple(members),
+        )
+
+    def _save(self, supervisor: Supervisor, *, ready: bool) -> None:
+        self._state(supervisor, ready=ready).save(self._folder)
+
+    def _require_free_port(self) -> None:
+        with socket.socket(socket.AF_INET6 if ":" in self._config.host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self._config.host, self._port))
+            except OSError as error:
+                reason = "it is in use" if error.errno == errno.EADDRINUSE else error.strerror
+                raise ConfigError(
+                    f"Cannot listen on {self._config.host}:{self._port}: {reason}. Choose another with --port, "
+                    "or let --port 0 find a free one."
+                ) from error
+
+    def _echo(self, name: str, line: str) -> None:
+        style = COLOURS.get(name.partition("-")[0], "")
+        self._console.print(Text.assemble((f"{name:>10} ", style), ("| ", "dim"), line), soft_wrap=True)
+
+    def _say(self, text: str, style: str = "") -> None:
+        self._console.print(Text(text, style=style), soft_wrap=True)
+
+
+def _penumbra(*arguments: str) -> tuple[str, ...]:
+    """`penumbra` under this very interpreter. -P: a folder named cli where the user stands is not ours."""
+    return (sys.executable, "-P", "-m", "cli", *arguments)
+
+
+def _environment(count: int) -> dict[str, str]:
+    """Every library's own idea of a thread pool, set before it is loaded, as N workers share this machine."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+    return {**dict.fromkeys(names, str(count)), "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": PACKAGES}

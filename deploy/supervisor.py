@@ -1,0 +1,170 @@
+"""Child processes with an owner: started tethered, watched, logged, stopped in order.
+
+Knows processes, not Penumbra; `deploy/local.py` says which ones make a cluster.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from wire.errors import ConfigError
+
+TAIL_LINES = 12
+"""Last lines of a child kept for the report of its death."""
+
+Echo = Callable[[str, str], None]
+"""Called with (child, line) for every line a child writes, on that child's own reader thread."""
+
+
+def tethered(command: Sequence[str]) -> list[str]:
+    """`command`, changed so that the kernel kills it when this process dies."""
+    script = str(Path(__file__).with_name("tether.py"))
+    return [sys.executable, "-I", "-S", script, str(os.getpid()), *command]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChildSpec:
+    """A process to start. `env` is laid over this process's own environment."""
+
+    name: str
+    command: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+class Child:
+    """A running child in a process group of its own; what it writes goes to its log file and to `echo`."""
+
+    def __init__(self, spec: ChildSpec, *, log: Path, echo: Echo) -> None:
+        self.name = spec.name
+        self.log = log
+        self._echo = echo
+        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
+        try:
+            self._process = subprocess.Popen(
+                tethered(spec.command),
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **spec.env},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                process_group=0,  # a Ctrl-C at the terminal is for the supervisor, which then stops us in order
+            )
+        except OSError as error:
+            raise ConfigError(f"Cannot start {spec.name}: {error}.") from error
+        self.started = psutil.Process(self._process.pid).create_time()
+        self._reader = threading.Thread(target=self._read, name=f"log-{spec.name}", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs; minus the signal's number when a signal ended it."""
+        return self._process.poll()
+
+    def tail(self) -> list[str]:
+        """The last lines it wrote; complete once it has ended."""
+        if self.exit_code is not None:
+            self._reader.join(1.0)
+        return list(self._tail)
+
+    def send(self, number: signal.Signals) -> None:
+        if self.exit_code is None:
+            self._process.send_signal(number)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it has ended, waiting at most `timeout_s`."""
+        try:
+            self._process.wait(max(timeout_s, 0.0))
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Let go of a child that has ended."""
+        # A grandchild may still hold the pipe; what it writes is nobody's business any more.
+        self._reader.join(1.0)
+        if not self._reader.is_alive() and self._process.stdout is not None:
+            self._process.stdout.close()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self.log.open("ab", buffering=0) as log:
+            for raw in self._process.stdout:
+                log.write(raw)
+                line = raw.decode("utf-8", "replace").rstrip("\r\n")
+                self._tail.append(line)
+                self._echo(self.name, line)
+
+
+class Supervisor:
+    """Children in tiers, held by a `with`. Tiers stop in the reverse of the order they started in.
+
+    Every call belongs on the thread that made the supervisor: children die with the thread that started them.
+    """
+
+    def __init__(self, *, log_dir: Path, echo: Echo, grace_s: float = 10.0) -> None:
+        """grace_s: what one tier gets between SIGTERM and SIGKILL."""
+        self._log_dir = log_dir
+        self._echo = echo
+        self._grace_s = grace_s
+        self._tiers: list[list[Child]] = []
+
+    def __enter__(self) -> Supervisor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def children(self) -> list[Child]:
+        return [child for tier in self._tiers for child in tier]
+
+    def start(self, specs: Sequence[ChildSpec]) -> list[Child]:
+        """Start one tier. Its earlier logs are replaced."""
+        tier: list[Child] = []
+        self._tiers.append(tier)  # first, so that a start that fails half-way leaves nothing behind
+        for spec in specs:
+            log = self._log_dir / f"{spec.name}.log"
+            log.unlink(missing_ok=True)
+            tier.append(Child(spec, log=log, echo=self._echo))
+        return tier
+
+    def dead(self) -> Child | None:
+        """A child that has ended by itself, if any."""
+        return next((child for child in self.children if child.exit_code is not None), None)
+
+    def stop(self, *, hurry: Callable[[], bool] = lambda: False) -> list[str]:
+        """Stop everything; returns the names that had to be killed. `hurry` turning true ends every grace."""
+        killed: list[str] = []
+        while self._tiers:
+            tier = self._tiers[-1]
+            for child in tier:
+                child.send(signal.SIGTERM)
+            deadline = time.monotonic() + self._grace_s
+            for child in tier:
+                while not child.wait(min(0.1, deadline - time.monotonic())):
+                    if hurry() or time.monotonic() >= deadline:
+                        killed.append(child.name)
+                        child.send(signal.SIGKILL)
+                        child.wait(5.0)  # the kernel ends it; an unkillable one (state D) must not hold us for ever
+                        break
+            for child in tier:
+                child.close()
+            self._tiers.pop()
+        return killed
