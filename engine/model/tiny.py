@@ -288,12 +288,9 @@ class _Weights:
         """The tensor, and its scale with it where it has one."""
         spec, shape = table[name], table[name].shape
         base = name.removesuffix(".weight")
-        if spec.dtype == "I8":
-            gain = 1.0 if base.endswith(".w2") else 1.5
-            codes, scale = quantise_mxfp4(self.linear(name, (shape[0], shape[1] * 2), gain))
-            return {name: codes, f"{base}.scale": scale}
-        if spec.dtype == "F8_E4M3":
-            codes, scale = quantise_fp8(self.linear(name, (shape[0], shape[1])))
+        if spec.dtype in ("I8", "F8_E4M3"):
+            weight = self.linear(name, (shape[0], spec.num_weights // shape[0]), _gain(base))
+            codes, scale = quantise_mxfp4(weight) if spec.dtype == "I8" else quantise_fp8(weight)
             return {name: codes, f"{base}.scale": scale}
         if spec.dtype == "I64":
             # A different set of distinct experts for each token id.
@@ -305,15 +302,12 @@ class _Weights:
     def bfloat16(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name == "embed.weight":
             return self.normal(name, shape, 1.0)
-        if name == "head.weight":
-            return self.linear(name, (shape[0], shape[1]), 2.5)  # softmax over these is a choice, not a coin toss
         if name.endswith(("attn.kv_norm.weight", "attn.compressor.norm.weight")):
             # Keys and values at once. Longer than 1 so that attention prefers some keys clearly.
             return self.normal(name, shape, 0.2, 1.5)
         if name.endswith("norm.weight"):
             return self.normal(name, shape, 0.2, 1.0)
-        gain = 1.5 if name.endswith(("wgate.weight", "gate.weight")) else 1.0
-        return self.linear(name, (shape[0], shape[1]), gain)
+        return self.linear(name, (shape[0], shape[1]), _gain(name.removesuffix(".weight")))
 
     def float32(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name.endswith("_fn"):
@@ -327,6 +321,17 @@ class _Weights:
         if name.endswith("gate.bias"):
             return self.normal(name, shape, 0.1)
         return self.normal(name, shape, 1.0)  # ape
+
+
+def _gain(matrix: str) -> float:
+    """Output size of a linear for inputs of size 1, so that attention and experts move the streams alike."""
+    if matrix == "head":
+        return 2.5  # the softmax over these is a choice, not a coin toss
+    if matrix.endswith(".wo_b"):
+        return 2.0  # attention averages its values, which shrinks them
+    if ".ffn." in matrix:
+        return 0.5 if matrix.endswith(".w2") else 1.5  # the two factors of silu(w1 x) * w3 x; their product; the gate
+    return 1.5 if matrix.endswith(".wgate") else 1.0
 
 
 def _write_shards(directory: Path, weights: _Weights, table: dict[str, TensorSpec]) -> None:
