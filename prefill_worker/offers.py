@@ -1,0 +1,91 @@
+"""What one prompt offers its reader: finished pages after each chunk; the window, the open rows and the tail
+last.
+
+Compressed rows of whole pages never change again, so they may travel while later chunks are computed. The
+last, ragged page, the window pages and the request's own C128 rows are only right at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from typing import Protocol
+
+from engine.batch import Sequence
+from engine.cache.pools import PageAllocator, state_item
+from engine.window import first_window_page, num_pages
+from wire.types import PAGE_TOKENS, PageClass, PageGroup, RegionClass, Tail, TokenEvent
+
+
+class Pools(Protocol):
+    """What the prefill core needs of `engine.cache.pools.KvPools`."""
+
+    full: PageAllocator
+    swa: PageAllocator
+    slots: PageAllocator
+    classes: tuple[RegionClass, ...]
+
+    def export_pages(self, page_class: PageClass, items: Items[int]) -> list[int]: ...
+
+
+class Offers:
+    """Offers of one run from page `skip // 256` on: each full page once, each window page and open row once.
+
+    Classes without regions have no bytes to move and are never offered.
+    """
+
+    def __init__(self, pools: Pools, sequence: Sequence, prompt_tokens: int, skip: int) -> None:
+        self._pools = pools
+        self._sequence = sequence
+        self._prompt_tokens = prompt_tokens
+        self._next_page = skip // PAGE_TOKENS
+        self._moving = {cls.name for cls in pools.classes if cls.regions}
+        self._total = 0
+
+    def ready(self) -> tuple[PageGroup, ...]:
+        """Full pages that `sequence.length` has completed since the last call."""
+        return self._full(self._sequence.length // PAGE_TOKENS)
+
+    def last(self, first: TokenEvent, cached_tokens: int) -> tuple[tuple[PageGroup, ...], Tail]:
+        """Everything else, with the first token. The whole prompt has been computed."""
+        n, sequence = self._prompt_tokens, self._sequence
+        window = range(first_window_page(n), num_pages(n))
+        open_rows = state_item(sequence.slot, n)
+        groups = self._full(num_pages(n))
+        groups += self._group(PageClass.SWA, sequence.swa_pages, self._pools.swa, window)
+        if open_rows is not None and PageClass.STATE in self._moving:
+            # One slot, two items: the slot's generation stands for both.
+            groups += (
+                PageGroup(
+                    page_class=PageClass.STATE,
+                    positions=(num_pages(n) - 1,),
+                    items=(open_rows,),
+                    generations=(self._pools.slots.generation(sequence.slot),),
+                    checksums=tuple(self._pools.export_pages(PageClass.STATE, [open_rows])),
+                ),
+            )
+            self._total += 1
+        tail = Tail(prompt_tokens=n, cached_tokens=cached_tokens, first=first, total_pages=self._total)
+        return groups, tail
+
+    def _full(self, end: int) -> tuple[PageGroup, ...]:
+        positions = range(self._next_page, end)
+        self._next_page = max(self._next_page, end)
+        return self._group(PageClass.FULL, self._sequence.pages, self._pools.full, positions)
+
+    def _group(
+        self, page_class: PageClass, pages: list[int], allocator: PageAllocator, positions: range
+    ) -> tuple[PageGroup, ...]:
+        if not positions or page_class not in self._moving:
+            return ()
+        items = pages[positions.start : positions.stop]
+        assert all(items), f"{page_class} pages {positions} of {self._sequence.request_id} are not all mapped"
+        self._total += len(items)
+        return (
+            PageGroup(
+                page_class=page_class,
+                positions=tuple(positions),
+                items=tuple(items),
+                generations=tuple(allocator.generation(item) for item in items),
+                checksums=tuple(self._pools.export_pages(page_class, items)),
+            ),
+        )
