@@ -293,12 +293,13 @@ def tiny(
     config: ConfigFile = None,
 ) -> int:
     """Write a small random checkpoint in the official DeepSeek-V4 layout."""
+    ratios = _integers("--layers", layers, "0,4,128,4") if layers else None
     from engine.model.tiny import write_tiny
 
     written = write_tiny(
         out,
         seed=seed,
-        layers=_integers("--layers", layers, "0,4,128,4") if layers else None,
+        layers=ratios,
         hidden=hidden,
         heads=heads,
         index_heads=index_heads,

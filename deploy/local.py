@@ -333,6 +333,11 @@ class _Cluster:
     def run(self) -> int:
         began = time.monotonic()
         self._require_free_port()
+        if self._config.model is not None and not (self._config.model / "config.json").is_file():
+            raise ConfigError(
+                f"{self._config.model} holds no config.json, so it is no checkpoint folder. Give --model the folder of "
+                "a DeepSeek-V4 checkpoint, or leave it out to serve a small random one."
+            )
         with contextlib.ExitStack() as stack:
             stack.callback((self._folder / "state.json").unlink, missing_ok=True)
             logs = self._folder / "logs"
