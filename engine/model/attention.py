@@ -112,7 +112,8 @@ class Attention:
         out = sparse_attention(q, self.sink, meta, window, compressed, self.ratio, selected, self.head_dim**-0.5)
         # The value carries its key's rotation; turning back by the query's position leaves the distance only.
         out = rotate(out, meta.positions, self.freqs, inverse=True)
-        return linear(grouped_linear(out.view(out.shape[0], self.groups, -1), self.wo_a), self.wo_b)
+        out = out.view(out.shape[0], self.groups, -1)
+        return linear(grouped_linear(out, self.wo_a, self.groups), self.wo_b)
 
     def _compress_c4(self, x: Tensor, q_low: Tensor, meta: StepMeta, pools: KvPools) -> Tensor:
         quantised = pools.layout == "v4"
