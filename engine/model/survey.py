@@ -355,15 +355,17 @@ def read_header(path: Path) -> Header:
         begin, end, tensors[name] = _header_entry(f"{path}: tensor {reprlib.repr(name)}", entry)
         spans.append((begin, end, name))
     at, held = 0, size - 8 - length
-    for begin, end, name in sorted(spans):
-        where = f"{path}: tensor {name}"
+    spans.sort()
+    for _, end, name in spans:
         if end > held:
             raise CheckpointError(
-                f"{where}: ends at data byte {end:,}, but the file holds {held:,}. It is truncated; download it again."
+                f"{path}: tensor {name} ends at data byte {end:,}, but the file holds {held:,}. "
+                "It is truncated; download it again."
             )
+    for begin, end, name in spans:
         if begin != at:
             fault = "overlaps the tensor before it" if begin < at else "leaves a hole before it"
-            raise CheckpointError(f"{where}: begins at data byte {begin:,} and {fault}; expected {at:,}.")
+            raise CheckpointError(f"{path}: tensor {name} begins at data byte {begin:,} and {fault}; expected {at:,}.")
         at = end
     if at != held:
         raise CheckpointError(f"{path}: has {held - at:,} bytes behind its last tensor, which no tensor owns.")
@@ -510,11 +512,18 @@ def _check_tokenizer(directory: Path, config: ModelConfig | None) -> Path:
                 "checkpoint is run; remove it."
             )
     path = directory / "tokenizer.json"
-    raw, _ = _read_json(directory, path.name)
+    raw, stated = _read_json(directory, path.name)
     try:
         tokenizer = Tokenizer.from_str(raw.decode())
     except Exception as error:  # the library raises bare Exceptions
         raise CheckpointError(f"{path}: is not a tokenizer: {reprlib.repr(str(error))}. Download it again.") from None
+    for token in stated.get("added_tokens") or []:
+        # The library numbers added tokens by itself and does not tell when the file disagrees.
+        if tokenizer.token_to_id(token["content"]) != token["id"]:
+            raise CheckpointError(
+                f"{path}: token {token['content']!r} is given id {token['id']}, but its place in the vocabulary is "
+                f"{tokenizer.token_to_id(token['content'])}."
+            )
     if config is not None:
         token, highest = max(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
         if highest >= config.vocab_size:

@@ -230,7 +230,9 @@ def tokenizer_json() -> dict[str, Any]:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "vocab": {letters[byte]: first_byte + byte for byte in range(256)},
+            # The leading tokens stand here too: an added token the vocabulary lacks is numbered behind its end.
+            "vocab": {content: n for n, content in enumerate(LEADING_TOKENS)}
+            | {letters[byte]: first_byte + byte for byte in range(256)},
             "merges": [],
         },
     }
