@@ -11,18 +11,33 @@ namespace {
 constexpr int kStreams = 4;
 constexpr int64_t kAlone = 8;  // rows below which a second thread costs more than it brings
 
-// kRows dot products of x with the rows of fn, each summed lane by lane and then across, and x's own square.
-template <int kRows>
-PENUMBRA_INLINE void project(const float* x, const float* fn, int64_t size, float eps, float* out) {
-    v16 square = {}, sums[kRows] = {};
-    for (int64_t i = 0; i < size; i += kLanes) {
-        const v16 v = load(x + i);
-        square += v * v;
+constexpr int kSiteRows = 2 * kStreams + kStreams * kStreams;
+
+float inverse_rms(const float* x, int64_t size, float eps) {
+    v16 square = {};
+    for (int64_t i = 0; i < size; i += kLanes) square += load(x + i) * load(x + i);
+    return 1.0f / __builtin_sqrtf(sum(square) / (float)size + eps);
+}
+
+// out[t][r] = dot product of token t with row r of fn, for kTokens tokens that lie `size` apart and kRows rows; each is
+// summed lane by lane and then across, however many are done side by side. fn holds 16 inputs of row r at
+// r * row_stride + block * block_stride.
+template <int kTokens, int kRows>
+PENUMBRA_INLINE void project(const float* x, int64_t size, const float* fn, int64_t row_stride, int64_t block_stride,
+                             float* out, int64_t out_stride) {
+    v16 sums[kTokens][kRows] = {};
+    for (int64_t i = 0; i < size; i += kLanes, fn += block_stride) {
+        v16 v[kTokens];
+        for (int t = 0; t < kTokens; ++t) v[t] = load(x + t * size + i);
 #pragma GCC unroll 24
-        for (int r = 0; r < kRows; ++r) sums[r] += v * load(fn + r * size + i);
+        for (int r = 0; r < kRows; ++r) {
+            const v16 weight = load(fn + r * row_stride);
+            for (int t = 0; t < kTokens; ++t) sums[t][r] += v[t] * weight;
+        }
     }
-    const float scale = 1.0f / __builtin_sqrtf(sum(square) / (float)size + eps);
-    for (int r = 0; r < kRows; ++r) out[r] = sum(sums[r]) * scale;
+    for (int t = 0; t < kTokens; ++t) {
+        for (int r = 0; r < kRows; ++r) out[t * out_stride + r] = sum(sums[t][r]);
+    }
 }
 
 // The weighted sum of the four streams.
@@ -60,16 +75,18 @@ PENUMBRA_INLINE v16 doubly_stochastic(v16 logits, float eps, int64_t iters) {
 
 }  // namespace
 
-// streams [rows, 4, size] -> x [rows, size], post [rows, 4], comb [rows, 4, 4]. fn [24, 4 * size], base [24], scale [3].
+// streams [rows, 4, size] -> x [rows, size], post [rows, 4], comb [rows, 4, 4]. base [24], scale [3]; fn [24, 4 * size]
+// stored as [4 * size / 16][24][16], so that it is read as one stream.
 extern "C" void penumbra_mix_in(const float* streams, int64_t rows, int64_t size, const float* fn, const float* base,
                                 const float* scale, float rms_eps, float hc_eps, int64_t iters, float* x, float* post,
                                 float* comb, int64_t threads) {
-    constexpr int kRows = 2 * kStreams + kStreams * kStreams;
-#pragma omp parallel for num_threads((int)threads) if (threads > 1 && rows >= kAlone)
-    for (int64_t t = 0; t < rows; ++t) {
-        const float* in = streams + t * kStreams * size;
-        alignas(64) float mix[kRows];
-        project<kRows>(in, fn, kStreams * size, rms_eps, mix);
+    // fn outgrows the L1 cache, so three tokens share each of its lines; three by eight sums fill the registers.
+    constexpr int kTokens = 3, kPart = kSiteRows / kTokens;
+    const int64_t width = kStreams * size, block = kSiteRows * kLanes;
+    const auto one = [&](int64_t t, float* mix) {
+        const float* in = streams + t * width;
+        const float rms = inverse_rms(in, width, rms_eps);
+        for (int r = 0; r < kSiteRows; ++r) mix[r] *= rms;
         alignas(64) float gates[kLanes] = {};
         for (int j = 0; j < kStreams; ++j) {
             gates[j] = mix[j] * scale[0] + base[j];
@@ -83,6 +100,22 @@ extern "C" void penumbra_mix_in(const float* streams, int64_t rows, int64_t size
         const v16 logits = load(mix + 2 * kStreams) * scale[2] + load(base + 2 * kStreams);
         store(comb + t * kLanes, doubly_stochastic(logits, hc_eps, iters));
         weigh(in, gates, size, x + t * size);
+    };
+#pragma omp parallel for num_threads((int)threads) if (threads > 1 && rows >= kAlone)
+    for (int64_t t = 0; t < rows; t += kTokens) {
+        alignas(64) float mix[kTokens][kSiteRows];
+        const int64_t count = rows - t < kTokens ? rows - t : kTokens;
+        if (count == kTokens) {
+            for (int part = 0; part < kSiteRows; part += kPart) {
+                project<kTokens, kPart>(streams + t * width, width, fn + part * kLanes, kLanes, block, &mix[0][part],
+                                        kSiteRows);
+            }
+        } else {
+            for (int64_t i = 0; i < count; ++i) {
+                project<1, kSiteRows>(streams + (t + i) * width, width, fn, kLanes, block, mix[i], kSiteRows);
+            }
+        }
+        for (int64_t i = 0; i < count; ++i) one(t + i, mix[i]);
     }
 }
 
@@ -113,8 +146,9 @@ extern "C" void penumbra_collapse(const float* streams, int64_t rows, int64_t si
     for (int64_t t = 0; t < rows; ++t) {
         const float* in = streams + t * kStreams * size;
         alignas(64) float gates[kLanes] = {};
-        project<kStreams>(in, fn, kStreams * size, rms_eps, gates);
-        for (int j = 0; j < kStreams; ++j) gates[j] = gates[j] * scale[0] + base[j];
+        const float rms = inverse_rms(in, kStreams * size, rms_eps);
+        project<1, kStreams>(in, kStreams * size, fn, kStreams * size, kLanes, gates, kStreams);
+        for (int j = 0; j < kStreams; ++j) gates[j] = gates[j] * rms * scale[0] + base[j];
         store(gates, sigmoid(load(gates)));
         for (int j = 0; j < kStreams; ++j) gates[j] += hc_eps;
         weigh(in, gates, size, x + t * size);

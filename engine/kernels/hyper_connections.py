@@ -31,7 +31,7 @@ class HyperSite:
     mix the streams ([from, to], row-major); `scale` has one number for each of the three kinds.
     """
 
-    __slots__ = ("base", "fn", "scale")
+    __slots__ = ("_fn", "base", "packed", "scale", "width")
 
     def __init__(self, fn: Tensor, base: Tensor, scale: Tensor) -> None:
         rows = 2 * STREAMS + STREAMS * STREAMS
@@ -40,7 +40,17 @@ class HyperSite:
                 f"a hyper-connection site is fn [{rows}, 4D], base [{rows}], scale [3]; "
                 f"got {list(fn.shape)}, {list(base.shape)}, {list(scale.shape)}"
             )
-        self.fn, self.base, self.scale = (t.detach().float().contiguous() for t in (fn, base, scale))
+        self.width = fn.shape[1]
+        self.packed = self.width % (STREAMS * _LANES) == 0 and native.library() is not None
+        self.base, self.scale = (t.detach().float().contiguous() for t in (base, scale))
+        fn = fn.detach().float()
+        # The C++ twin reads [4D / 16, 24, 16]: sixteen inputs of every row side by side.
+        self._fn = (fn.unflatten(1, (-1, _LANES)).transpose(0, 1) if self.packed else fn).contiguous()
+
+    @property
+    def fn(self) -> Tensor:
+        """[24, 4D] fp32."""
+        return self._fn.transpose(0, 1).flatten(1) if self.packed else self._fn
 
 
 def mix_in(
@@ -52,14 +62,14 @@ def mix_in(
     and its columns sum to 1 because the last of the `iters` Sinkhorn rounds ends on columns.
     """
     tokens, size = _shape(streams)
-    if size % _LANES == 0 and (twin := native.function("penumbra_mix_in", *_MIX_IN)) is not None:
+    if site.width != STREAMS * size:
+        raise ValueError(f"a site of width {site.width} does not fit streams {list(streams.shape)}")
+    if site.packed and (twin := native.function("penumbra_mix_in", *_MIX_IN)) is not None:
         streams = fp32_rows(streams).contiguous()
-        if site.fn.shape[1] != STREAMS * size:
-            raise ValueError(f"a site of width {site.fn.shape[1]} does not fit streams {list(streams.shape)}")
         x, post = streams.new_empty(tokens, size), streams.new_empty(tokens, STREAMS)
         comb = streams.new_empty(tokens, STREAMS, STREAMS)
         twin(
-            streams.data_ptr(), tokens, size, site.fn.data_ptr(), site.base.data_ptr(), site.scale.data_ptr(),
+            streams.data_ptr(), tokens, size, site._fn.data_ptr(), site.base.data_ptr(), site.scale.data_ptr(),
             rms_eps, hc_eps, iters, x.data_ptr(), post.data_ptr(), comb.data_ptr(), native.threads(),
         )  # fmt: skip
         return x, post, comb

@@ -94,7 +94,7 @@ def _norm_rotate(
     weight = None if weight is None else fp32_rows(weight)
     freqs = None if freqs is None else fp32_rows(freqs)
     positions = None if positions is None else positions.long().contiguous()
-    y = x.new_empty(x.shape)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows = x.numel() // size
     twin(
         x.data_ptr(), x.stride(-2) if x.dim() > 1 else size, rows, size, max(rows // max(x.shape[0], 1), 1),
