@@ -126,13 +126,15 @@ def write_rows(pool: RowPool, rows: Tensor, values: Tensor) -> None:
         raise ValueError(
             f"values are {values.dtype} {list(values.shape)}; the pool takes float32 [{len(rows)}, {pool.dim}]"
         )
+    if not len(rows):
+        return
     if twin := _native("penumbra_write_rows"):
         rows, values = rows.contiguous(), values.contiguous()
         twin(pool.address, rows.data_ptr(), values.data_ptr(), len(rows), native.threads())
     elif pool.layout == "exact":
         _scatter(pool, _at(pool, rows, pool.dim * 4, 0), values.contiguous().view(torch.uint8))
     elif pool.kind == "latent":
-        groups, exponents = _quantise(values[:, :NOPE_DIM].reshape(len(rows), -1, GROUP))
+        groups, exponents = _quantise(values[:, :NOPE_DIM].reshape(len(rows), NOPE_DIM // GROUP, GROUP))
         rope = values[:, NOPE_DIM:].to(torch.bfloat16).view(torch.uint8)
         data = torch.cat([groups.reshape(len(rows), NOPE_DIM), rope], dim=1)
         scales = torch.cat([(exponents + 127).to(torch.uint8), rows.new_zeros(len(rows), 1).byte()], dim=1)
@@ -159,7 +161,7 @@ def read_rows(pool: RowPool, rows: Tensor) -> Tensor:
         start = pool.rows_per_item * LATENT_BYTES
         exponents = _gather(pool, _at(pool, rows, LATENT_SCALE_BYTES, start), LATENT_SCALE_BYTES - 1).int() - 127
         nope = data[:, :NOPE_DIM].contiguous().view(torch.float8_e4m3fn).float()
-        nope = torch.ldexp(nope.view(len(rows), -1, GROUP), exponents[:, :, None])
+        nope = torch.ldexp(nope.view(len(rows), NOPE_DIM // GROUP, GROUP), exponents[:, :, None])
         rope = data[:, NOPE_DIM:].contiguous().view(torch.bfloat16).float()
         return torch.cat([nope.view(len(rows), NOPE_DIM), rope], dim=1)
     data = _gather(pool, _at(pool, rows, INDEX_DIM, 0), INDEX_DIM)

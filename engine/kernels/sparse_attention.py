@@ -12,7 +12,19 @@ from torch import Tensor
 
 from engine.batch import StepMeta
 from engine.config import C4_RATIO, C128_RATIO, WINDOW
+from engine.kernels import native
 from engine.kernels.rows import RowPool, read_rows
+
+_SIGNATURE = (
+    *[native.POINTER] * 7,  # q, sink, out, positions, offsets, page_table, swa_table
+    *[native.INT] * 4,  # segments, pages, heads, dim
+    *[native.POINTER] * 2,  # window, compressed
+    native.INT,  # ratio
+    native.POINTER,  # selected
+    native.INT,  # selected rows a token
+    native.FLOAT,  # scale
+    native.INT,  # threads
+)
 
 
 def sparse_attention(
@@ -41,7 +53,33 @@ def sparse_attention(
     however a prompt was cut into chunks, and on any number of threads.
     """
     _check_ratio(ratio, compressed, selected)
+    num_tokens, num_heads, dim = q.shape
+    native.check(q, "q", torch.float32, (len(meta.positions), num_heads, window.dim))
+    native.check(sink, "sink", torch.float32, (num_heads,))
+    if selected is not None:
+        native.check(selected, "selected", torch.int32, (num_tokens, None))
     out = torch.empty_like(q)
+    if twin := native.function("penumbra_sparse_attention", *_SIGNATURE):
+        twin(
+            q.data_ptr(),
+            sink.data_ptr(),
+            out.data_ptr(),
+            meta.positions.data_ptr(),
+            meta.offsets.data_ptr(),
+            meta.page_table.data_ptr(),
+            meta.swa_table.data_ptr(),
+            *meta.page_table.shape,
+            num_heads,
+            dim,
+            window.address,
+            None if compressed is None else compressed.address,
+            ratio,
+            None if selected is None else selected.data_ptr(),
+            0 if selected is None else selected.shape[1],
+            scale,
+            native.threads(),
+        )
+        return out
     positions = meta.positions.tolist()
     for segment, (start, end) in enumerate(itertools.pairwise(meta.offsets.tolist())):
         pages = meta.page_table[segment].long()
