@@ -81,9 +81,7 @@ class ModelConfig:
         """
         field = _Fields(data, source)
         if "auto_map" in data:
-            field.refuse(
-                "auto_map", "names Python code to run, and no code from a checkpoint is run; remove it"
-            )
+            field.refuse("auto_map", "names Python code to run, and no code from a checkpoint is run; remove it")
         field.only("model_type", "deepseek_v4", required=True)
         # The mathematics here takes these for granted. A checkpoint that says otherwise is another model.
         for name, value in _FACTS.items():
@@ -192,15 +190,14 @@ class _Fields:
     def only(self, name: str, expected: Any, *, required: bool = False) -> None:
         value = self.data.get(name)
         if (value is None and required) or (value is not None and value != expected):
-            self.refuse(
-                name, f"is {reprlib.repr(value)}; this engine serves DeepSeek-V4, where it is {expected!r}"
-            )
+            self.refuse(name, f"is {reprlib.repr(value)}; this engine serves DeepSeek-V4, where it is {expected!r}")
 
     def names(self, name: str, allowed: Sequence[Any], at_least: int) -> list[Any]:
         value = self.data[name]
-        if not isinstance(value, list) or len(value) < at_least:
-            length = len(value) if isinstance(value, list) else f"{reprlib.repr(value)}, not a list"
-            self.refuse(name, f"has {length} entries; num_hidden_layers={at_least} needs one for each layer")
+        if not isinstance(value, list):
+            self.refuse(name, f"is {reprlib.repr(value)}; expected a list")
+        if len(value) < at_least:
+            self.refuse(name, f"has {len(value)} entries; num_hidden_layers={at_least} needs one for each layer")
         for index, entry in enumerate(value):
             if isinstance(entry, bool) or entry not in allowed:
                 self.refuse(
@@ -254,9 +251,7 @@ def _rope_dim(field: _Fields, head_dim: int) -> int:
     else:
         rope_dim = int(head_dim * field.number("partial_rotary_factor"))
     if rope_dim % 2 or not 2 <= rope_dim <= head_dim:
-        field.refuse(
-            "qk_rope_head_dim", f"is {rope_dim}; expected an even number from 2 to head_dim={head_dim}"
-        )
+        field.refuse("qk_rope_head_dim", f"is {rope_dim}; expected an even number from 2 to head_dim={head_dim}")
     return rope_dim
 
 

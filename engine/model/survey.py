@@ -517,17 +517,17 @@ def _check_tokenizer(directory: Path, config: ModelConfig | None) -> Path:
         tokenizer = Tokenizer.from_str(raw.decode())
     except Exception as error:  # the library raises bare Exceptions
         raise CheckpointError(f"{path}: is not a tokenizer: {reprlib.repr(str(error))}. Download it again.") from None
+    if config is not None:
+        last, highest = max(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
+        if highest >= config.vocab_size:
+            raise CheckpointError(
+                f"{path}: token {last!r} has id {highest}, but vocab_size in config.json is {config.vocab_size}."
+            )
     for token in stated.get("added_tokens") or []:
         # The library numbers added tokens by itself and does not tell when the file disagrees.
         if tokenizer.token_to_id(token["content"]) != token["id"]:
             raise CheckpointError(
                 f"{path}: token {token['content']!r} is given id {token['id']}, but its place in the vocabulary is "
                 f"{tokenizer.token_to_id(token['content'])}."
-            )
-    if config is not None:
-        token, highest = max(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
-        if highest >= config.vocab_size:
-            raise CheckpointError(
-                f"{path}: token {token!r} has id {highest}, but vocab_size in config.json is {config.vocab_size}."
             )
     return path
