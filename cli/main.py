@@ -52,6 +52,9 @@ MaxRequests = Annotated[int, flag("max-requests", "Requests one worker holds at 
 MaxContext = Annotated[int, flag("max-context", "Longest request in tokens; 0: what the checkpoint allows.", min=0)]
 Threads = Annotated[int, flag("threads", "Compute threads of one worker.", min=1)]
 Transport = Annotated[Literal["nixl"], flag("transport", "How pages travel.")]
+ChunkTokens = Annotated[int, flag("chunk-tokens", "Tokens of one prompt computed in one step.", min=1)]
+AdvertiseHost = Annotated[str, flag("advertise-host", "Host name others dial, where it is not --host.")]
+Grace = Annotated[float, flag("grace-s", "Seconds running requests may take to finish after SIGTERM.", min=0)]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], flag("log-level", "Least severe event to log.")]
 WorkerId = Annotated[str | None, flag("worker-id", "Name in the registry; else one is made up.")]
 GrpcPort = Annotated[int, flag("port", "gRPC port; 0 picks a free one.", min=0, max=65535)]
@@ -84,7 +87,7 @@ def up(
     home: Home = None,
     log_level: LogLevel = "info",
     ready_timeout_s: Annotated[float, flag("ready-timeout-s", "Give up when not ready by then.", min=1)] = 300.0,
-    grace_s: Annotated[float, flag("grace-s", "What each tier gets to finish before it is killed.", min=0)] = 10.0,
+    grace_s: Grace = 10.0,
     detach: Annotated[bool, flag("detach", "Return once ready; `penumbra down` stops it.", switch=True)] = False,
 ) -> int:
     """Run a whole cluster: Redis, a router, prefill and decode workers."""
@@ -92,7 +95,7 @@ def up(
 
     from deploy import local
 
-    shared = ("--log-level", log_level, *(("--config", str(config)) if config else ()))
+    shared = ("--grace-s", str(grace_s), "--log-level", log_level, *(("--config", str(config)) if config else ()))
     settings = local.ClusterConfig(
         cluster=cluster,
         home=home,
@@ -155,6 +158,7 @@ def router(
     served_model_name: ServedName = None,
     host: Host = "127.0.0.1",
     port: HttpPort = 8000,
+    grace_s: Grace = 30.0,
     log_level: LogLevel = "info",
 ) -> int:
     """Run the router: HTTP in, tokens out. Needs the checkpoint's tokenizer and config, not its weights."""
@@ -164,10 +168,11 @@ def router(
     return run(
         RouterConfig(
             model=model,
-            served_model_names=(served_model_name or model.resolve().name,),
+            served_model_names=(served_model_name,) if served_model_name else (),
             host=host,
             port=port,
             redis_url=redis,
+            shutdown_grace_s=grace_s,
             log_level=log_level,
         )
     )
@@ -182,6 +187,7 @@ def prefill(
     host: Host = "127.0.0.1",
     port: GrpcPort = 50051,
     http_port: WorkerHttpPort = 50052,
+    advertise_host: AdvertiseHost = "",
     device: Device = "cpu",
     dtype: Dtype = "float32",
     kv_layout: KvLayout = "v4",
@@ -190,6 +196,8 @@ def prefill(
     max_context: MaxContext = 0,
     threads: Threads = 1,
     transport: Transport = "nixl",
+    chunk_tokens: ChunkTokens = 512,
+    grace_s: Grace = 30.0,
     log_level: LogLevel = "info",
 ) -> int:
     """Run a prefill worker: reads prompts, offers their KV pages."""
@@ -212,9 +220,12 @@ def prefill(
             host=host,
             port=port,
             http_port=http_port,
+            advertise_host=advertise_host,
             redis_url=redis,
             worker_id=worker_id or _made_up_name("prefill"),
             transport=transport,
+            chunk_tokens=chunk_tokens,
+            drain_s=grace_s,
             log_level=log_level,
         )
     )
@@ -229,6 +240,7 @@ def decode(
     host: Host = "127.0.0.1",
     port: GrpcPort = 50051,
     http_port: WorkerHttpPort = 50052,
+    advertise_host: AdvertiseHost = "",
     device: Device = "cpu",
     dtype: Dtype = "float32",
     kv_layout: KvLayout = "v4",
@@ -237,6 +249,7 @@ def decode(
     max_context: MaxContext = 0,
     threads: Threads = 1,
     transport: Transport = "nixl",
+    grace_s: Grace = 30.0,
     log_level: LogLevel = "info",
 ) -> int:
     """Run a decode worker: pulls pages, draws tokens."""
@@ -259,9 +272,11 @@ def decode(
             host=host,
             port=port,
             http_port=http_port,
+            advertise_host=advertise_host,
             redis_url=redis,
             worker_id=worker_id or _made_up_name("decode"),
             transport=transport,
+            drain_s=grace_s,
             log_level=log_level,
         )
     )

@@ -56,6 +56,7 @@ COLOURS = {"router": "cyan", "prefill": "green", "decode": "magenta", "redis": "
 LOAD_COLUMNS = ("running", "waiting", "queued_tokens", "free_tokens", "total_tokens")
 """What `status` shows of a worker's record."""
 POLL_S = 0.2
+KILL_AFTER_S = 3.0
 REDIS_RESTART_S = 1.0
 """Between two tries to replace an embedded Redis that died; streams go on without it meanwhile."""
 
@@ -350,7 +351,8 @@ class _Cluster:
             if redis_url is None:
                 self._redis = stack.enter_context(EmbeddedRedis(log=logs / "redis.log"))
                 redis_url = self._redis.url
-            supervisor = Supervisor(log_dir=logs, echo=self._echo, grace_s=self._config.grace_s)
+            # Each service ends its own grace first, and in an orderly way; the rest is for those that do not.
+            supervisor = Supervisor(log_dir=logs, echo=self._echo, grace_s=self._config.grace_s + KILL_AFTER_S)
             # Redis was entered first and leaves last: draining workers still take themselves off the registry.
             stack.callback(self._stop_children, supervisor)
             prefill = self._workers("prefill", self._config.prefill, model, redis_url)
@@ -431,7 +433,7 @@ class _Cluster:
         asked = self._stop.count
         killed = supervisor.stop(hurry=lambda: self._stop.count > asked)
         if killed:
-            self._say(f"killed after {self._config.grace_s:g} s of grace: {', '.join(killed)}", style="bold red")
+            self._say(f"had to be killed: {', '.join(killed)}", style="bold red")
 
     # What runs.
 
