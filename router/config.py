@@ -1,0 +1,104 @@
+"""What the router is told, and the few facts of the model it needs: no weights, no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from wire.errors import ConfigError
+
+MAX_BODY_BYTES = 32 << 20
+"""A prompt of a million token ids is about 7 MiB of JSON; text of the same length about 5 MiB."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    """One router process. Times are seconds, sizes bytes; `port` 0 takes a free port.
+
+    `model` is the checkpoint's directory; only its config.json and tokenizer.json are read.
+    With no `served_model_names` the model is served under its directory's name.
+    """
+
+    model: Path
+    redis_url: str
+    served_model_names: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = 8000
+    namespace: str = "penumbra"
+    router_id: str = "router"
+
+    max_context: int = 0  # tokens, prompt and answer together; 0: what the checkpoint allows
+    max_body_bytes: int = MAX_BODY_BYTES
+    max_concurrent_requests: int = 1024
+    default_thinking: bool = False  # chat requests that do not say
+
+    max_attempts: int = 3  # tries of one request, all before its first token
+    admission_timeout_s: float = 30.0  # Decode.Start to Admitted
+    prefill_queue_timeout_s: float = 120.0  # Prefill.Run to its first Progress
+    prefill_silence_s: float = 30.0  # between two Progress messages, and from the last one to token 0
+    token_silence_s: float = 5.0  # between two tokens: this, or `token_silence_factor` median gaps
+    token_silence_factor: float = 10.0
+    body_silence_s: float = 10.0  # between two pieces of a request body
+    client_stall_s: float = 60.0  # a client that stops reading its stream
+    shutdown_grace_s: float = 30.0  # running requests may take this long after SIGTERM
+
+    registry_poll_s: float = 0.5
+    log_level: str = "info"
+    log_json: bool = False
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        return self.served_model_names or (self.model.resolve().name,)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"port={self.port} is not a TCP port. Set it to 1..65535, or 0 for a free one.")
+        for name in ("max_body_bytes", "max_concurrent_requests", "max_attempts"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} leaves nothing to serve. Set it to 1 or more.")
+        if any(not name for name in self.served_model_names):
+            raise ConfigError("served_model_names holds an empty name. Give each name at least one character.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """The part of config.json that text and admission depend on."""
+
+    vocab_size: int
+    max_context: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def load(cls, directory: Path) -> ModelFacts:
+        """Raises ConfigError naming the file and the key."""
+        path = directory / "config.json"
+        try:
+            data = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{path} can not be read: {error}. Point the router at a DeepSeek-V4 checkpoint directory."
+            ) from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path} holds a {type(data).__name__}, not an object. Restore the checkpoint's file.")
+        eos = data.get("eos_token_id")
+        return cls(
+            vocab_size=_count(path, data, "vocab_size"),
+            max_context=_count(path, data, "max_position_embeddings"),
+            bos_token_id=None if data.get("bos_token_id") is None else _count(path, data, "bos_token_id", least=0),
+            eos_token_ids=tuple(_token_id(path, value) for value in (eos if isinstance(eos, list) else [eos])),
+        )
+
+
+def _count(path: Path, data: dict[str, object], key: str, *, least: int = 1) -> int:
+    value = data.get(key)
+    if type(value) is not int or value < least:
+        raise ConfigError(f"{path}: {key} is {value!r}, expected an integer >= {least}. Restore the checkpoint's file.")
+    return value
+
+
+def _token_id(path: Path, value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ConfigError(f"{path}: eos_token_id holds {value!r}, expected token ids. Restore the checkpoint's file.")
+    return value

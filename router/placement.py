@@ -1,0 +1,99 @@
+"""Which prefill and which decode worker a request goes to. Pure: the same fleet and request, the same pair."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from router.fleet import FleetSnapshot, WorkerView
+from wire.errors import InvalidRequest, LayoutMismatch, NoWorkers, PenumbraError
+from wire.types import PAGE_TOKENS, WorkerInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    prefill: WorkerInfo
+    decode: WorkerInfo
+
+
+def choose(
+    fleet: FleetSnapshot, prompt_tokens: int, max_tokens: int, exclude: Collection[str] = ()
+) -> Placement | None:
+    """The compatible pair with the least expected wait, or None when there is none.
+
+    A worker that could never hold the request is passed over; one that is merely full is not, its tokens that
+    have to leave first count as wait. Ties go to the lower worker ids.
+    """
+    pairs = [
+        (prefill, decode)
+        for prefill, decode in _pairs(fleet, exclude)
+        if _holds(prefill, prompt_tokens) and _holds(decode, prompt_tokens + max_tokens)
+    ]
+    if not pairs:
+        return None
+    prefill, decode = min(pairs, key=lambda pair: _wait(pair[0], pair[1], prompt_tokens, max_tokens))
+    return Placement(prefill=prefill.info, decode=decode.info)
+
+
+def why_not(fleet: FleetSnapshot, prompt_tokens: int, max_tokens: int) -> PenumbraError:
+    """What to tell the client when `choose` found nothing, even with nobody excluded."""
+    for role, workers in (("prefill", fleet.prefill), ("decode", fleet.decode)):
+        if not any(view.usable for view in workers):
+            known = f"{len(workers)} known, none of them serving" if workers else "none is known"
+            return NoWorkers(f"No {role} worker can take this request: {known}. Retry in a moment.")
+    if not any(_pairs(fleet, ())):
+        return LayoutMismatch(
+            "No prefill and decode worker hold the same model in the same page layout, so no pair can serve this "
+            "request. Start both pools from one checkpoint with one kv-layout."
+        )
+    return InvalidRequest(
+        f"The prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}, together "
+        f"{prompt_tokens + max_tokens}; the largest request a worker pair can hold is {capacity(fleet)} tokens. "
+        "Shorten the prompt or lower max_tokens.",
+        code="context_length_exceeded",
+    )
+
+
+def capacity(fleet: FleetSnapshot) -> int | None:
+    """Tokens, prompt and answer together, of the largest request a usable pair could hold; None without a pair."""
+    return max((_size(decode) for prefill, decode in _pairs(fleet, ())), default=None)
+
+
+def _pairs(fleet: FleetSnapshot, exclude: Collection[str]) -> Iterator[tuple[WorkerView, WorkerView]]:
+    for prefill in fleet.prefill:
+        for decode in fleet.decode:
+            if (
+                prefill.usable
+                and decode.usable
+                and prefill.info.worker_id not in exclude
+                and decode.info.worker_id not in exclude
+                and compatible(prefill.info, decode.info)
+            ):
+                yield prefill, decode
+
+
+def compatible(prefill: WorkerInfo, decode: WorkerInfo) -> bool:
+    """Whether pages of one mean the same on the other: one model, one layout, one protocol."""
+    return (prefill.model, prefill.signature, prefill.protocol) == (decode.model, decode.signature, decode.protocol)
+
+
+def _size(worker: WorkerView) -> int:
+    """Tokens of the longest request that fits an empty worker; a pool hands out whole pages."""
+    whole_pages = worker.info.total_tokens // PAGE_TOKENS * PAGE_TOKENS
+    return min(worker.info.max_context, whole_pages) if worker.info.max_context else whole_pages
+
+
+def _holds(worker: WorkerView, tokens: int) -> bool:
+    return tokens <= _size(worker)
+
+
+def _wait(prefill: WorkerView, decode: WorkerView, prompt_tokens: int, max_tokens: int) -> tuple[int, int, str, str]:
+    """Tokens in the way of this request, then sequences it would share decode steps with, then ids."""
+    prefill_room = max(0, prompt_tokens - prefill.free_tokens)
+    decode_room = max(0, prompt_tokens + max_tokens - decode.free_tokens)
+    return (
+        prefill.pending_tokens + prefill_room + decode_room,
+        decode.num_requests,
+        prefill.info.worker_id,
+        decode.info.worker_id,
+    )

@@ -1,0 +1,109 @@
+"""The router as a process: loads the tokenizer, serves until told to stop, lets running requests finish."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+import structlog
+import uvicorn
+import uvloop
+from prometheus_client import CollectorRegistry
+
+from router.chat import Text
+from router.config import ModelFacts, RouterConfig
+from router.fleet import Fleet
+from router.http import Front
+from wire.errors import ConfigError
+from wire.registry import Registry
+from wire.telemetry import configure_logging
+
+log = structlog.get_logger()
+
+
+class _Server(uvicorn.Server):
+    """Leaves the signals to `serve`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def run(config: RouterConfig) -> int:
+    """Serve until SIGINT or SIGTERM. Returns the exit code; raises ConfigError for what can not run."""
+    configure_logging("router", config.router_id, config.log_level, config.log_json)
+    uvloop.run(serve(config))
+    return 0
+
+
+async def serve(config: RouterConfig, *, on_ready: Callable[[str], None] = lambda url: None) -> None:
+    """Serve until cancelled or signalled; `on_ready` gets the URL once the port answers.
+
+    Raises ConfigError before anything is served: an unusable checkpoint directory, Redis URL or address.
+    """
+    facts = ModelFacts.load(config.model)
+    text = Text(config.model, facts, config.model_names, thinking=config.default_thinking)
+    metrics = CollectorRegistry()
+    listener = _listen(config)
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    async with Registry(config.redis_url, config.namespace) as registry:
+        fleet = Fleet(registry, poll_s=config.registry_poll_s)
+        front = Front(config, facts, text, fleet, metrics)
+        server = _Server(
+            uvicorn.Config(
+                front.app,
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=max(1, round(config.shutdown_grace_s)),
+            )
+        )
+        with _stop_signals(server, front), contextlib.closing(front):
+            async with asyncio.TaskGroup() as tasks:
+                watching = tasks.create_task(fleet.run(), name="fleet")
+                log.info("router_ready", url=url, models=",".join(config.model_names))
+                on_ready(url)
+                await server.serve(sockets=[listener])
+                watching.cancel()
+        log.info("router_stopped")
+
+
+@contextlib.contextmanager
+def _stop_signals(server: uvicorn.Server, front: Front) -> Iterator[None]:
+    """The first signal drains: no new requests, running ones finish. The second one ends them."""
+
+    def stop() -> None:
+        server.force_exit = front.draining
+        front.draining = server.should_exit = True
+
+    loop = asyncio.get_running_loop()
+    caught = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Only a process's main thread may listen; elsewhere whoever runs us cancels us.
+        with contextlib.suppress(ValueError, RuntimeError):
+            loop.add_signal_handler(number, stop)
+            caught.append(number)
+    try:
+        yield
+    finally:
+        for number in caught:
+            loop.remove_signal_handler(number)
+
+
+def _listen(config: RouterConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        return socket.create_server((config.host, config.port), family=family, backlog=1024)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot listen on {config.host}:{config.port}: {error.strerror or error}. Choose another port, "
+            "or 0 for a free one."
+        ) from error

@@ -1,0 +1,561 @@
+"""One request from placement to its last token, over as many attempts as it takes.
+
+RelayCore decides and is pure: `step(now, event) -> actions`. `relay` carries the actions out: it places attempts,
+runs the two RPCs of each as tasks of one group, and hands tokens on. An attempt is one pair of workers:
+
+    Placed -> Decode.Start -> Admitted{skip, secret} -> Prefill.Run -> Progress... -> Tokens... -> Finished
+
+Until the first token a failed attempt is tried again, on other workers where there are any. After it the client
+has been promised a continuation that only a later attempt with the same tokens could keep, so the request fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import random
+import statistics
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from router.config import RouterConfig
+from router.fleet import Fleet
+from router.placement import Placement, choose, why_not
+from wire import convert
+from wire.errors import Cancelled, DeadlineExceeded, InvalidRequest, PenumbraError, WorkerLost
+from wire.rpc import error_from_code, error_from_rpc
+from wire.types import (
+    Admitted,
+    Failed,
+    Fetching,
+    Finished,
+    FinishReason,
+    Progress,
+    Role,
+    RunEvent,
+    RunFinished,
+    RunRequest,
+    SamplingParams,
+    StartEvent,
+    StartRequest,
+    TokenEvent,
+    Tokens,
+)
+from wire.v1 import worker_pb2_grpc
+
+GAP_WINDOW = 64
+"""Gaps between tokens that the watchdog's median looks back on."""
+
+RETRY_PAUSE_S = 0.1
+"""Upper end of the first pause before another attempt; doubles with each, drawn evenly from zero."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelayRequest:
+    """A request as the workers see it: ids only. `prompt` has at least one id, all below `vocab_size`."""
+
+    request_id: str
+    prompt: tuple[int, ...] = field(repr=False)
+    sampling: SamplingParams
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelayLimits:
+    """How long a request may wait for what, in seconds, and how often it may start over."""
+
+    max_attempts: int
+    admission_s: float
+    prefill_queue_s: float
+    prefill_silence_s: float
+    token_silence_s: float
+    token_silence_factor: float
+
+    @classmethod
+    def of(cls, config: RouterConfig) -> RelayLimits:
+        return cls(
+            max_attempts=config.max_attempts,
+            admission_s=config.admission_timeout_s,
+            prefill_queue_s=config.prefill_queue_timeout_s,
+            prefill_silence_s=config.prefill_silence_s,
+            token_silence_s=config.token_silence_s,
+            token_silence_factor=config.token_silence_factor,
+        )
+
+
+# Events
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The request arrived."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    attempt: int
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
+class NotPlaced:
+    """No pair of workers can take the attempt."""
+
+    attempt: int
+    error: PenumbraError
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A worker's message on one of the attempt's two streams."""
+
+    attempt: int
+    role: Role
+    event: StartEvent | RunEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Broke:
+    """One of the attempt's two streams ended; `error` is None when it ended without saying why."""
+
+    attempt: int
+    role: Role
+    error: PenumbraError | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked:
+    """Time passed; sent no later than `next_deadline`."""
+
+
+RelayEvent = Begun | Placed | NotPlaced | Said | Broke | Ticked
+
+
+# Actions
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Find a pair after `pause_s`; workers in `avoid` failed this request and are taken only for want of others."""
+
+    attempt: int
+    pause_s: float
+    avoid: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class StartDecode:
+    attempt: int
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
+class StartPrefill:
+    attempt: int
+    placement: Placement
+    skip: int
+    secret: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """End what is left of the attempt's streams."""
+
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    tokens: tuple[TokenEvent, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    finished: Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """The request is over without an answer, or in the middle of one."""
+
+    error: PenumbraError
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Another attempt follows because of `error`. Says so to logs and metrics; asks for nothing."""
+
+    attempt: int
+    error: PenumbraError
+
+
+RelayAction = Place | StartDecode | StartPrefill | Drop | Deliver | Complete | Fail | Retry
+
+
+class RelayCore:
+    """The request's one owner. Every event of an attempt other than the current one is ignored."""
+
+    def __init__(self, request: RelayRequest, limits: RelayLimits) -> None:
+        self._request = request
+        self._limits = limits
+        self._random = random.Random(request.request_id)
+        self._attempt = 0
+        self._placement: Placement | None = None
+        self._admitted = False
+        self._prefill_done = False
+        self._next_index = 0
+        self._avoid: set[str] = set()
+        self._gaps: deque[float] = deque(maxlen=GAP_WINDOW)
+        self._last_token_at = 0.0
+        self._deadline: tuple[float, Role, str] | None = None
+        self.done = False
+
+    @property
+    def attempt(self) -> int:
+        return self._attempt
+
+    @property
+    def num_delivered(self) -> int:
+        return self._next_index
+
+    def next_deadline(self) -> float | None:
+        """When a `Ticked` is due, monotonic seconds."""
+        return None if self._deadline is None else self._deadline[0]
+
+    def step(self, now: float, event: RelayEvent) -> list[RelayAction]:
+        if self.done:
+            return []
+        match event:
+            case Begun():
+                self._attempt = 1
+                return [Place(1, 0.0, frozenset())]
+            case Ticked():
+                if self._deadline is None or now < self._deadline[0]:
+                    return []
+                _, role, message = self._deadline
+                return self._fault(role, DeadlineExceeded(message))
+            case _ if event.attempt != self._attempt:
+                return []
+            case Placed(attempt, placement):
+                self._placement = placement
+                self._wait(now, self._limits.admission_s, Role.DECODE, "The decode worker did not admit the request")
+                return [StartDecode(attempt, placement)]
+            case NotPlaced(_, error):
+                return self._end(Fail(error))
+            case Said(_, role, said):
+                return self._decode_said(now, said) if role is Role.DECODE else self._prefill_said(now, said)
+            case Broke(_, role, error):
+                if role is Role.PREFILL and (self._prefill_done or self._next_index):
+                    return []
+                return self._fault(role, error or WorkerLost(f"The {role} worker ended its stream without a result."))
+
+    def _decode_said(self, now: float, said: StartEvent | RunEvent) -> list[RelayAction]:
+        match said:
+            case Admitted() if not self._admitted and self._placement is not None:
+                if said.resident_prefix > len(self._request.prompt):
+                    return self._lied(f"to hold {said.resident_prefix} tokens of {len(self._request.prompt)}")
+                self._admitted = True
+                self._wait(now, self._limits.prefill_queue_s, Role.PREFILL, "The prefill worker did not start")
+                return [StartPrefill(self._attempt, self._placement, said.resident_prefix, said.secret)]
+            case Fetching():
+                return []
+            case Tokens() if self._admitted:
+                return self._tokens(now, said)
+            case Finished() if self._next_index:
+                return self._finished(said)
+            case Failed():
+                return self._failed(Role.DECODE, said)
+            case _:
+                return self._lied(f"{type(said).__name__} out of turn")
+
+    def _prefill_said(self, now: float, said: StartEvent | RunEvent) -> list[RelayAction]:
+        if self._next_index:
+            return []  # decoding needs nothing more of the prefill worker; its stream ends by itself
+        match said:
+            case Progress():
+                self._wait(now, self._limits.prefill_silence_s, Role.PREFILL, "The prefill worker fell silent")
+                return []
+            case RunFinished():
+                self._prefill_done = True
+                self._wait(now, self._limits.prefill_silence_s, Role.DECODE, "The decode worker gave no first token")
+                return []
+            case Failed():
+                return self._failed(Role.PREFILL, said)
+            case _:
+                return self._fault(Role.PREFILL, WorkerLost(f"The prefill worker sent {type(said).__name__}."))
+
+    def _tokens(self, now: float, said: Tokens) -> list[RelayAction]:
+        if said.attempt != self._attempt:
+            return []  # replayed by a worker for an attempt we gave up
+        fresh = tuple(token for token in said.tokens if token.index >= self._next_index)
+        for index, token in enumerate(fresh, start=self._next_index):
+            if token.index != index:
+                return self._lied(f"token {token.index} where {index} was due")
+            if index >= self._request.sampling.max_tokens:
+                return self._lied(f"more than the {self._request.sampling.max_tokens} tokens asked for")
+            if token.token_id >= self._request.vocab_size or not all(
+                0 <= other < self._request.vocab_size for other, _ in token.top
+            ):
+                return self._lied(f"a token id outside the vocabulary of {self._request.vocab_size}")
+            if not math.isfinite(token.logprob):
+                return self._lied("a log probability that is not a number")
+        if not fresh:
+            return []
+        if self._next_index:
+            self._gaps.append((now - self._last_token_at) / len(fresh))
+        self._last_token_at = now
+        self._next_index += len(fresh)
+        median = statistics.median(self._gaps) if self._gaps else 0.0
+        allowed = max(self._limits.token_silence_s, self._limits.token_silence_factor * median)
+        self._wait(now, allowed, Role.DECODE, "The decode worker stopped in the middle of the answer")
+        return [Deliver(fresh)]
+
+    def _finished(self, said: Finished) -> list[RelayAction]:
+        if said.completion_tokens != self._next_index:
+            return self._lied(f"{said.completion_tokens} tokens after sending {self._next_index}")
+        if said.reason is FinishReason.LENGTH and self._next_index != self._request.sampling.max_tokens:
+            return self._lied(f"the limit of {self._request.sampling.max_tokens} reached at {self._next_index} tokens")
+        return self._end(Complete(said))
+
+    def _failed(self, role: Role, said: Failed) -> list[RelayAction]:
+        error = error_from_code(said.code, said.message)
+        return self._fault(role, error, retryable=said.retryable)
+
+    def _lied(self, what: str) -> list[RelayAction]:
+        return self._fault(Role.DECODE, WorkerLost(f"The decode worker reported {what}."))
+
+    def _fault(self, role: Role, error: PenumbraError, *, retryable: bool | None = None) -> list[RelayAction]:
+        """The attempt is over because of the worker in `role`: start over if that is still possible."""
+        retryable = error.retryable if retryable is None else retryable
+        if self._next_index or not retryable or self._attempt >= self._limits.max_attempts:
+            return self._end(Fail(error))
+        if self._placement is not None:
+            worker = self._placement.decode if role is Role.DECODE else self._placement.prefill
+            self._avoid.add(worker.worker_id)
+        given_up = self._attempt
+        self._attempt += 1
+        self._placement = None
+        self._admitted = self._prefill_done = False
+        self._deadline = None
+        pause = self._random.uniform(0, RETRY_PAUSE_S * 2 ** (given_up - 1))
+        return [Drop(given_up), Retry(given_up, error), Place(self._attempt, pause, frozenset(self._avoid))]
+
+    def _end(self, last: Complete | Fail) -> list[RelayAction]:
+        self.done = True
+        self._deadline = None
+        return [Drop(self._attempt), last]
+
+    def _wait(self, now: float, seconds: float, role: Role, what: str) -> None:
+        self._deadline = (now + seconds, role, f"{what} within {seconds:.3g} s.")
+
+
+# The shell
+
+
+class Relay:
+    """Iterate it for the delivered tokens; then `finished` is set. A failed request raises its PenumbraError."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[tuple[TokenEvent, ...] | Finished | PenumbraError] = asyncio.Queue()
+        self.put = self._queue.put_nowait
+        self.finished: Finished | None = None
+        self.attempts = 0
+        self.placement: Placement | None = None
+
+    def __aiter__(self) -> Relay:
+        return self
+
+    async def __anext__(self) -> tuple[TokenEvent, ...]:
+        if self.finished is not None:
+            raise StopAsyncIteration
+        match await self._queue.get():
+            case Finished() as finished:
+                self.finished = finished
+                raise StopAsyncIteration
+            case PenumbraError() as error:
+                raise error
+            case tokens:
+                return tokens
+
+
+@contextlib.asynccontextmanager
+async def relay(
+    fleet: Fleet,
+    request: RelayRequest,
+    limits: RelayLimits,
+    *,
+    on_retry: Callable[[int, PenumbraError], None] = lambda attempt, error: None,
+) -> AsyncIterator[Relay]:
+    """Run the request while inside. Leaving, for whatever reason, ends both RPCs before it returns.
+
+    The queue between is bounded by the request itself: at most `max_tokens` tokens.
+    """
+    feed = Relay()
+    failure: Exception | None = None
+    async with asyncio.TaskGroup() as tasks:
+        shell = _Shell(fleet, request, limits, feed, tasks, on_retry)
+        driver = tasks.create_task(shell.run(), name=f"relay {request.request_id}")
+        try:
+            yield feed
+        except Exception as error:
+            failure = error  # raised below as itself; leaving the group with it would wrap it
+        finally:
+            driver.cancel()
+            shell.drop_all()
+    if failure is not None:
+        raise failure
+
+
+# The generated stubs carry no types.
+_decode_stub: Callable[[grpc.aio.Channel], Any] = worker_pb2_grpc.DecodeStub
+_prefill_stub: Callable[[grpc.aio.Channel], Any] = worker_pb2_grpc.PrefillStub
+
+
+class _Attempt:
+    """What one attempt holds: its share of the workers' load and its two running streams."""
+
+    def __init__(self) -> None:
+        self.holds: dict[Role, contextlib.ExitStack] = {role: contextlib.ExitStack() for role in Role}
+        self.calls: dict[Role, asyncio.Task[None]] = {}
+
+    def drop(self) -> None:
+        for task in self.calls.values():
+            task.cancel()
+        for hold in self.holds.values():
+            hold.close()
+
+
+class _Shell:
+    def __init__(
+        self,
+        fleet: Fleet,
+        request: RelayRequest,
+        limits: RelayLimits,
+        feed: Relay,
+        tasks: asyncio.TaskGroup,
+        on_retry: Callable[[int, PenumbraError], None],
+    ) -> None:
+        self._fleet = fleet
+        self._request = request
+        self._core = RelayCore(request, limits)
+        self._feed = feed
+        self._tasks = tasks
+        self._on_retry = on_retry
+        self._inbox: asyncio.Queue[RelayEvent] = asyncio.Queue()
+        self._attempts: dict[int, _Attempt] = {}
+
+    async def run(self) -> None:
+        """Feed events to the core until the request is over."""
+        await self._carry_out(self._core.step(time.monotonic(), Begun()))
+        while not self._core.done:
+            deadline = self._core.next_deadline()
+            try:
+                async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
+                    event = await self._inbox.get()
+            except TimeoutError:
+                event = Ticked()
+            await self._carry_out(self._core.step(time.monotonic(), event))
+
+    def drop_all(self) -> None:
+        for attempt in self._attempts.values():
+            attempt.drop()
+        self._attempts.clear()
+
+    async def _carry_out(self, actions: list[RelayAction]) -> None:
+        for action in actions:
+            match action:
+                case Place(attempt, pause_s, avoid):
+                    await asyncio.sleep(pause_s)
+                    self._inbox.put_nowait(self._place(attempt, avoid))
+                case StartDecode(attempt, placement):
+                    self._attempts[attempt].calls[Role.DECODE] = self._tasks.create_task(
+                        self._run(attempt, Role.DECODE, self._decode(attempt, placement)),
+                        name=f"decode {self._request.request_id}",
+                    )
+                case StartPrefill(attempt, placement, skip, secret):
+                    self._attempts[attempt].calls[Role.PREFILL] = self._tasks.create_task(
+                        self._run(attempt, Role.PREFILL, self._prefill(attempt, placement, skip, secret)),
+                        name=f"prefill {self._request.request_id}",
+                    )
+                case Drop(attempt):
+                    if (dropped := self._attempts.pop(attempt, None)) is not None:
+                        dropped.drop()
+                case Retry(attempt, error):
+                    self._on_retry(attempt, error)
+                case Deliver(tokens):
+                    self._feed.put(tokens)
+                case Complete(finished):
+                    self._feed.put(finished)
+                case Fail(error):
+                    self._feed.put(error)
+
+    def _place(self, attempt: int, avoid: frozenset[str]) -> Placed | NotPlaced:
+        prompt_tokens, max_tokens = len(self._request.prompt), self._request.sampling.max_tokens
+        fleet = self._fleet.snapshot()
+        # A worker that failed us once is better than none: on a cluster of one pair it is the only one there is,
+        # and a dead one is out of the snapshot by its own health.
+        placement = choose(fleet, prompt_tokens, max_tokens, avoid) or choose(fleet, prompt_tokens, max_tokens)
+        if placement is None:
+            return NotPlaced(attempt, why_not(fleet, prompt_tokens, max_tokens))
+        self._feed.attempts, self._feed.placement = attempt, placement
+        # Counted at once, before the next placement looks, not when a task gets to run.
+        holds = self._attempts.setdefault(attempt, _Attempt()).holds
+        holds[Role.PREFILL].enter_context(self._fleet.assigned(placement.prefill.ref, prompt_tokens))
+        holds[Role.DECODE].enter_context(self._fleet.assigned(placement.decode.ref, prompt_tokens + max_tokens))
+        return Placed(attempt, placement)
+
+    async def _run(self, attempt: int, role: Role, events: AsyncIterator[StartEvent | RunEvent]) -> None:
+        """Turn one stream into events, its end included."""
+        error: PenumbraError | None = None
+        try:
+            async for event in events:
+                self._inbox.put_nowait(Said(attempt, role, event))
+        except grpc.aio.AioRpcError as failure:
+            error = error_from_rpc(failure)
+            if isinstance(error, Cancelled):  # not by us: our own cancellation ends this task
+                error = WorkerLost(f"The {role} worker ended the call: {error}")
+        except InvalidRequest as failure:
+            # From our own conversion of the worker's message: its fault, not the client's.
+            error = WorkerLost(f"The {role} worker sent a message that does not parse: {failure}")
+        if (live := self._attempts.get(attempt)) is not None:
+            live.holds[role].close()
+        self._inbox.put_nowait(Broke(attempt, role, error))
+
+    async def _decode(self, attempt: int, placement: Placement) -> AsyncIterator[StartEvent]:
+        request = StartRequest(
+            request_id=self._request.request_id,
+            attempt=attempt,
+            prompt=self._request.prompt,
+            sampling=self._request.sampling,
+            source=placement.prefill.ref,
+        )
+        async with self._fleet.channel(placement.decode.ref) as channel:
+            call = _decode_stub(channel).Start(convert.start_request_to_wire(request))
+            try:
+                async for message in call:
+                    yield convert.start_event_from_wire(message)
+            finally:
+                call.cancel()
+
+    async def _prefill(self, attempt: int, placement: Placement, skip: int, secret: bytes) -> AsyncIterator[RunEvent]:
+        request = RunRequest(
+            request_id=self._request.request_id,
+            attempt=attempt,
+            prompt=self._request.prompt,
+            sampling=self._request.sampling,
+            skip=skip,
+            secret=secret,
+        )
+        async with self._fleet.channel(placement.prefill.ref) as channel:
+            call = _prefill_stub(channel).Run(convert.run_request_to_wire(request))
+            try:
+                async for message in call:
+                    yield convert.run_event_from_wire(message)
+            finally:
+                call.cancel()

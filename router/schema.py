@@ -1,0 +1,348 @@
+"""Bodies as clients send them: strict JSON, then one model per route. Whatever is wrong becomes an InvalidRequest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from wire.errors import InvalidRequest
+
+MAX_DEPTH = 64
+MAX_KEYS = 100_000
+MAX_NUMBER_CHARS = 400
+"""The longest decimal form of a double has 309 digits before the point; nothing longer is a number we can use."""
+MAX_STOPS = 4
+MAX_STOP_BYTES = 256
+MAX_TOP_LOGPROBS = 20
+
+Json = dict[str, Any]
+
+
+# JSON
+
+
+def parse_json(raw: bytes) -> Json:
+    """One JSON object, strictly: UTF-8, no duplicate keys, no NaN, no lone surrogates, at most 64 levels deep."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest("The body is not UTF-8. Encode it as UTF-8.", code="invalid_encoding") from error
+    try:
+        value = json.loads(
+            text, object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=_constant
+        )
+    except RecursionError as error:
+        raise _too_deep() from error
+    except ValueError as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from error
+    if not isinstance(value, dict):
+        raise InvalidRequest(
+            f"The body must be a JSON object, not {_kind(value)}.",
+            code="invalid_type",
+        )
+    # A token-id prompt of a million numbers has two brackets: most bodies need no walk.
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        raise _too_deep()
+    if b"\\u" in raw:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                "The body holds half of a surrogate pair (\\ud800 to \\udfff), which is no character. Remove it.",
+                code="invalid_unicode",
+            ) from error
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Json:
+    if len(pairs) > MAX_KEYS:
+        raise InvalidRequest(f"An object has more than {MAX_KEYS} keys.", code="too_many_keys")
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise InvalidRequest(f"The key '{twice[:80]}' appears twice in one object.", code="duplicate_key")
+    return made
+
+
+# A Python function on purpose: the parser calls it for each number, which lets other threads run in between. The
+# built-in int would hold the interpreter, and with it every stream, for a tenth of a second on a million ids.
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_NUMBER_CHARS:
+        raise InvalidRequest(f"A number has {len(digits)} digits.", code="invalid_number")
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if value in (float("inf"), float("-inf")):
+        raise InvalidRequest(f"The number {digits[:40]} is too large.", code="invalid_number")
+    return value
+
+
+def _constant(name: str) -> NoReturn:
+    raise InvalidRequest(f"{name} is not a JSON number.", code="invalid_number")
+
+
+def _too_deep() -> InvalidRequest:
+    return InvalidRequest(f"The body is nested more than {MAX_DEPTH} levels deep.", code="json_too_deep")
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level and depth <= MAX_DEPTH:
+        depth += 1
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+    return depth
+
+
+def _kind(value: object) -> str:
+    names = {list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return names.get(type(value), "null")
+
+
+# Models
+
+# Fields that cannot change the answer here; accepted so that OpenAI clients need no special case.
+IGNORED = frozenset(
+    {
+        *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity"),
+        *("prompt_cache_retention", "modalities"),
+    }
+)
+
+# Fields accepted only where they ask for what happens anyway.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "parallel_tool_calls": (True,),
+}
+
+ROLES = ("system", "user", "assistant", "tool", "latest_reminder", "developer")
+
+RECIPE_FIELDS = (
+    *("model", "max_tokens", "temperature", "top_p", "seed", "stop", "logprobs", "top_logprobs"),
+    *("tools", "tool_choice", "response_format", "thinking", "reasoning_effort"),
+)
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Body):
+    include_usage: bool | None = None
+
+
+class _Generation(_Body):
+    """What both generating routes share."""
+
+    model: str = Field(min_length=1, max_length=512)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(default=None, gt=0, lt=1 << 31)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    seed: int | None = Field(default=None, ge=0, lt=1 << 63)
+    stop: list[str] | None = None
+    ignore_eos: bool | None = None
+    return_token_ids: bool | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stops(cls, value: Any) -> Any:
+        stops = [value] if isinstance(value, str) else value
+        if stops is None:
+            return None
+        if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+            raise ValueError("must be a string or an array of strings")
+        if len(stops) > MAX_STOPS:
+            raise ValueError(f"holds {len(stops)} strings, at most {MAX_STOPS} are allowed")
+        if any(not 0 < len(stop.encode()) <= MAX_STOP_BYTES for stop in stops):
+            raise ValueError(f"strings must have 1 to {MAX_STOP_BYTES} bytes")
+        return stops
+
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> _Generation:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only allowed with stream=true")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class CompletionBody(_Generation):
+    prompt: Any  # text or token ids; `one_prompt` checks it, as a million ids are too many for a model's field
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    add_special_tokens: bool = True
+
+
+class ChatBody(_Generation):
+    """`messages`, tools and the like are checked by deepseek-recipe, which also renders them."""
+
+    messages: list[Json] = Field(min_length=1, max_length=10_000)
+    max_completion_tokens: int | None = Field(default=None, gt=0, lt=1 << 31)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    tools: list[Json] | None = Field(default=None, max_length=512)
+    tool_choice: str | Json | None = None
+    response_format: Json | None = None
+    thinking: Json | None = None
+    reasoning_effort: str | None = None
+
+    @model_validator(mode="after")
+    def _top_needs_logprobs(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is only allowed with logprobs=true")
+        return self
+
+    def for_recipe(self) -> Json:
+        """The body in the form deepseek-recipe reads: the fields it knows, nulls left out."""
+        body = {name: value for name in RECIPE_FIELDS if (value := getattr(self, name)) is not None}
+        body["messages"] = _checked_messages(self.messages)
+        if self.max_completion_tokens is not None:
+            body["max_tokens"] = self.max_completion_tokens
+        return body
+
+
+class TokenizeBody(_Body):
+    """Text, or a conversation as /v1/chat/completions would render it."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Json] | None = Field(default=None, min_length=1, max_length=10_000)
+    tools: list[Json] | None = Field(default=None, max_length=512)
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _one_of(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+    def for_recipe(self, model: str) -> Json:
+        body: Json = {"model": model, "messages": _checked_messages(self.messages or [])}
+        return body | ({"tools": self.tools} if self.tools else {})
+
+
+class DetokenizeBody(_Body):
+    model: str | None = None
+    tokens: Any
+    skip_special_tokens: bool = False
+
+
+Body = TypeVar("Body", bound=_Body)
+
+
+def parse_body(kind: type[Body], raw: bytes) -> Body:
+    """A body's bytes as `kind`. Raises InvalidRequest naming the field and what it must be."""
+    data = parse_json(raw)
+    for name, allowed in NEUTRAL.items():
+        if (value := data.get(name)) is not None and not any(
+            type(value) is type(other) and value == other
+            for other in (*allowed, *(float(n) for n in allowed if type(n) is int))
+        ):
+            raise InvalidRequest(
+                f"{name} is only supported as {' or '.join(json.dumps(other) for other in allowed)}.",
+                param=name,
+                code="unsupported_parameter",
+            )
+    try:
+        return kind.model_validate({key: data[key] for key in data.keys() - IGNORED - NEUTRAL.keys()})
+    except ValidationError as error:
+        raise _refusal(error) from error
+
+
+def _refusal(error: ValidationError) -> InvalidRequest:
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    param = ""
+    for part in first["loc"]:
+        param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else str(part)
+    param = param[:200]
+    if first["type"] == "extra_forbidden":
+        return InvalidRequest(f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
+    if first["type"] == "missing":
+        return InvalidRequest(f"{param} is required.", param=param, code="missing_parameter")
+    message = first["msg"].removeprefix("Value error, ")
+    return InvalidRequest(f"{param}: {message}." if param else f"{message}.", param=param or None)
+
+
+def one_prompt(value: Any, vocab_size: int) -> str | tuple[int, ...]:
+    """A completion's `prompt` as text or as token ids. Several prompts in one request are not supported."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
+        value = value[0]
+    if isinstance(value, str):
+        if not value:
+            raise InvalidRequest(
+                "The prompt is empty. Send at least one character.", param="prompt", code="empty_prompt"
+            )
+        return value
+    if isinstance(value, list) and value and all(isinstance(part, str | list) for part in value[:2]):
+        raise InvalidRequest(
+            f"prompt holds {len(value)} prompts; one request takes one. Send one request for each.",
+            param="prompt",
+            code="unsupported_parameter",
+        )
+    return token_ids(value, vocab_size, param="prompt")
+
+
+def token_ids(value: Any, vocab_size: int, *, param: str) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise InvalidRequest(f"{param} must be a string or an array of token ids, not {_kind(value)}.", param=param)
+    if not value:
+        raise InvalidRequest(f"{param} is empty. Send at least one token id.", param=param, code="empty_prompt")
+    if set(map(type, value)) != {int}:  # bool is an int to Python, not to JSON
+        at = next(i for i, item in enumerate(value) if type(item) is not int)
+        raise InvalidRequest(
+            f"{param}[{at}] is {_kind(value[at])} that is no integer; token ids are integers.", param=f"{param}[{at}]"
+        )
+    if min(value) < 0 or max(value) >= vocab_size:
+        at = next(i for i, item in enumerate(value) if not 0 <= item < vocab_size)
+        raise InvalidRequest(
+            f"{param}[{at}] is outside the vocabulary; token ids are 0 to {vocab_size - 1}.", param=f"{param}[{at}]"
+        )
+    return tuple(value)
+
+
+def _checked_messages(messages: list[Json]) -> list[Json]:
+    """Messages whose roles and content are of known kinds; what they must hold besides, deepseek-recipe checks."""
+    checked = []
+    for i, message in enumerate(messages):
+        role = message.get("role")
+        if role == "developer":  # OpenAI's later name for the same role
+            message = message | {"role": "system"}
+        elif not isinstance(role, str) or role not in ROLES:
+            raise InvalidRequest(f"messages[{i}].role must be one of {', '.join(ROLES)}.", param=f"messages[{i}].role")
+        content = message.get("content")
+        if isinstance(content, list):
+            for j, part in enumerate(content):
+                if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                    raise InvalidRequest(
+                        f"messages[{i}].content[{j}] must be a text part; images, audio and files are not supported.",
+                        param=f"messages[{i}].content[{j}]",
+                    )
+        elif not isinstance(content, str) and not (content is None and role == "assistant"):
+            raise InvalidRequest(
+                f"messages[{i}].content must be a string or an array of text parts, not {_kind(content)}.",
+                param=f"messages[{i}].content",
+            )
+        checked.append(message)
+    return checked
