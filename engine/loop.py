@@ -10,11 +10,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
 from engine.batch import Sampled, Segment
+from engine.cache.pools import PoolCounts
+from wire.types import PageClass
 
 IDLE_WAIT_S = 1.0
 """An idle loop looks at its deadlines at least this often, whatever the core says."""
@@ -43,10 +45,8 @@ class Load:
     waiting: int = 0
     queued_tokens: int = 0  # prompt tokens not yet computed (prefill) or not yet fetched (decode)
     free_tokens: int = 0  # full-pool tokens not spoken for
-    full_used: int = 0
-    full_quarantined: int = 0
-    swa_used: int = 0
-    swa_quarantined: int = 0
+    pages: dict[PageClass, PoolCounts] = field(default_factory=dict)  # request slots under STATE
+    quarantined_total: int = 0  # items ever quarantined
 
 
 EventIn = TypeVar("EventIn", contravariant=True)
@@ -82,6 +82,7 @@ class EngineLoop(Generic[Event, Action]):
     on_crash  called on the engine thread, once per crash, with the error and whether the loop has ended.
               A runner that raises fails the requests of its batch and leaves the loop running, for others
               to finish; a core that raises has lost its books, so the loop ends.
+    on_step   called on the engine thread with the seconds each step took
     """
 
     def __init__(
@@ -91,12 +92,14 @@ class EngineLoop(Generic[Event, Action]):
         *,
         emit: Callable[[list[Action]], None],
         on_crash: Callable[[BaseException, bool], None],
+        on_step: Callable[[float], None] = lambda seconds: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._core = core
         self._runner = runner
         self._emit = emit
         self._on_crash = on_crash
+        self._on_step = on_step
         self._clock = clock
         self._inbox: SimpleQueue[Event | None] = SimpleQueue()  # None only wakes the loop
         self._stopping = threading.Event()
@@ -142,6 +145,7 @@ class EngineLoop(Generic[Event, Action]):
         self._hand_out(actions)
         if not batch:
             return False
+        started = clock()
         try:
             results = self._runner.run(batch)
         except Exception as error:
@@ -149,6 +153,7 @@ class EngineLoop(Generic[Event, Action]):
             self._hand_out(core.step(clock(), StepFailed(f"{type(error).__name__}: {error}")))
             self._on_crash(error, False)
         else:
+            self._on_step(clock() - started)
             self._hand_out(core.finish(clock(), results))
         self.load = core.load()
         return True

@@ -20,6 +20,7 @@ from wire.types import (
     PAGE_TOKENS,
     AttemptId,
     Failed,
+    PageClass,
     PageGroup,
     Progress,
     RunFinished,
@@ -187,16 +188,17 @@ class PrefillCore:
         return self._waiting[0].deadline if self._waiting else None
 
     def load(self) -> Load:
-        full, swa = self._pools.full.counts(), self._pools.swa.counts()
+        pools = self._pools
         return Load(
             running=len(self._computing),
             waiting=len(self._waiting),
             queued_tokens=self._uncomputed,
-            free_tokens=full.free * PAGE_TOKENS,
-            full_used=full.used,
-            full_quarantined=full.quarantined,
-            swa_used=swa.used,
-            swa_quarantined=swa.quarantined,
+            free_tokens=pools.full.free * PAGE_TOKENS,
+            pages={
+                PageClass.FULL: pools.full.counts(),
+                PageClass.SWA: pools.swa.counts(),
+                PageClass.STATE: pools.slots.counts(),
+            },
         )
 
     # Inside.

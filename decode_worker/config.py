@@ -1,0 +1,25 @@
+"""What a decode worker is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.config import EngineConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeConfig:
+    engine: EngineConfig
+    redis_url: str
+    worker_id: str
+    host: str = "127.0.0.1"
+    port: int = 0  # gRPC; 0 takes a free one
+    http_port: int = 0  # health and metrics
+    advertise_host: str = ""  # what others dial, where it is not `host`
+    transport: Literal["nixl", "loopback"] = "nixl"
+    max_waiting: int = 256
+    queue_timeout_s: float = 30.0  # how long a request waits for pages
+    offer_timeout_s: float = 300.0  # how long a living prefill worker may offer nothing
+    drain_s: float = 30.0
+    log_level: str = "info"

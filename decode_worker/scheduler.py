@@ -1,0 +1,446 @@
+"""Continuous batching of requests whose pages come from elsewhere. Pure: events in, actions and batches out.
+
+A request waits for room, fetches its pages while prefill still computes, then joins the batch that advances
+by one token a step. However it ends, it holds nothing afterwards, except pages that a read has not let go of
+yet.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from decode_worker.admission import Admission, Place, Pools
+from decode_worker.fetch import Fetch
+from engine.batch import Sampled, Segment, Sequence
+from engine.loop import Load, StepFailed, Tick
+from kvtransfer.reader import ReadJob, ReadResult
+from wire.convert import failed_from_error
+from wire.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    NumericalError,
+    Overloaded,
+    PenumbraError,
+    StaleAttempt,
+    TransferFailed,
+    WorkerLost,
+)
+from wire.types import (
+    PAGE_TOKENS,
+    Admitted,
+    AttemptId,
+    Failed,
+    Fetching,
+    Finished,
+    FinishReason,
+    PageClass,
+    PageOffer,
+    StartEvent,
+    StartRequest,
+    TokenEvent,
+    Tokens,
+    WorkerRef,
+)
+
+# Events.
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A request to decode; `secret` is 16 fresh random bytes that will open and release its claim."""
+
+    request: StartRequest
+    secret: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Whoever asked has left. Idempotent."""
+
+    run: AttemptId
+
+
+@dataclass(frozen=True, slots=True)
+class OfferArrived:
+    run: AttemptId
+    offer: PageOffer
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimEnded:
+    """The claim's stream ended, for whatever reason; only a failure if the last offer had not come."""
+
+    run: AttemptId
+    error: PenumbraError
+
+
+@dataclass(frozen=True, slots=True)
+class ReadEnded:
+    """Exactly one for every submitted read, also for a cancelled one."""
+
+    result: ReadResult
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """Items a `ReadEnded` reported unsettled are quiet now."""
+
+    places: tuple[Place, ...]
+
+
+DecodeEvent = Start | Cancel | OfferArrived | ClaimEnded | ReadEnded | Settled
+
+# Actions.
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    """Send the router this. Finished and Failed are the last of their run."""
+
+    run: AttemptId
+    event: StartEvent
+
+
+@dataclass(frozen=True, slots=True)
+class OpenClaim:
+    run: AttemptId
+    source: WorkerRef
+    from_token: int
+    secret: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class CloseClaim:
+    """Release the claim and end its stream; `claim_id` is None when its first offer had not come."""
+
+    run: AttemptId
+    source: WorkerRef
+    claim_id: str | None
+    secret: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitRead:
+    job: ReadJob
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRead:
+    job_id: str
+
+
+DecodeAction = Emit | OpenClaim | CloseClaim | SubmitRead | CancelRead
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeLimits:
+    max_waiting: int = 256
+    queue_timeout_s: float = 30.0
+    offer_timeout_s: float = (
+        300.0  # between two offers; a dead owner is noticed by its broken stream long before
+    )
+    max_context: int
+    vocab_size: int
+    eos_token_id: int
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """Waiting without a sequence, fetching with a fetch, running with neither deadline nor fetch."""
+
+    id: AttemptId
+    request: StartRequest
+    secret: bytes = field(repr=False)
+    deadline: float | None
+    sequence: Sequence | None = None
+    fetch: Fetch | None = None
+    last_token: int = 0
+    num_tokens: int = 0  # generated so far
+    cached_tokens: int = 0
+
+
+class DecodeCore:
+    """The decode worker's scheduler; implements `engine.loop.Core`."""
+
+    def __init__(self, pools: Pools, limits: DecodeLimits) -> None:
+        self._pools = pools
+        self._limits = limits
+        self._admission = Admission(pools)
+        self._runs: dict[AttemptId, _Run] = {}
+        self._waiting: deque[_Run] = deque()
+        self._running: dict[AttemptId, _Run] = {}
+        self._batch: list[_Run] = []
+        self._by_job: dict[str, _Run] = {}
+        self._orphans: dict[
+            str, tuple[Place, ...]
+        ] = {}  # reads that outlived their request -> quarantined places
+
+    def step(self, now_s: float, event: DecodeEvent | Tick | StepFailed) -> list[DecodeAction]:
+        match event:
+            case Start(request, secret):
+                actions = self._start(now_s, request, secret)
+            case Cancel(run_id):
+                run = self._runs.get(run_id)
+                actions = [] if run is None else self._leave(run)
+            case OfferArrived(run_id, offer):
+                actions = self._offer(now_s, run_id, offer)
+            case ClaimEnded(run_id, error):
+                run = self._runs.get(run_id)
+                lost = run is not None and run.fetch is not None and run.fetch.tail is None
+                actions = self._fail(run, error) if lost and run is not None else []
+            case ReadEnded(result):
+                actions = self._read_ended(result)
+            case Settled(places):
+                self._admission.settle(places)
+                actions = []
+            case Tick():
+                actions = self._expire(now_s)
+            case StepFailed(error):
+                failed, self._batch = self._batch, []
+                actions = []
+                for run in failed:
+                    actions += self._fail(run, WorkerLost(f"the decode step of {run.id} failed: {error}"))
+        return actions + self._admit(now_s)
+
+    def next_batch(self, now_s: float) -> list[Segment]:
+        """One token of every running request."""
+        assert not self._batch, "the last batch has not been answered"
+        segments = []
+        for run in self._running.values():
+            sequence = run.sequence
+            assert sequence is not None
+            self._admission.window.cover(sequence, sequence.length, sequence.length + 1)
+            segments.append(
+                Segment(
+                    sequence=sequence,
+                    start=sequence.length,
+                    tokens=[run.last_token],
+                    sample=True,
+                    index=run.num_tokens,
+                )
+            )
+        self._batch = list(self._running.values())
+        return segments
+
+    def finish(self, now_s: float, results: list[Sampled | None]) -> list[DecodeAction]:
+        actions: list[DecodeAction] = []
+        batch, self._batch = self._batch, []
+        for run, result in zip(batch, results, strict=True):
+            sequence = run.sequence
+            assert sequence is not None
+            assert result is not None, f"run {run.id} asked for a token and got none"
+            sequence.length += 1
+            self._admission.window.trim(sequence)
+            if not result.ok:
+                error = NumericalError(
+                    f"the model's output for token {run.num_tokens} of {run.id} is not finite"
+                )
+                actions += self._fail(run, error)
+                continue
+            token = TokenEvent(
+                index=run.num_tokens, token_id=result.token_id, logprob=result.logprob, top=result.top
+            )
+            actions += self._advance(run, token)
+        return actions + self._admit(now_s)
+
+    def next_deadline(self) -> float | None:
+        return min((run.deadline for run in self._runs.values() if run.deadline is not None), default=None)
+
+    def load(self) -> Load:
+        pools = self._pools
+        fetching = [run for run in self._runs.values() if run.fetch is not None]
+        return Load(
+            running=len(self._running) + len(fetching),
+            waiting=len(self._waiting),
+            queued_tokens=sum(len(run.request.prompt) for run in (*self._waiting, *fetching)),
+            free_tokens=pools.full.free * PAGE_TOKENS,
+            pages={
+                PageClass.FULL: pools.full.counts(),
+                PageClass.SWA: pools.swa.counts(),
+                PageClass.STATE: pools.slots.counts(),
+            },
+            quarantined_total=self._admission.quarantined_total,
+        )
+
+    # A request's states.
+
+    def _start(self, now_s: float, request: StartRequest, secret: bytes) -> list[DecodeAction]:
+        run_id = AttemptId(request.request_id, request.attempt)
+        try:
+            self._check(run_id, request)
+        except PenumbraError as error:
+            return [Emit(run_id, failed_from_error(error))]
+        actions: list[DecodeAction] = []
+        for older in [run for run in self._runs.values() if run.id.request_id == request.request_id]:
+            actions += self._fail(
+                older, StaleAttempt(f"run {older.id} was overtaken by attempt {request.attempt}")
+            )
+        run = _Run(run_id, request, secret, now_s + self._limits.queue_timeout_s)
+        self._runs[run_id] = run
+        self._waiting.append(run)
+        return actions
+
+    def _check(self, run_id: AttemptId, request: StartRequest) -> None:
+        """Refuse what can not run here. The router has checked all this; versions differ, so it is checked
+        again.
+        """
+        n, sampling, limits = len(request.prompt), request.sampling, self._limits
+        newest = max((a for r, a in self._runs if r == request.request_id), default=-1)
+        if request.attempt <= newest:
+            raise StaleAttempt(
+                f"run {run_id} comes after attempt {newest}, which is here; send a higher attempt"
+            )
+        if request.emitted:
+            raise InvalidRequest(
+                "this worker can not replay emitted tokens; start the request afresh", param="resume"
+            )
+        if n == 0:
+            raise InvalidRequest("the prompt is empty; send at least one token", param="prompt")
+        if sampling.max_tokens < 1:
+            raise InvalidRequest(f"max_tokens={sampling.max_tokens} must be at least 1", param="max_tokens")
+        if n + sampling.max_tokens > limits.max_context:
+            raise InvalidRequest(
+                f"{n} prompt tokens and max_tokens={sampling.max_tokens} exceed the context of {limits.max_context}",
+                param="max_tokens",
+            )
+        if min(request.prompt) < 0 or max(request.prompt) >= limits.vocab_size:
+            raise InvalidRequest(
+                f"the prompt has token ids outside the vocabulary of {limits.vocab_size}", param="prompt"
+            )
+        self._admission.check(request)
+        if len(self._waiting) >= limits.max_waiting:
+            raise Overloaded(f"{len(self._waiting)} requests are waiting here; try another worker")
+
+    def _admit(self, now_s: float) -> list[DecodeAction]:
+        """First come, first served: a long request at the head is not overtaken for ever by short ones."""
+        actions: list[DecodeAction] = []
+        while self._waiting:
+            run = self._waiting[0]
+            sequence = self._admission.admit(run.request)
+            if sequence is None:
+                break
+            self._waiting.popleft()
+            run.sequence = sequence
+            run.fetch = Fetch(
+                run.request,
+                sequence,
+                classes=self._pools.classes,
+                signature=self._pools.signature,
+                vocab_size=self._limits.vocab_size,
+            )
+            run.deadline = now_s + self._limits.offer_timeout_s
+            actions += [
+                Emit(run.id, Admitted(resident_prefix=0, secret=run.secret)),
+                Emit(run.id, Fetching(pages=run.fetch.total_pages)),
+                OpenClaim(run.id, run.request.source, 0, run.secret),
+            ]
+        return actions
+
+    def _offer(self, now_s: float, run_id: AttemptId, offer: PageOffer) -> list[DecodeAction]:
+        run = self._runs.get(run_id)
+        if run is None or run.fetch is None:
+            return []
+        try:
+            job = run.fetch.accept(offer)
+        except PenumbraError as error:
+            return self._fail(run, error)
+        # From the tail on only reads are left, and the reader bounds those.
+        run.deadline = None if run.fetch.tail is not None else now_s + self._limits.offer_timeout_s
+        if job is None:
+            return self._join(run)
+        self._by_job[job.job_id] = run
+        return [SubmitRead(job)]
+
+    def _read_ended(self, result: ReadResult) -> list[DecodeAction]:
+        orphaned = self._orphans.pop(result.job_id, None)
+        if orphaned is not None:
+            unsettled = frozenset(result.unsettled)
+            self._admission.settle(place for place in orphaned if place not in unsettled)
+            return []
+        run = self._by_job.pop(result.job_id)
+        fetch = run.fetch
+        assert fetch is not None, f"read {result.job_id} ended for a request that fetches nothing"
+        del fetch.reading[result.job_id]
+        if result.ok:
+            return self._join(run)
+        error = result.error or TransferFailed(f"read {result.job_id} failed without a reason")
+        return self._fail(run, error, result.unsettled)
+
+    def _join(self, run: _Run) -> list[DecodeAction]:
+        """Fetching -> running, once everything has landed. Token 0 goes out at once."""
+        fetch, sequence = run.fetch, run.sequence
+        assert sequence is not None
+        if fetch is None or not fetch.complete:
+            return []
+        assert fetch.tail is not None
+        closed = self._close_claim(run, fetch)
+        run.fetch, run.deadline = None, None
+        run.cached_tokens = fetch.tail.cached_tokens
+        sequence.length = len(run.request.prompt)
+        self._running[run.id] = run
+        return [*self._advance(run, fetch.tail.first), closed]
+
+    def _advance(self, run: _Run, token: TokenEvent) -> list[DecodeAction]:
+        """One more token; the last one ends the request."""
+        sampling = run.request.sampling
+        run.last_token = token.token_id
+        run.num_tokens += 1
+        actions: list[DecodeAction] = [Emit(run.id, Tokens(attempt=run.id.attempt, tokens=(token,)))]
+        is_eos = token.token_id == self._limits.eos_token_id and not sampling.ignore_eos
+        if is_eos or token.token_id in sampling.stop_token_ids:
+            reason = FinishReason.STOP
+        elif run.num_tokens >= sampling.max_tokens:
+            reason = FinishReason.LENGTH
+        else:
+            return actions
+        done = Finished(
+            reason=reason,
+            prompt_tokens=len(run.request.prompt),
+            cached_tokens=run.cached_tokens,
+            completion_tokens=run.num_tokens,
+        )
+        return [*actions, *self._leave(run), Emit(run.id, done)]
+
+    def _expire(self, now_s: float) -> list[DecodeAction]:
+        actions: list[DecodeAction] = []
+        for run in [r for r in self._runs.values() if r.deadline is not None and r.deadline <= now_s]:
+            if run.sequence is None:
+                waited, n = self._limits.queue_timeout_s, len(run.request.prompt)
+                actions += self._fail(
+                    run, Overloaded(f"no room for {n} prompt tokens within {waited:g} s; try again")
+                )
+            else:
+                quiet = self._limits.offer_timeout_s
+                source = run.request.source.worker_id
+                actions += self._fail(
+                    run, DeadlineExceeded(f"worker {source} offered nothing for {quiet:g} s")
+                )
+        return actions
+
+    def _fail(self, run: _Run, error: PenumbraError, unsettled: tuple[Place, ...] = ()) -> list[DecodeAction]:
+        failed: Failed = failed_from_error(error)
+        return [*self._leave(run, unsettled), Emit(run.id, failed)]
+
+    def _leave(self, run: _Run, unsettled: tuple[Place, ...] = ()) -> list[DecodeAction]:
+        """Out of every book, from any state. Pages under a read are quarantined until that read has ended."""
+        del self._runs[run.id]
+        self._running.pop(run.id, None)
+        if run.sequence is None:
+            self._waiting.remove(run)
+            return []
+        actions: list[DecodeAction] = []
+        being_read: list[Place] = []
+        if run.fetch is not None:
+            actions.append(self._close_claim(run, run.fetch))
+            being_read = run.fetch.places_being_read()
+            for job_id, places in run.fetch.reading.items():
+                del self._by_job[job_id]
+                self._orphans[job_id] = places
+                actions.append(CancelRead(job_id))
+        self._admission.leave(run.sequence, [*being_read, *unsettled])
+        run.fetch = run.sequence = None
+        return actions
+
+    def _close_claim(self, run: _Run, fetch: Fetch) -> CloseClaim:
+        return CloseClaim(run.id, run.request.source, fetch.claim_id, run.secret)

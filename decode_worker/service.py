@@ -1,0 +1,344 @@
+"""gRPC Decode: a thin shell around the decode core, and the claims it follows at other workers.
+
+Everything here runs on the event loop. Offers and read results go to the core as events; what it decides
+comes back as actions: messages for the router, claims to open and close, reads to submit and cancel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import structlog
+
+from decode_worker.admission import Place
+from decode_worker.scheduler import (
+    Cancel,
+    CancelRead,
+    ClaimEnded,
+    CloseClaim,
+    DecodeAction,
+    DecodeCore,
+    DecodeEvent,
+    Emit,
+    OfferArrived,
+    OpenClaim,
+    ReadEnded,
+    Settled,
+    Start,
+    SubmitRead,
+)
+from engine.loop import EngineLoop, StepRunner
+from kvtransfer.reader import Reader, ReadResult
+from wire import convert
+from wire.errors import Draining, PenumbraError, StaleAttempt, TransferFailed, WorkerLost
+from wire.rpc import Context, Server, error_from_rpc, open_channel
+from wire.telemetry import WorkerMetrics
+from wire.types import (
+    Admitted,
+    AttemptId,
+    ClaimRequest,
+    Failed,
+    Finished,
+    Role,
+    StartEvent,
+    Tokens,
+    WorkerInfo,
+)
+from wire.v1 import kv_pb2, kv_pb2_grpc, worker_pb2, worker_pb2_grpc
+
+log = structlog.get_logger()
+
+PUBLISH_S = 0.25
+RELEASE_TIMEOUT_S = 5.0
+"""A release that is not heard costs nothing but the owner's patience with the broken stream."""
+MAX_IDLE_CHANNELS = 64
+STOP_S = 10.0
+
+
+class DecodeService(worker_pb2_grpc.DecodeServicer):
+    """Owns the engine thread of a decode worker and its claims; implements `wire.worker.WorkerService`.
+
+    `reader_results` and `reader_settled` are the reader's callbacks; `attach` gives it the reader that calls
+    them.
+    """
+
+    def __init__(
+        self,
+        core: DecodeCore,
+        runner: StepRunner,
+        metrics: WorkerMetrics,
+        *,
+        worker_id: str,
+        epoch: int,
+        model: str,
+        signature: str,
+        max_context: int,
+    ) -> None:
+        self.draining = False
+        self._broken: str | None = None
+        self._worker_id = worker_id
+        self._epoch = epoch
+        self._model = model
+        self._signature = signature
+        self._max_context = max_context
+        self._metrics = metrics
+        self._loop = asyncio.get_running_loop()
+        self._engine: EngineLoop[DecodeEvent, DecodeAction] = EngineLoop(
+            core,
+            runner,
+            emit=lambda actions: self._post(self._apply, actions),
+            on_crash=lambda error, ended: self._post(self._on_crash, error, ended),
+            on_step=metrics.step_time.observe,
+        )
+        self._total_tokens = self._engine.load.free_tokens  # nothing is held yet
+        self._quarantined_total = 0
+        self._reader: Reader | None = None
+        self._runs: dict[AttemptId, asyncio.Queue[StartEvent]] = {}
+        self._claims: dict[AttemptId, asyncio.Task[None]] = {}
+        self._tasks: asyncio.TaskGroup | None = None  # parent of every claim's tasks, while `run` runs
+        self._channels = _Channels()
+
+    # The worker's frame.
+
+    @property
+    def broken(self) -> str | None:
+        return self._broken
+
+    def add_to(self, server: Server) -> None:
+        server.add(worker_pb2_grpc.add_DecodeServicer_to_server, self)
+
+    def is_idle(self) -> bool:
+        return not self._runs
+
+    def info(self, address: str) -> WorkerInfo:
+        load = self._engine.load
+        return WorkerInfo(
+            worker_id=self._worker_id,
+            role=Role.DECODE,
+            address=address,
+            epoch=self._epoch,
+            model=self._model,
+            signature=self._signature,
+            draining=self.draining or self._broken is not None,
+            max_context=self._max_context,
+            free_tokens=load.free_tokens,
+            total_tokens=self._total_tokens,
+            running=load.running,
+            waiting=load.waiting,
+            queued_tokens=load.queued_tokens,
+        )
+
+    def attach(self, reader: Reader) -> None:
+        self._reader = reader
+
+    async def run(self) -> None:
+        assert self._reader is not None, "attach the reader first"
+        self._engine.start()
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                while True:
+                    self._publish()
+                    await asyncio.sleep(PUBLISH_S)
+        finally:
+            self._tasks = None
+            if not await asyncio.to_thread(self._engine.stop, STOP_S):
+                log.error("engine_stuck", waited_s=STOP_S)
+            await self._channels.close()
+
+    # Decode.
+
+    async def Start(
+        self, request: worker_pb2.StartRequest, context: Context
+    ) -> AsyncIterator[worker_pb2.StartEvent]:
+        start = convert.start_request_from_wire(request)
+        run = AttemptId(start.request_id, start.attempt)
+        if self._broken is not None:
+            raise WorkerLost(self._broken)
+        if self.draining:
+            raise Draining(f"decode worker {self._worker_id} is going away; use another")
+        if run in self._runs:
+            raise StaleAttempt(f"run {run} is here already; retry with a new attempt")
+        arrived, ended = time.monotonic(), False
+        events = self._runs[run] = asyncio.Queue()
+        self._engine.post(Start(start, secrets.token_bytes(16)))
+        try:
+            while not ended:
+                for event in _merged(await events.get(), events):
+                    ended = isinstance(event, Finished | Failed)
+                    if isinstance(event, Admitted):
+                        self._metrics.queue_time.observe(time.monotonic() - arrived)
+                    elif isinstance(event, Tokens):
+                        self._metrics.generation_tokens.inc(len(event.tokens))
+                    yield convert.start_event_to_wire(event)
+                    if ended:
+                        break
+        finally:
+            del self._runs[run]
+            if not ended:
+                self._engine.post(Cancel(run))
+
+    # The reader's thread.
+
+    def reader_results(self, result: ReadResult) -> None:
+        self._engine.post(ReadEnded(result))
+        if result.ok:
+            self._metrics.transfer_bytes.inc(result.bytes)
+            self._metrics.transfer_time.observe(result.seconds)
+        else:
+            self._metrics.transfer_failures.labels(result.error.code if result.error else "unknown").inc()
+
+    def reader_settled(self, places: tuple[Place, ...]) -> None:
+        self._engine.post(Settled(places))
+
+    # Between the engine, the reader, the claims and the open calls.
+
+    def _post(self, call: Any, *args: Any) -> None:
+        """From the engine thread to the event loop. Once that is closed nobody is left to tell."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(call, *args)
+
+    def _apply(self, actions: list[DecodeAction]) -> None:
+        assert self._reader is not None
+        for action in actions:
+            match action:
+                case Emit(run, event):
+                    if isinstance(event, Failed):
+                        log.warning("run_failed", run=str(run), code=event.code, error=event.message)
+                    if run in self._runs:
+                        self._runs[run].put_nowait(event)
+                case SubmitRead(job):
+                    self._reader.submit(job)
+                case CancelRead(job_id):
+                    self._reader.cancel(job_id)
+                case OpenClaim(run):
+                    self._spawn(run, self._follow_claim(action))
+                case CloseClaim(run):
+                    self._close_claim(action)
+
+    def _spawn(self, run: AttemptId, work: Any) -> None:
+        if self._tasks is None:  # stopping: the frame has ended every call already
+            work.close()
+            return
+        task = self._claims[run] = self._tasks.create_task(work, name=f"claim {run}")
+        task.add_done_callback(
+            lambda done: self._claims.pop(run, None) if self._claims.get(run) is done else None
+        )
+
+    def _close_claim(self, close: CloseClaim) -> None:
+        following = self._claims.pop(close.run, None)
+        if close.claim_id is None:
+            # Nothing was offered, so nothing is held for us but our place in line; the broken stream gives
+            # that up.
+            if following is not None:
+                following.cancel()
+        else:
+            self._spawn(close.run, self._release(close, following))
+
+    async def _follow_claim(self, claim: OpenClaim) -> None:
+        """Hand every offer to the core until the stream ends, and then say why."""
+        request = ClaimRequest(
+            request_id=claim.run.request_id,
+            attempt=claim.run.attempt,
+            from_token=claim.from_token,
+            secret=claim.secret,
+            reader_id=self._worker_id,
+            reader_epoch=self._epoch,
+            signature=self._signature,
+        )
+        source = claim.source.worker_id
+        try:
+            async with self._channels.use(claim.source.address) as channel:
+                async for message in _pages(channel).Claim(
+                    convert.claim_request_to_wire(request)
+                ):
+                    self._engine.post(OfferArrived(claim.run, convert.page_offer_from_wire(message)))
+            error: PenumbraError = WorkerLost(f"worker {source} ended its offers for {claim.run} early")
+        except grpc.aio.AioRpcError as failure:
+            error = error_from_rpc(failure)
+        except PenumbraError as failure:
+            error = failure
+        if not error.retryable:
+            # Whatever the owner holds against the claim, the request may well succeed elsewhere.
+            error = TransferFailed(f"worker {source} ended the claim of {claim.run}: {error}")
+        self._engine.post(ClaimEnded(claim.run, error))
+
+    async def _release(self, close: CloseClaim, following: asyncio.Task[None] | None) -> None:
+        """Release while the stream still lives: to the owner a broken stream means a reader in trouble."""
+        try:
+            async with self._channels.use(close.source.address) as channel:
+                request = kv_pb2.ReleaseRequest(claim_id=close.claim_id, secret=close.secret)
+                await _pages(channel).Release(request, timeout=RELEASE_TIMEOUT_S)
+        except grpc.aio.AioRpcError as failure:
+            log.info("release_unheard", run=str(close.run), error=str(error_from_rpc(failure)))
+        finally:
+            if following is not None:
+                following.cancel()
+
+    def _on_crash(self, error: BaseException, ended: bool) -> None:
+        log.error("engine_crashed", ended=ended, exc_info=error)
+        self._broken = f"decode worker {self._worker_id} had an internal fault and is restarting"
+        if ended:
+            for events in self._runs.values():
+                events.put_nowait(convert.failed_from_error(WorkerLost(self._broken)))
+            for claim in list(self._claims.values()):
+                claim.cancel()
+
+    def _publish(self) -> None:
+        load, metrics = self._engine.load, self._metrics
+        metrics.running.set(load.running)
+        metrics.waiting.set(load.waiting)
+        metrics.quarantined.inc(load.quarantined_total - self._quarantined_total)
+        self._quarantined_total = load.quarantined_total
+        for page_class, counts in load.pages.items():
+            metrics.set_pages(page_class, free=counts.free, used=counts.used, quarantined=counts.quarantined)
+
+
+def _pages(channel: grpc.aio.Channel) -> Any:
+    return kv_pb2_grpc.PagesStub(channel)  # type: ignore[no-untyped-call]
+
+
+def _merged(first: StartEvent, rest: asyncio.Queue[StartEvent]) -> list[StartEvent]:
+    """Everything that is ready, neighbouring tokens in one message. Never waits."""
+    events = [first]
+    while not rest.empty():
+        event, last = rest.get_nowait(), events[-1]
+        if isinstance(event, Tokens) and isinstance(last, Tokens):
+            events[-1] = Tokens(attempt=last.attempt, tokens=last.tokens + event.tokens)
+        else:
+            events.append(event)
+    return events
+
+
+class _Channels:
+    """One channel per owner, kept open between claims; of the unused ones only so many."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, grpc.aio.Channel] = {}
+        self._users: Counter[str] = Counter()
+
+    @contextlib.asynccontextmanager
+    async def use(self, address: str) -> AsyncIterator[grpc.aio.Channel]:
+        channel = self._open.get(address)
+        if channel is None:
+            channel = self._open[address] = open_channel(address)
+        self._users[address] += 1
+        try:
+            yield channel
+        finally:
+            self._users[address] -= 1
+            idle = [a for a in self._open if not self._users[a]]
+            for address_to_close in idle[: max(0, len(idle) - MAX_IDLE_CHANNELS)]:
+                del self._users[address_to_close]
+                await self._open.pop(address_to_close).close(None)
+
+    async def close(self) -> None:
+        for channel in self._open.values():
+            await channel.close(None)
+        self._open.clear()

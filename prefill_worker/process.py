@@ -1,0 +1,73 @@
+"""One prefill worker process, from its configuration to its exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+
+from prometheus_client import CollectorRegistry
+
+from engine.runner import Runner
+from kvtransfer.loopback import LoopbackTransport
+from kvtransfer.nixl import NixlTransport
+from kvtransfer.transport import Transport
+from prefill_worker.config import PrefillConfig
+from prefill_worker.scheduler import PrefillCore, PrefillLimits
+from prefill_worker.service import PrefillService
+from wire.telemetry import WorkerMetrics, configure_logging
+from wire.types import OwnerCard
+from wire.worker import DoorConfig, serve
+
+
+def run(config: PrefillConfig) -> int:
+    """Serve until asked to stop; 0 then, 1 after a fault. Raises ConfigError for what can not be served."""
+    configure_logging("prefill", config.worker_id, config.log_level)
+    runner = Runner.load(config.engine)
+    # A life of this worker has a number of its own, so that nobody takes its pages for those of the one
+    # before.
+    epoch = secrets.randbits(64)
+    agent = f"{config.worker_id}-{epoch:016x}"
+    transport: Transport = NixlTransport(agent) if config.transport == "nixl" else LoopbackTransport(agent)
+    try:
+        transport.register(runner.pools.classes)
+        return asyncio.run(_serve(config, runner, transport, epoch))
+    finally:
+        transport.close()
+
+
+async def _serve(config: PrefillConfig, runner: Runner, transport: Transport, epoch: int) -> int:
+    agent, metadata = transport.describe()
+    card = OwnerCard(
+        worker_id=config.worker_id,
+        epoch=epoch,
+        transport=transport.name,
+        agent=agent,
+        metadata=metadata,
+        signature=runner.pools.signature,
+        classes=runner.pools.classes,
+    )
+    core = PrefillCore(
+        runner.pools,
+        PrefillLimits(
+            chunk_tokens=config.chunk_tokens,
+            max_batch_tokens=config.max_batch_tokens,
+            max_waiting=config.max_waiting,
+            queue_timeout_s=config.queue_timeout_s,
+            max_context=runner.max_context,
+            vocab_size=runner.model_config.vocab_size,
+        ),
+    )
+    registry = CollectorRegistry()
+    service = PrefillService(
+        core, runner, card, WorkerMetrics(registry), model=runner.fingerprint, max_context=runner.max_context
+    )
+    door = DoorConfig(
+        worker_id=config.worker_id,
+        redis_url=config.redis_url,
+        host=config.host,
+        port=config.port,
+        http_port=config.http_port,
+        advertise_host=config.advertise_host,
+        drain_s=config.drain_s,
+    )
+    return await serve(service, door, registry)

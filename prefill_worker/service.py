@@ -1,0 +1,259 @@
+"""gRPC Prefill and Pages: thin shells around the prefill core and the claim table.
+
+Everything here runs on the event loop. The claim table lives here and not on the engine thread, so a long
+forward pass delays neither a claim nor its renewal. A run's pages are dropped in the engine only after the
+table freed them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import structlog
+
+from engine.loop import EngineLoop, StepRunner
+from kvtransfer.owner import ClaimTable, Freed
+from prefill_worker.scheduler import (
+    Drop,
+    Ended,
+    Offered,
+    PrefillAction,
+    PrefillCore,
+    PrefillEvent,
+    Progressed,
+    Submit,
+)
+from wire import convert
+from wire.errors import Cancelled, Draining, PenumbraError, WorkerLost
+from wire.rpc import Context, Server, error_from_code
+from wire.telemetry import WorkerMetrics
+from wire.types import (
+    AttemptId,
+    Failed,
+    OwnerCard,
+    Progress,
+    Role,
+    RunEvent,
+    RunFinished,
+    WorkerInfo,
+)
+from wire.v1 import kv_pb2, kv_pb2_grpc, worker_pb2, worker_pb2_grpc
+
+log = structlog.get_logger()
+
+SWEEP_S = 0.25
+CLAIM_POLL_S = 1.0
+"""A claim's stream looks at its claim at least this often, so an expiry is told even if nothing else happens.
+"""
+ENGINE_STOP_S = 10.0
+
+
+class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer):
+    """Owns the engine thread of a prefill worker; implements `wire.worker.WorkerService`."""
+
+    def __init__(
+        self,
+        core: PrefillCore,
+        runner: StepRunner,
+        card: OwnerCard,
+        metrics: WorkerMetrics,
+        *,
+        model: str,
+        max_context: int,
+    ) -> None:
+        self.draining = False
+        self._broken: str | None = None
+        self._card = card
+        self._model = model
+        self._max_context = max_context
+        self._metrics = metrics
+        self._table = ClaimTable(card)
+        self._loop = asyncio.get_running_loop()
+        self._engine: EngineLoop[PrefillEvent, PrefillAction] = EngineLoop(
+            core,
+            runner,
+            emit=lambda actions: self._post(self._apply, actions),
+            on_crash=lambda error, ended: self._post(self._on_crash, error, ended),
+            on_step=metrics.step_time.observe,
+        )
+        self._total_tokens = self._engine.load.free_tokens  # nothing is held yet
+        self._runs: dict[AttemptId, asyncio.Queue[RunEvent]] = {}
+        self._changed: dict[AttemptId, list[asyncio.Event]] = {}  # of the claims of a run
+
+    # The worker's frame.
+
+    @property
+    def broken(self) -> str | None:
+        return self._broken
+
+    def add_to(self, server: Server) -> None:
+        server.add(worker_pb2_grpc.add_PrefillServicer_to_server, self)
+        server.add(kv_pb2_grpc.add_PagesServicer_to_server, self)
+
+    def is_idle(self) -> bool:
+        return not self._runs and not self._table.counts().runs
+
+    def info(self, address: str) -> WorkerInfo:
+        load = self._engine.load
+        return WorkerInfo(
+            worker_id=self._card.worker_id,
+            role=Role.PREFILL,
+            address=address,
+            epoch=self._card.epoch,
+            model=self._model,
+            signature=self._card.signature,
+            draining=self.draining or self._broken is not None,
+            max_context=self._max_context,
+            free_tokens=load.free_tokens,
+            total_tokens=self._total_tokens,
+            running=load.running,
+            waiting=load.waiting,
+            queued_tokens=load.queued_tokens,
+        )
+
+    async def run(self) -> None:
+        self._engine.start()
+        try:
+            while True:
+                self._free(self._table.expire(time.monotonic()))
+                self._publish()
+                await asyncio.sleep(SWEEP_S)
+        finally:
+            if not await asyncio.to_thread(self._engine.stop, ENGINE_STOP_S):
+                log.error("engine_stuck", waited_s=ENGINE_STOP_S)
+
+    # Prefill.
+
+    async def Run(
+        self, request: worker_pb2.RunRequest, context: Context
+    ) -> AsyncIterator[worker_pb2.RunEvent]:
+        run_request = convert.run_request_from_wire(request)
+        run = AttemptId(run_request.request_id, run_request.attempt)
+        self._check_open()
+        arrived = time.monotonic()
+        self._free(self._table.expect(arrived, run, run_request.secret, run_request.skip))
+        events = self._runs[run] = asyncio.Queue()
+        self._engine.post(Submit(run_request))
+        self._notify(run)
+        done, ended = -1, False
+        try:
+            while not ended:
+                event = await events.get()
+                ended = not isinstance(event, Progress)
+                if isinstance(event, Progress):
+                    if done < 0:
+                        self._metrics.queue_time.observe(time.monotonic() - arrived)
+                    self._metrics.prompt_tokens.inc(event.done - max(done, 0))
+                    done = event.done
+                yield convert.run_event_to_wire(event)
+        finally:
+            del self._runs[run]
+            if not ended:
+                error = Cancelled(f"run {run} was cancelled by its router")
+                self._free(self._table.revoke(time.monotonic(), run, error))
+
+    # Pages.
+
+    async def Claim(self, request: kv_pb2.ClaimRequest, context: Context) -> AsyncIterator[kv_pb2.PageOffer]:
+        claim = convert.claim_request_from_wire(request)
+        if self._broken is not None:
+            raise WorkerLost(self._broken)
+        run, claim_id = AttemptId(claim.request_id, claim.attempt), secrets.token_hex(16)
+        self._table.open(time.monotonic(), claim_id, claim)
+        changed = asyncio.Event()
+        self._changed.setdefault(run, []).append(changed)
+        next_seq = 0
+        try:
+            while True:
+                changed.clear()
+                offers = self._table.offers(claim_id, next_seq)
+                if offers is None:
+                    return
+                for offer in offers:
+                    yield convert.page_offer_to_wire(offer)
+                    next_seq = offer.seq + 1
+                if not offers:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(CLAIM_POLL_S):
+                            await changed.wait()
+        finally:
+            self._table.broken(time.monotonic(), claim_id)
+            self._changed[run].remove(changed)
+            if not self._changed[run]:
+                del self._changed[run]
+
+    async def Release(self, request: kv_pb2.ReleaseRequest, context: Context) -> kv_pb2.ReleaseReply:
+        valid, freed = self._table.release(time.monotonic(), request.claim_id, request.secret)
+        self._free(freed)
+        return kv_pb2.ReleaseReply(valid=valid)
+
+    # Between the table, the engine and the open calls.
+
+    def _check_open(self) -> None:
+        if self._broken is not None:
+            raise WorkerLost(self._broken)
+        if self.draining:
+            raise Draining(f"prefill worker {self._card.worker_id} is going away; use another")
+
+    def _post(self, call: Any, *args: Any) -> None:
+        """From the engine thread to the event loop. Once that is closed nobody is left to tell."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(call, *args)
+
+    def _apply(self, actions: list[PrefillAction]) -> None:
+        now_s = time.monotonic()
+        for action in actions:
+            match action:
+                case Progressed(run, progress):
+                    self._tell(run, progress)
+                case Offered(run, groups, tail):
+                    self._table.offer(now_s, run, groups, tail)
+                    self._notify(run)
+                case Ended(run, RunFinished() as outcome):
+                    self._table.finished(now_s, run)
+                    self._tell(run, outcome)
+                case Ended(run, Failed() as outcome):
+                    log.warning("run_failed", run=str(run), code=outcome.code, error=outcome.message)
+                    self._tell(run, outcome)
+                    error = error_from_code(outcome.code, outcome.message)
+                    self._free(self._table.revoke(now_s, run, error))
+
+    def _free(self, freed: list[Freed]) -> None:
+        """The table let these runs go: tell the engine, and whoever still listens."""
+        for run, error in freed:
+            self._engine.post(Drop(run))
+            self._notify(run)
+            if error is not None:
+                self._tell(run, convert.failed_from_error(error))
+
+    def _tell(self, run: AttemptId, event: RunEvent) -> None:
+        if run in self._runs:
+            self._runs[run].put_nowait(event)
+
+    def _notify(self, run: AttemptId) -> None:
+        for changed in self._changed.get(run, ()):
+            changed.set()
+
+    def _on_crash(self, error: BaseException, ended: bool) -> None:
+        log.error("engine_crashed", ended=ended, exc_info=error)
+        self._broken = f"prefill worker {self._card.worker_id} had an internal fault and is restarting"
+        if ended:
+            # No engine is left to end these, and no page it held can be trusted to stay.
+            lost: PenumbraError = WorkerLost(self._broken)
+            for run in list(self._runs):
+                self._tell(run, convert.failed_from_error(lost))
+            for run in self._table.runs():
+                self._free(self._table.revoke(time.monotonic(), run, lost))
+
+    def _publish(self) -> None:
+        load, metrics = self._engine.load, self._metrics
+        metrics.running.set(load.running)
+        metrics.waiting.set(load.waiting)
+        metrics.claims.set(self._table.counts().open_claims)
+        for page_class, counts in load.pages.items():
+            metrics.set_pages(page_class, free=counts.free, used=counts.used, quarantined=counts.quarantined)
