@@ -1,0 +1,725 @@
+"""The decode core, driven by offers and results that a prefill worker, a reader and a model could have sent."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from decode_worker.admission import Place
+from decode_worker.scheduler import (
+    Cancel,
+    CancelRead,
+    ClaimEnded,
+    CloseClaim,
+    DecodeAction,
+    DecodeCore,
+    DecodeLimits,
+    Emit,
+    OfferArrived,
+    OpenClaim,
+    ReadEnded,
+    Settled,
+    Start,
+    SubmitRead,
+)
+from engine.batch import Sampled, Segment
+from engine.cache.pools import PageAllocator
+from engine.loop import StepFailed, Tick
+from kvtransfer.reader import ReadJob, ReadResult
+from wire.errors import TransferFailed, WorkerLost
+from wire.types import (
+    Admitted,
+    AttemptId,
+    Failed,
+    Fetching,
+    Finished,
+    FinishReason,
+    OwnerCard,
+    PageClass,
+    PageGroup,
+    PageOffer,
+    Region,
+    RegionClass,
+    SamplingParams,
+    StartEvent,
+    StartRequest,
+    Tail,
+    TokenEvent,
+    Tokens,
+    WorkerRef,
+)
+
+SECRET = b"s" * 16
+SOURCE = WorkerRef(worker_id="prefill-0", address="127.0.0.1:1", epoch=7)
+EOS = 1
+
+
+def classes(full: int, swa: int, slots: int) -> tuple[RegionClass, ...]:
+    sizes = {PageClass.FULL: full, PageClass.SWA: swa, PageClass.STATE: 2 * slots}
+    return tuple(
+        RegionClass(name=cls, regions=(Region(name="r", address=0, item_bytes=8, num_items=n),))
+        for cls, n in sizes.items()
+    )
+
+
+CARD = OwnerCard(
+    worker_id="prefill-0",
+    epoch=7,
+    transport="loopback",
+    agent="a",
+    metadata=b"",
+    signature="sig",
+    classes=classes(100, 100, 100),
+)
+
+
+class Pools:
+    signature = "sig"
+
+    def __init__(self, full: int = 32, swa: int = 16, slots: int = 4) -> None:
+        self.full, self.swa, self.slots = (
+            PageAllocator(full + 1),
+            PageAllocator(swa + 1),
+            PageAllocator(slots + 1),
+        )
+        self.classes = classes(full + 1, swa + 1, slots + 1)
+
+    def counts(self, state: str) -> tuple[int, int, int]:
+        return tuple(getattr(a.counts(), state) for a in (self.full, self.swa, self.slots))  # type: ignore[return-value]
+
+
+def limits(**changes: float) -> DecodeLimits:
+    values = {"max_context": 8192, "vocab_size": 1000, "eos_token_id": EOS, **changes}
+    return DecodeLimits(**values)  # type: ignore[arg-type]
+
+
+def request(name: str = "a", num_tokens: int = 300, attempt: int = 1, **sampling: object) -> StartRequest:
+    params = {"max_tokens": 4, "seed": 0, **sampling}
+    return StartRequest(
+        request_id=name,
+        attempt=attempt,
+        prompt=tuple(2 + i % 900 for i in range(num_tokens)),
+        sampling=SamplingParams(**params),  # type: ignore[arg-type]
+        source=SOURCE,
+    )
+
+
+def group(page_class: PageClass, positions: list[int], first_item: int = 40) -> PageGroup:
+    n = len(positions)
+    items = tuple(range(first_item, first_item + n))
+    return PageGroup(
+        page_class=page_class,
+        positions=tuple(positions),
+        items=items,
+        generations=(0,) * n,
+        checksums=(5,) * n,
+    )
+
+
+def meeting(claim_id: str = "c") -> PageOffer:
+    return PageOffer(seq=0, claim_id=claim_id, owner=CARD)
+
+
+def last_offer(
+    n: int, seq: int, groups: tuple[PageGroup, ...], first: int = 50, total: int | None = None
+) -> PageOffer:
+    if total is None:
+        total = needed(n)
+    tail = Tail(
+        prompt_tokens=n,
+        cached_tokens=0,
+        first=TokenEvent(index=0, token_id=first, logprob=-0.25),
+        total_pages=total,
+    )
+    return PageOffer(seq=seq, claim_id="c", groups=groups, tail=tail)
+
+
+def full_pages(n: int) -> list[int]:
+    return list(range(-(-n // 256)))
+
+
+def window_pages(n: int) -> list[int]:
+    return list(range(max(0, n - 128) // 256, -(-n // 256)))
+
+
+def state_pages(n: int) -> list[int]:
+    return [] if n % 128 == 0 else [-(-n // 256) - 1]
+
+
+def needed(n: int) -> int:
+    return len(full_pages(n)) + len(window_pages(n)) + len(state_pages(n))
+
+
+def everything(n: int) -> tuple[PageGroup, ...]:
+    found = [group(PageClass.FULL, full_pages(n)), group(PageClass.SWA, window_pages(n))]
+    return (*found, group(PageClass.STATE, state_pages(n))) if state_pages(n) else tuple(found)
+
+
+def landed(job: ReadJob | str, *, ok: bool = True, unsettled: tuple[Place, ...] = ()) -> ReadEnded:
+    return ReadEnded(
+        ReadResult(
+            job_id=job if isinstance(job, str) else job.job_id,
+            ok=ok,
+            error=None if ok else TransferFailed("2 pages do not match their checksum"),
+            unsettled=unsettled,
+            bytes=8,
+            seconds=0.1,
+        )
+    )
+
+
+def submitted(actions: list[DecodeAction]) -> ReadJob:
+    (job,) = [action.job for action in actions if isinstance(action, SubmitRead)]
+    return job
+
+
+def emitted(actions: list[DecodeAction]) -> list[StartEvent]:
+    return [action.event for action in actions if isinstance(action, Emit)]
+
+
+def token_ids(actions: list[DecodeAction]) -> list[int]:
+    return [t.token_id for event in emitted(actions) if isinstance(event, Tokens) for t in event.tokens]
+
+
+def failure(actions: list[DecodeAction]) -> Failed:
+    (failed,) = [event for event in emitted(actions) if isinstance(event, Failed)]
+    return failed
+
+
+def make_running(core: DecodeCore, req: StartRequest, first: int = 50) -> list[DecodeAction]:
+    """Start `req`, let all its pages arrive in one offer; the actions of the moment it joins the batch."""
+    run = AttemptId(req.request_id, req.attempt)
+    core.step(0.0, Start(req, SECRET))
+    core.step(0.0, OfferArrived(run, meeting()))
+    n = len(req.prompt)
+    job = submitted(core.step(0.0, OfferArrived(run, last_offer(n, 1, everything(n), first))))
+    return core.step(0.0, landed(job))
+
+
+def decode_step(core: DecodeCore, *ids: int) -> list[DecodeAction]:
+    assert len(core.next_batch(0.0)) == len(ids)
+    return core.finish(0.0, [Sampled(token_id=i, logprob=-1.0) for i in ids])
+
+
+A, B = AttemptId("a", 1), AttemptId("b", 1)
+
+
+def test_admission_says_what_it_set_aside_and_opens_the_claim() -> None:
+    pools = Pools()
+    core = DecodeCore(pools, limits())
+    assert core.step(0.0, Start(request(num_tokens=300), SECRET)) == [
+        Emit(A, Admitted(resident_prefix=0, secret=SECRET)),
+        Emit(A, Fetching(pages=2 + 2 + 1)),
+        OpenClaim(A, SOURCE, 0, SECRET),
+    ]
+    assert pools.counts("used") == (2, 2, 1)
+
+
+def test_an_offer_becomes_a_read_into_our_own_places() -> None:
+    core = DecodeCore(Pools(), limits())
+    core.step(0.0, Start(request(num_tokens=300), SECRET))
+    assert core.step(0.0, OfferArrived(A, meeting())) == []
+    offer = PageOffer(seq=1, claim_id="c", groups=(group(PageClass.FULL, [0], 77),))
+    (action,) = core.step(0.0, OfferArrived(A, offer))
+    assert action == SubmitRead(
+        ReadJob(job_id="a/1/1", card=CARD, groups=offer.groups, local={PageClass.FULL: {0: 1}})
+    )
+    job = submitted(
+        core.step(
+            0.0,
+            OfferArrived(
+                A,
+                last_offer(
+                    300,
+                    2,
+                    (
+                        group(PageClass.FULL, [1]),
+                        group(PageClass.SWA, [0, 1]),
+                        group(PageClass.STATE, [1]),
+                    ),
+                ),
+            ),
+        )
+    )
+    # Slot 1, 300 tokens: the open block of 256..299 is in the first half of the slot's ring.
+    assert job.local == {PageClass.FULL: {1: 2}, PageClass.SWA: {0: 1, 1: 2}, PageClass.STATE: {1: 2}}
+
+
+def test_token_0_goes_out_when_the_last_read_has_landed_and_not_before() -> None:
+    core = DecodeCore(Pools(), limits())
+    core.step(0.0, Start(request(num_tokens=300), SECRET))
+    core.step(0.0, OfferArrived(A, meeting()))
+    early = submitted(
+        core.step(0.0, OfferArrived(A, PageOffer(seq=1, claim_id="c", groups=(group(PageClass.FULL, [0]),))))
+    )
+    rest = (group(PageClass.FULL, [1]), group(PageClass.SWA, [0, 1]), group(PageClass.STATE, [1]))
+    late = submitted(core.step(0.0, OfferArrived(A, last_offer(300, 2, rest))))
+    assert core.step(0.0, landed(late)) == []
+    assert core.next_batch(0.0) == []
+    assert core.step(0.0, landed(early)) == [
+        Emit(A, Tokens(attempt=1, tokens=(TokenEvent(index=0, token_id=50, logprob=-0.25),))),
+        CloseClaim(A, SOURCE, "c", SECRET),
+    ]
+
+
+def test_decoding_continues_at_the_prompts_end_with_the_token_before() -> None:
+    core = DecodeCore(Pools(), limits())
+    make_running(core, request(num_tokens=300))
+    (segment,) = core.next_batch(0.0)
+    assert (segment.start, segment.tokens, segment.sample, segment.index) == (300, [50], True, 1)
+    actions = core.finish(0.0, [Sampled(token_id=60, logprob=-1.0, top=((60, -1.0),))])
+    assert actions == [
+        Emit(
+            A, Tokens(attempt=1, tokens=(TokenEvent(index=1, token_id=60, logprob=-1.0, top=((60, -1.0),)),))
+        )
+    ]
+    (segment,) = core.next_batch(0.0)
+    assert (segment.start, segment.tokens, segment.index) == (301, [60], 2)
+
+
+def test_requests_of_different_age_share_every_step() -> None:
+    core = DecodeCore(Pools(), limits())
+    make_running(core, request("a", 300))
+    decode_step(core, 60)
+    make_running(core, request("b", 10))
+    batch = core.next_batch(0.0)
+    assert [(s.sequence.request_id, s.start, s.index) for s in batch] == [("a", 301, 2), ("b", 10, 1)]
+    actions = core.finish(0.0, [Sampled(token_id=61, logprob=0.0), Sampled(token_id=71, logprob=0.0)])
+    assert [(a.run, a.event.tokens[0].token_id) for a in actions if isinstance(a, Emit)] == [(A, 61), (B, 71)]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "tokens", "reason"),
+    [
+        ({"max_tokens": 3}, [50, 60, 70], FinishReason.LENGTH),
+        ({"max_tokens": 9}, [50, 60, EOS], FinishReason.STOP),
+        ({"max_tokens": 3, "ignore_eos": True}, [50, EOS, EOS], FinishReason.LENGTH),
+        ({"max_tokens": 9, "stop_token_ids": (60,)}, [50, 60], FinishReason.STOP),
+        ({"max_tokens": 9, "stop_token_ids": (60,), "ignore_eos": True}, [50, EOS, 60], FinishReason.STOP),
+        ({"max_tokens": 1}, [50], FinishReason.LENGTH),
+        ({"max_tokens": 9}, [EOS], FinishReason.STOP),
+    ],
+)
+def test_a_request_ends_where_it_should_and_gives_everything_back(
+    sampling: dict[str, object], tokens: list[int], reason: FinishReason
+) -> None:
+    pools = Pools()
+    core = DecodeCore(pools, limits())
+    actions = make_running(core, request(num_tokens=300, **sampling), first=tokens[0])
+    for token in tokens[1:]:
+        actions += decode_step(core, token)
+    assert token_ids(actions) == tokens
+    assert emitted(actions)[-1] == Finished(
+        reason=reason, prompt_tokens=300, cached_tokens=0, completion_tokens=len(tokens)
+    )
+    assert CloseClaim(A, SOURCE, "c", SECRET) in actions
+    assert core.next_batch(0.0) == []
+    assert pools.counts("used") == pools.counts("quarantined") == (0, 0, 0)
+
+
+def test_window_pages_follow_a_long_answer_and_never_exceed_two() -> None:
+    pools = Pools(full=8, swa=2)
+    core = DecodeCore(pools, limits())
+    make_running(core, request(num_tokens=250, max_tokens=900))
+    for k in range(898):
+        (segment,) = core.next_batch(0.0)
+        position = segment.start
+        assert position == 250 + k
+        for j in range(max(0, position - 127) // 256, position // 256 + 1):
+            assert segment.sequence.swa_pages[j] != 0
+            assert segment.sequence.pages[j] != 0
+        core.finish(0.0, [Sampled(token_id=60, logprob=0.0)])
+    assert emitted(decode_step(core, 60))[-1] == Finished(
+        reason=FinishReason.LENGTH, prompt_tokens=250, cached_tokens=0, completion_tokens=900
+    )
+    assert pools.counts("free") == (8, 2, 4)
+
+
+def test_requests_wait_in_line_for_room_and_come_in_as_others_leave() -> None:
+    core = DecodeCore(Pools(full=3), limits())
+    make_running(core, request("a", 300, max_tokens=2))
+    assert core.step(0.0, Start(request("b", 500, max_tokens=9), SECRET)) == []
+    assert core.step(0.0, Start(request("c", 10), SECRET)) == []  # would fit, but b came first
+    assert (core.load().waiting, core.load().queued_tokens) == (2, 510)
+    actions = decode_step(core, 60)
+    assert [a.run.request_id for a in actions if isinstance(a, OpenClaim)] == ["b", "c"]
+
+
+def test_a_cancelled_fetch_quarantines_what_is_being_read_until_the_read_has_ended() -> None:
+    pools = Pools()
+    core = DecodeCore(pools, limits())
+    core.step(0.0, Start(request(num_tokens=300), SECRET))
+    core.step(0.0, OfferArrived(A, meeting()))
+    offer = PageOffer(seq=1, claim_id="c", groups=(group(PageClass.FULL, [0]), group(PageClass.STATE, [1])))
+    job = submitted(core.step(0.0, OfferArrived(A, offer)))
+    assert core.step(0.0, Cancel(A)) == [CloseClaim(A, SOURCE, "c", SECRET), CancelRead(job.job_id)]
+    assert pools.counts("used") == (0, 0, 0)
+    assert pools.counts("quarantined") == (1, 0, 1)
+    assert core.load().quarantined_total == 2
+    assert core.step(0.0, landed(job)) == []
+    assert pools.counts("quarantined") == (0, 0, 0)
+    assert core.step(0.0, Cancel(A)) == []
+
+
+def test_a_read_that_fails_unsettled_quarantines_its_pages_until_they_are_quiet() -> None:
+    pools = Pools()
+    core = DecodeCore(pools, limits())
+    core.step(0.0, Start(request(num_tokens=300), SECRET))
+    core.step(0.0, OfferArrived(A, meeting()))
+    job = submitted(core.step(0.0, OfferArrived(A, last_offer(300, 1, everything(300)))))
+    stuck = ((PageClass.FULL, 2), (PageClass.SWA, 1), (PageClass.STATE, 2))
+    actions = core.step(0.0, landed(job, ok=False, unsettled=stuck))
+    assert (failure(actions).code, failure(actions).retryable) == ("transfer_failed", True)
+    assert pools.counts("quarantined") == (1, 1, 1)
+    assert pools.counts("used") == (0, 0, 0)
+    core.step(0.0, Settled(stuck[:2]))
+    assert pools.counts("quarantined") == (0, 0, 1)
+    core.step(0.0, Settled(stuck[2:]))
+    assert pools.counts("free") == (32, 16, 4)
+
+
+def test_a_cancelled_read_that_stays_unsettled_keeps_only_those_pages() -> None:
+    pools = Pools()
+    core = DecodeCore(pools, limits())
+    core.step(0.0, Start(request(num_tokens=300), SECRET))
+    core.step(0.0, OfferArrived(A, meeting()))
+    job = submitted(core.step(0.0, OfferArrived(A, last_offer(300, 1, everything(300)))))
+    core.step(0.0, Cancel(A))
+    assert pools.counts("quarantined") == (2, 2, 1)
+    core.step(0.0, landed(job, ok=False, unsettled=((PageClass.SWA, 2),)))
+    assert pools.counts("quarantined") == (0, 1, 0)
+    core.step(0.0, Settled(((PageClass.SWA, 2),)))
+    assert pools.counts("free") == (32, 16, 4)
+
+
+def test_a_claim_that_ends_before_the_tail_fails_the_attempt_and_after_it_means_nothing() -> None:
+    core = DecodeCore(Pools(), limits())
+    core.step(0.0, Start(request("a"), SECRET))
+    core.step(0.0, Start(request("b"), SECRET))
+    failed = failure(core.step(0.0, ClaimEnded(A, WorkerLost("gone"))))
+    assert (failed.code, failed.message, failed.retryable) == ("worker_lost", "gone", True)
+    core.step(0.0, OfferArrived(B, meeting()))
+    job = submitted(core.step(0.0, OfferArrived(B, last_offer(300, 1, everything(300)))))
+    assert core.step(0.0, ClaimEnded(B, WorkerLost("gone"))) == []
+    assert token_ids(core.step(0.0, landed(job))) == [50]
+
+
+FULL2 = group(PageClass.FULL, [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("offers", "code", "words"),
+    [
+        ([replace(meeting(), seq=1)], "transfer_failed", "offer 1 came where 0 was due"),
+        ([PageOffer(seq=0, claim_id="c")], "transfer_failed", "does not carry the owner's card"),
+        ([replace(meeting(), groups=(FULL2,))], "transfer_failed", "does not carry the owner's card alone"),
+        ([replace(meeting(), owner=replace(CARD, epoch=8))], "worker_lost", "another epoch"),
+        (
+            [replace(meeting(), owner=replace(CARD, worker_id="prefill-1"))],
+            "worker_lost",
+            "answers as prefill-1",
+        ),
+        ([replace(meeting(), owner=replace(CARD, signature="other"))], "layout_mismatch", "--kv-layout"),
+        ([meeting(), PageOffer(seq=2, claim_id="c")], "transfer_failed", "offer 2 came where 1 was due"),
+        ([meeting(), PageOffer(seq=1, claim_id="d")], "transfer_failed", "another claim"),
+        (
+            [meeting(), PageOffer(seq=1, claim_id="c", groups=(group(PageClass.FULL, [2]),))],
+            "transfer_failed",
+            "full page 2 is offered twice or is none",
+        ),
+        (
+            [
+                meeting(),
+                PageOffer(seq=1, claim_id="c", groups=(FULL2,)),
+                PageOffer(seq=2, claim_id="c", groups=(FULL2,)),
+            ],
+            "transfer_failed",
+            "full page 0 is offered twice",
+        ),
+        (
+            [meeting(), PageOffer(seq=1, claim_id="c", groups=(group(PageClass.FULL, [0], 0),))],
+            "transfer_failed",
+            "item 0 is outside",
+        ),
+        (
+            [meeting(), PageOffer(seq=1, claim_id="c", groups=(group(PageClass.FULL, [0], 100),))],
+            "transfer_failed",
+            "item 100 is outside the owner's pool of 100",
+        ),
+        (
+            [meeting(), PageOffer(seq=1, claim_id="c", groups=(replace(FULL2, checksums=(1,)),))],
+            "transfer_failed",
+            "different lengths",
+        ),
+        ([meeting(), last_offer(300, 1, (FULL2,))], "transfer_failed", "3 never came"),
+        ([meeting(), last_offer(300, 1, everything(300), total=9)], "transfer_failed", "counts 9 pages of 5"),
+        (
+            [
+                meeting(),
+                replace(last_offer(300, 1, everything(300)), tail=last_offer(299, 1, (), total=5).tail),
+            ],
+            "transfer_failed",
+            "the tail is for 299 tokens",
+        ),
+        ([meeting(), last_offer(300, 1, everything(300), first=1000)], "transfer_failed", "first token 1000"),
+        (
+            [meeting(), last_offer(300, 1, everything(300)), PageOffer(seq=2, claim_id="c")],
+            "transfer_failed",
+            "after the last one",
+        ),
+    ],
+)
+def test_a_wrong_offer_fails_the_attempt_and_leaves_nothing(
+    offers: list[PageOffer], code: str, words: str
+) -> None:
+    pools = Pools()
+    core = DecodeCore(pools, limits())
+    core.step(0.0, Start(request(num_tokens=300), SECRET))
+    actions: list[DecodeAction] = []
+    for offer in offers:
+        actions += core.step(0.0, OfferArrived(A, offer))
+    failed = failure(actions)
+    assert (failed.code, failed.retryable) == (code, True)
+    assert words in failed.message
+    for action in actions:
+        if isinstance(action, SubmitRead):
+            core.step(0.0, landed(action.job))
+    assert pools.counts("free") == (32, 16, 4)
+
+
+def test_a_result_that_is_not_finite_fails_its_request_and_its_neighbours_go_on() -> None:
+    pools = Pools()
+    core = DecodeCore(pools, limits())
+    make_running(core, request("a"))
+    make_running(core, request("b"))
+    core.next_batch(0.0)
+    actions = core.finish(
+        0.0, [Sampled(token_id=0, logprob=0.0, ok=False), Sampled(token_id=60, logprob=0.0)]
+    )
+    assert failure(actions).code == "numerical_error"
+    assert token_ids(actions) == [60]
+    assert [s.sequence.request_id for s in core.next_batch(0.0)] == ["b"]
+    assert pools.counts("used")[2] == 1
+
+
+def test_a_step_that_raised_fails_its_requests_and_not_one_still_fetching() -> None:
+    core = DecodeCore(Pools(), limits())
+    make_running(core, request("a"))
+    core.step(0.0, Start(request("b"), SECRET))
+    core.next_batch(0.0)
+    actions = core.step(0.0, StepFailed("RuntimeError: boom"))
+    assert [
+        (a.run, a.event.code) for a in actions if isinstance(a, Emit) and isinstance(a.event, Failed)
+    ] == [(A, "worker_lost")]
+    assert core.step(0.0, OfferArrived(B, meeting())) == []
+
+
+def test_waiting_and_fetching_both_end_in_time() -> None:
+    pools = Pools(full=2)
+    core = DecodeCore(pools, limits(queue_timeout_s=30.0, offer_timeout_s=300.0))
+    core.step(0.0, Start(request("a"), SECRET))
+    core.step(1.0, Start(request("b"), SECRET))
+    assert core.next_deadline() == 31.0
+    assert failure(core.step(31.0, Tick())).code == "overloaded"
+    core.step(200.0, OfferArrived(A, meeting()))
+    assert core.next_deadline() == 500.0
+    assert failure(core.step(500.0, Tick())).code == "deadline_exceeded"
+    assert core.next_deadline() is None
+    assert pools.counts("free") == (2, 16, 4)
+
+
+def test_the_same_attempt_twice_is_stale_and_a_newer_one_takes_over() -> None:
+    core = DecodeCore(Pools(), limits())
+    core.step(0.0, Start(request("a", attempt=2), SECRET))
+    assert failure(core.step(0.0, Start(request("a", attempt=2), SECRET))).code == "stale_attempt"
+    assert failure(core.step(0.0, Start(request("a", attempt=1), SECRET))).code == "stale_attempt"
+    actions = core.step(0.0, Start(request("a", attempt=3), SECRET))
+    assert [(a.run.attempt, type(a.event)) for a in actions if isinstance(a, Emit)] == [
+        (2, Failed),
+        (3, Admitted),
+        (3, Fetching),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (request(num_tokens=0), "empty"),
+        (request(max_tokens=0), "max_tokens=0"),
+        (
+            request(num_tokens=8190, max_tokens=3),
+            "8190 prompt tokens and max_tokens=3 exceed the context of 8192",
+        ),
+        (request(num_tokens=2048, max_tokens=1), "need 9 pages and this worker has 8 in all"),
+        (replace(request(), emitted=(5,)), "replay"),
+        (replace(request(), prompt=(1000,)), "vocabulary of 1000"),
+    ],
+)
+def test_a_request_that_can_never_run_is_refused_with_its_numbers(bad: StartRequest, words: str) -> None:
+    pools = Pools(full=8)
+    core = DecodeCore(pools, limits())
+    failed = failure(core.step(0.0, Start(bad, SECRET)))
+    assert (failed.code, failed.retryable) == ("invalid_request", False)
+    assert words in failed.message
+    assert pools.counts("free") == (8, 16, 4)
+
+
+def test_a_full_queue_refuses_at_once_and_may_be_tried_elsewhere() -> None:
+    core = DecodeCore(Pools(slots=1), limits(max_waiting=1))
+    for name in "ab":
+        core.step(0.0, Start(request(name), SECRET))
+    failed = failure(core.step(0.0, Start(request("c"), SECRET)))
+    assert (failed.code, failed.retryable) == ("overloaded", True)
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Small pools; offers, reads, steps, cancels and faults in any order: no page is lost, doubled or kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pools = Pools(full=9, swa=6, slots=3)
+        self.core = DecodeCore(self.pools, limits(queue_timeout_s=5.0, offer_timeout_s=20.0))
+        self.now = 0.0
+        self.attempt = 0
+        self.live: dict[AttemptId, StartRequest] = {}
+        self.claims: dict[AttemptId, int] = {}  # next offer of each open claim
+        self.jobs: dict[str, ReadJob] = {}
+        self.unsettled: list[Place] = []
+        self.tokens: dict[AttemptId, int] = {}
+        self.batch: list[Segment] = []
+
+    def see(self, actions: list[DecodeAction]) -> None:
+        for action in actions:
+            match action:
+                case OpenClaim(run):
+                    assert run in self.live
+                    self.claims[run] = 0
+                case CloseClaim(run):
+                    del self.claims[run]
+                case SubmitRead(job):
+                    self.jobs[job.job_id] = job
+                case CancelRead(job_id):
+                    assert job_id in self.jobs
+                case Emit(run, Tokens(_, tokens)):
+                    for token in tokens:
+                        assert token.index == self.tokens.get(run, 0)
+                        self.tokens[run] = token.index + 1
+                case Emit(run, Finished(completion_tokens=count)):
+                    assert self.tokens[run] == count <= self.live.pop(run).sampling.max_tokens
+                case Emit(run, Failed()):
+                    del self.live[run]
+
+    def idle(self) -> bool:
+        return not self.batch
+
+    @precondition(idle)
+    @rule(name=st.sampled_from("abcd"), n=st.integers(1, 900), max_tokens=st.integers(1, 300))
+    def start(self, name: str, n: int, max_tokens: int) -> None:
+        self.attempt += 1
+        req = request(name, n, self.attempt, max_tokens=max_tokens)
+        self.live[AttemptId(name, self.attempt)] = req
+        self.see(self.core.step(self.now, Start(req, SECRET)))
+
+    @precondition(lambda self: not self.batch and self.claims)
+    @rule(data=st.data(), fault=st.sampled_from(["none"] * 8 + ["gap", "foreign"]))
+    def offer(self, data: st.DataObject, fault: str) -> None:
+        run = data.draw(st.sampled_from(sorted(self.claims)))
+        seq, n = self.claims[run], len(self.live[run].prompt)
+        self.claims[run] += 1
+        parts = {1: everything(n)[:1], 2: everything(n)[1:]}
+        if seq == 0:
+            offer = meeting()
+        elif seq == 1:
+            offer = PageOffer(seq=1, claim_id="c", groups=parts[1])
+        else:
+            offer = last_offer(n, seq, parts[2])
+        if fault == "gap":
+            offer = replace(offer, seq=offer.seq + 1)
+        elif fault == "foreign":
+            offer = replace(offer, claim_id="other", owner=replace(CARD, epoch=99))
+        self.see(self.core.step(self.now, OfferArrived(run, offer)))
+
+    @precondition(lambda self: not self.batch and self.claims)
+    @rule(data=st.data())
+    def claim_ends(self, data: st.DataObject) -> None:
+        run = data.draw(st.sampled_from(sorted(self.claims)))
+        self.see(self.core.step(self.now, ClaimEnded(run, WorkerLost("test"))))
+
+    @precondition(lambda self: not self.batch and self.jobs)
+    @rule(data=st.data(), ending=st.sampled_from(["ok", "ok", "ok", "failed", "unsettled"]))
+    def read_ends(self, data: st.DataObject, ending: str) -> None:
+        job = self.jobs.pop(data.draw(st.sampled_from(sorted(self.jobs))))
+        places = [(cls, item) for cls, items in job.local.items() for item in items.values()]
+        stuck = tuple(places[::2]) if ending == "unsettled" else ()
+        self.unsettled += stuck
+        self.see(self.core.step(self.now, landed(job.job_id, ok=ending == "ok", unsettled=stuck)))
+
+    @precondition(lambda self: not self.batch and self.unsettled)
+    @rule(keep=st.booleans())
+    def settle(self, keep: bool) -> None:
+        now, self.unsettled = (self.unsettled[:1], self.unsettled[1:]) if keep else (self.unsettled, [])
+        self.see(self.core.step(self.now, Settled(tuple(now))))
+
+    @precondition(lambda self: not self.batch and self.live)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        run = data.draw(st.sampled_from(sorted(self.live)))
+        del self.live[run]
+        self.see(self.core.step(self.now, Cancel(run)))
+
+    @precondition(idle)
+    @rule()
+    def plan(self) -> None:
+        self.batch = self.core.next_batch(self.now)
+        for segment in self.batch:
+            assert segment.sequence.pages[segment.start // 256]
+            first = max(0, segment.start - 127) // 256
+            assert all(segment.sequence.swa_pages[first : segment.start // 256 + 1])
+
+    @precondition(lambda self: self.batch)
+    @rule(token=st.sampled_from([60, 60, 60, EOS, -1]))
+    def finish(self, token: int) -> None:
+        n, self.batch = len(self.batch), []
+        self.see(self.core.finish(self.now, [Sampled(token_id=token, logprob=0.0, ok=token >= 0)] * n))
+
+    @precondition(lambda self: self.batch)
+    @rule()
+    def crash(self) -> None:
+        self.batch = []
+        self.see(self.core.step(self.now, StepFailed("test")))
+
+    @precondition(idle)
+    @rule()
+    def wait(self) -> None:
+        self.now += 3.0
+        self.see(self.core.step(self.now, Tick()))
+        deadline = self.core.next_deadline()
+        assert deadline is None or deadline > self.now
+
+    @invariant()
+    def every_page_is_free_used_or_quarantined(self) -> None:
+        for allocator in (self.pools.full, self.pools.swa, self.pools.slots):
+            counts = allocator.counts()
+            assert counts.free + counts.used + counts.quarantined == allocator.capacity
+
+    def teardown(self) -> None:
+        if self.batch:
+            self.crash()
+        for run in sorted(self.live):
+            self.see(self.core.step(self.now, Cancel(run)))
+        assert not self.claims
+        assert self.pools.counts("used") == (0, 0, 0)
+        for job_id in sorted(self.jobs):
+            self.core.step(self.now, landed(job_id))
+        self.core.step(self.now, Settled(tuple(self.unsettled)))
+        assert self.pools.counts("free") == (9, 6, 3)
+        load = self.core.load()
+        assert (load.running, load.waiting, load.queued_tokens) == (0, 0, 0)
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
