@@ -72,6 +72,7 @@ class WorkerInfo:
     worker_id: str
     role: Role
     address: str  # gRPC host:port
+    http_address: str = ""  # health and metrics, host:port
     epoch: int
     model: str  # fingerprint of the checkpoint
     signature: str  # layout signature of its pages

@@ -12,7 +12,7 @@ import contextlib
 import signal
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import structlog
@@ -79,23 +79,27 @@ async def serve(service: WorkerService, door: DoorConfig, metrics: CollectorRegi
         service.add_to(server)
         status = StatusDoor(metrics, ready=lambda: not service.draining and service.broken is None)
         try:
-            address = f"{_advertised(door)}:{await server.start()}"
-            http_port = await status.start(door.host, door.http_port)
-            return await _work(service, door, registry, server, address, http_port)
+            host = _advertised(door)
+            address = f"{host}:{await server.start()}"
+            http_address = f"{host}:{await status.start(door.host, door.http_port)}"
+            return await _work(service, door, registry, server, address, http_address)
         finally:
             await server.drain(CLOSE_GRACE_S)
             await status.stop()
 
 
 async def _work(
-    service: WorkerService, door: DoorConfig, registry: Registry, server: Server, address: str, http_port: int
+    service: WorkerService, door: DoorConfig, registry: Registry, server: Server, address: str, http_address: str
 ) -> int:
+    def info() -> WorkerInfo:
+        return replace(service.info(address), http_address=http_address)
+
     with _signals() as signals:
         work = asyncio.create_task(service.run(), name="service")
-        beat = asyncio.create_task(registry.run_heartbeat(lambda: service.info(address)), name="heartbeat")
+        beat = asyncio.create_task(registry.run_heartbeat(info), name="heartbeat")
         try:
             await server.set_serving(True)
-            log.info("worker_ready", address=address, http_port=http_port, epoch=service.info(address).epoch)
+            log.info("worker_ready", address=address, http_address=http_address, epoch=info().epoch)
             while not signals.asked and service.broken is None and not work.done() and not beat.done():
                 await signals.wait(POLL_S)
             service.draining = True

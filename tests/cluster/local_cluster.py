@@ -1,0 +1,106 @@
+"""A real cluster for tests: `penumbra up` as a user starts it, every process real, on ports of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+READY_S = 120.0
+STOP_S = 45.0
+
+
+@dataclass
+class LocalCluster:
+    url: str
+    folder: Path
+    supervisor: subprocess.Popen[bytes]
+    members: dict[str, int]  # name -> pid
+
+    def pid(self, name: str) -> int:
+        return self.members[name]
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample of the router's /metrics, by its full name with labels."""
+        return parse_metrics(httpx.get(f"{self.url}/metrics", timeout=10).text)
+
+    def workers(self) -> list[dict[str, Any]]:
+        return list(httpx.get(f"{self.url}/workers", timeout=10).json()["workers"])
+
+    def post(self, path: str, body: dict[str, Any], timeout: float = 300) -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", json=body, timeout=timeout)
+
+    def logs(self) -> str:
+        return "\n".join(
+            f"== {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+            for log in sorted(self.folder.rglob("*.log"))
+        )
+
+
+def parse_metrics(text: str) -> dict[str, float]:
+    samples = {}
+    for line in text.splitlines():
+        if line and not line.startswith("#"):
+            name, value = line.rsplit(" ", 1)
+            samples[name] = float(value)
+    return samples
+
+
+@contextmanager
+def local_cluster(home: Path, model: Path, *flags: str) -> Iterator[LocalCluster]:
+    """Start, wait until ready, hand over, stop with SIGTERM, and insist that nothing is left running."""
+    name = "test"
+    command = [sys.executable, "-m", "cli", "up", "--port", "0", "--cluster", name, "--model", str(model), *flags]
+    environment = {**os.environ, "PENUMBRA_HOME": str(home), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    folder = home / "clusters" / name
+    folder.mkdir(parents=True)
+    with (folder / "up.log").open("wb") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=home)
+    cluster = LocalCluster(url="", folder=folder, supervisor=process, members={})
+    family: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + READY_S
+        while True:
+            state = _state(folder)
+            if state and state["ready"]:
+                break
+            assert process.poll() is None, f"the cluster ended by itself\n{cluster.logs()}"
+            assert time.monotonic() < deadline, f"not ready after {READY_S} s\n{cluster.logs()}"
+            time.sleep(0.1)
+        cluster.url = state["url"]
+        cluster.members = {member["name"]: member["pid"] for member in state["members"]}
+        family = psutil.Process(process.pid).children(recursive=True)
+        yield cluster
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(10)
+            raise AssertionError(f"the cluster did not stop in {STOP_S} s\n{cluster.logs()}") from None
+        finally:
+            _, alive = psutil.wait_procs(family, timeout=5)
+            for survivor in alive:
+                survivor.kill()
+    assert not alive, f"left behind: {[survivor.pid for survivor in alive]}"
+
+
+def _state(folder: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads((folder / "state.json").read_text()))
+    except FileNotFoundError:
+        return None
