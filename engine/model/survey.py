@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import reprlib
 import stat
 from collections.abc import Iterator
@@ -42,6 +43,8 @@ _DTYPE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6} | {
 }
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 _MAX_JSON_BYTES = 64 << 20  # the index of V4-Pro takes 11 MB, its tokenizer 8 MB
+_MAX_INT = 1 << 63
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}")  # of tensors and files: safe in a path, a log line and a message
 _FOREIGN_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz"}
 
 
@@ -352,7 +355,7 @@ def read_header(path: Path) -> Header:
     for name, entry in _parse(raw, f"{path}: header").items():
         if name == "__metadata__":
             continue
-        begin, end, tensors[name] = _header_entry(f"{path}: tensor {reprlib.repr(name)}", entry)
+        begin, end, tensors[name] = _header_entry(path, name, entry)
         spans.append((begin, end, name))
     at, held = 0, size - 8 - length
     spans.sort()
@@ -372,21 +375,30 @@ def read_header(path: Path) -> Header:
     return Header(path, size, hashlib.sha256(raw).digest(), tensors)
 
 
-def _header_entry(where: str, entry: object) -> tuple[int, int, TensorSpec]:
+def _header_entry(path: Path, name: str, entry: object) -> tuple[int, int, TensorSpec]:
+    def refuse(why: str) -> NoReturn:
+        raise CheckpointError(f"{path}: tensor {reprlib.repr(name)}{why}")
+
+    if not _NAME.fullmatch(name):
+        refuse(": its name is not made of letters, digits, dots, dashes and underscores.")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{where}: its header entry must have exactly dtype, shape and data_offsets.")
+        refuse(": its header entry must have exactly dtype, shape and data_offsets.")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPE_BITS:
-        raise CheckpointError(f"{where}: has the unknown dtype {reprlib.repr(dtype)}.")
-    if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
-        raise CheckpointError(f"{where}: has the shape {reprlib.repr(shape)}; expected a list of positive integers.")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
-        raise CheckpointError(f"{where}: has the data_offsets {reprlib.repr(offsets)}; expected [begin, end].")
+        refuse(f" has the unknown dtype {reprlib.repr(dtype)}.")
+    if not isinstance(shape, list) or not all(type(n) is int and 0 < n < _MAX_INT for n in shape):
+        refuse(f" has the shape {reprlib.repr(shape)}; expected a list of positive integers.")
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(type(n) is int and 0 <= n < _MAX_INT for n in offsets)
+    ):
+        refuse(f" has the data_offsets {reprlib.repr(offsets)}; expected [begin, end].")
     spec = TensorSpec(dtype, tuple(shape))
     begin, end = offsets
     if end - begin != spec.num_bytes:
-        raise CheckpointError(
-            f"{where}: {reprlib.repr(shape)} {dtype} takes {spec.num_bytes:,} bytes, but its data_offsets "
+        refuse(
+            f": {reprlib.repr(shape)} {dtype} takes {spec.num_bytes:,} bytes, but its data_offsets "
             f"[{begin}, {end}] hold {end - begin:,}."
         )
     return begin, end, spec
@@ -405,7 +417,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
     if not isinstance(placed, dict) or not placed:
         raise CheckpointError(f"{directory / name}: has no weight_map; expected tensor names with their files.")
     for tensor, shard in placed.items():
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard:
+        if not (isinstance(shard, str) and shard.endswith(".safetensors") and _NAME.fullmatch(shard)):
             raise CheckpointError(
                 f"{directory / name}: puts tensor {reprlib.repr(tensor)} into {reprlib.repr(shard)}; expected the "
                 "name of a .safetensors file in the same directory."
@@ -422,8 +434,8 @@ def _place_tensors(found: Survey, index: dict[str, str]) -> None:
                 found.problems.append(f"{header.path}: tensor {name} is also in {other}; expected it in one file.")
     astray = [name for name in index if index[name] in found.shards and found.where.get(name) != index[name]]
     if astray:
-        path = found.shards[index[astray[0]]].path
-        found.problems.append(f"{path}: tensor {astray[0]} is missing, and the index says it is here{_more(astray)}.")
+        path, name = found.shards[index[astray[0]]].path, reprlib.repr(astray[0])
+        found.problems.append(f"{path}: tensor {name} is missing, and the index says it is here{_more(astray)}.")
     unlisted = [name for name in found.where if name not in index]
     if unlisted:
         path = found.shards[found.where[unlisted[0]]].path

@@ -162,7 +162,7 @@ def write_tiny(
     config = ModelConfig.from_json(raw_config, source=out / "config.json")
     table = tensor_table(config, mtp=mtp)
     if out.exists():
-        raise ConfigError(f"{out} exists. Choose a new directory, or remove this one first.")
+        raise ConfigError(f"{out} exists; choose a new directory, or remove this one first.")
 
     out.parent.mkdir(parents=True, exist_ok=True)
     building = out.parent / f".{out.name}.{secrets.token_hex(4)}"

@@ -260,7 +260,7 @@ DAMAGES = [
     Damage(
         "index wrong about a tensor",
         change_index(lambda m: m.update({"embed.weight": SECOND})),
-        (SECOND, "tensor embed.weight is missing, and the index says it is here"),
+        (SECOND, "tensor 'embed.weight' is missing, and the index says it is here"),
     ),
     # Shards
     Damage("shard missing", remove(SECOND), (SECOND, "is missing")),
@@ -300,6 +300,21 @@ DAMAGES = [
     ),
     Damage("shape overflows", entry("embed.weight", shape=[1 << 62, 1 << 62]), (FIRST, "embed.weight", "takes")),
     Damage("shape of floats", entry("embed.weight", shape=[320.0, 160]), (FIRST, "embed.weight", "[320.0, 160]")),
+    Damage(
+        "shape of 4,000 digits",
+        entry("embed.weight", shape=[10**4000, 10**4000]),
+        (FIRST, "embed.weight", "expected a list of positive integers"),
+    ),
+    Damage(
+        "tensor named to break a log line",
+        header(lambda e: e.update({"x\nready": e.pop("embed.weight")})),
+        (FIRST, r"'x\nready'", "its name is not made of letters"),
+    ),
+    Damage(
+        "shard named by half a character",
+        change_index(lambda m: m.update({"embed.weight": "\ud800.safetensors"})),
+        (INDEX, "'embed.weight'", r"\ud800"),
+    ),
     Damage("dtype unknown", entry("embed.weight", dtype="Q4_K"), (FIRST, "embed.weight", "unknown dtype 'Q4_K'")),
     Damage(
         "dtype another",
