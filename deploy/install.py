@@ -50,12 +50,14 @@ def main(extras: list[str]) -> int:
         return 0
     if PYTHON.exists() and {**found, "native": None} == {**wanted, "native": None}:
         say("[1/1] the CPU kernels have changed: compiling them")
+        forget_library()
         code = run_quietly([str(PYTHON), "setup.py", "--quiet", "build_ext", "--inplace", "--force"])
     else:
         code = install(asked)
     if code == 0:
         if not library():
-            say("      no CPU kernels were built (is g++ installed?): the slower torch versions will serve")
+            why = "see: .venv/bin/python setup.py build_ext" if shutil.which("g++") else "there is no g++"
+            say(f"      no CPU kernels were built ({why}): the slower torch versions will serve")
         STAMP.write_text(json.dumps(wanted, indent=1) + "\n")
     return code
 
@@ -77,6 +79,7 @@ def install(extras: list[str]) -> int:
         return code
     target = ".[" + ",".join(extras) + "]" if extras else "."
     say(f"[3/3] penumbra{target[1:]}, the packages it stands on, and its CPU kernels")
+    forget_library()
     # setuptools is here already, and building without isolation spares downloading it once more.
     if code := pip("install", "--no-build-isolation", "--editable", target):
         return code
@@ -117,15 +120,23 @@ def run_quietly(command: list[str], *, report: bool = True) -> int:
                     print(f"\r\x1b[2K{text[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
                 elif size >= QUIET_BYTES:
                     say(text)
-            elif line.startswith("Installing collected packages:"):
-                text = f"      unpacking {line.count(',') + 1} packages"
-                print(f"\r\x1b[2K{text}" if terminal else text, end="" if terminal else "\n", flush=True)
+            elif reached := milestone(line):
+                print(f"\r\x1b[2K{reached}" if terminal else reached, end="" if terminal else "\n", flush=True)
     if terminal:
         print("\r\x1b[2K", end="", flush=True)
     if process.returncode and report:
         print("\n".join(tail), file=sys.stderr)
         fail(f"This failed, see the lines above: {' '.join(command)}")
     return process.returncode
+
+
+def milestone(line: str) -> str | None:
+    """What to tell a human when pip writes this line, if anything."""
+    if line.startswith("Installing collected packages:"):
+        return f"      unpacking {line.count(',') + 1} packages"
+    if line.lstrip().startswith("Building editable for penumbra") and "started" in line:
+        return "      compiling the CPU kernels"
+    return None
 
 
 def torch_requirement() -> str:
@@ -157,6 +168,13 @@ def native_digest() -> str:
 
 def library() -> Path | None:
     return next((ROOT / "engine").glob("_penumbra_cpu*.so"), None)
+
+
+def forget_library() -> None:
+    """A failed compilation is no error, so what it should have replaced must not stay."""
+    if (path := library()) is not None:
+        path.unlink()
+    shutil.rmtree(ROOT / "build", ignore_errors=True)  # setuptools would copy the old one from here
 
 
 def read_stamp() -> dict[str, object]:
