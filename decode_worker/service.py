@@ -189,7 +189,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
     def reader_results(self, result: ReadResult) -> None:
         self._engine.post(ReadEnded(result))
         if result.ok:
-            self._metrics.transfer_bytes.inc(result.bytes)
+            self._metrics.transfer_bytes.inc(result.num_bytes)
             self._metrics.transfer_time.observe(result.seconds)
         else:
             self._metrics.transfer_failures.labels(result.error.code if result.error else "unknown").inc()
@@ -214,7 +214,10 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                     if run in self._runs:
                         self._runs[run].put_nowait(event)
                 case SubmitRead(job):
-                    self._reader.submit(job)
+                    try:
+                        self._reader.submit(job)
+                    except PenumbraError as error:
+                        self.reader_results(ReadResult(job_id=job.job_id, ok=False, error=error))
                 case CancelRead(job_id):
                     self._reader.cancel(job_id)
                 case OpenClaim(run):
@@ -255,9 +258,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         source = claim.source.worker_id
         try:
             async with self._channels.use(claim.source.address) as channel:
-                async for message in _pages(channel).Claim(
-                    convert.claim_request_to_wire(request)
-                ):
+                async for message in _pages(channel).Claim(convert.claim_request_to_wire(request)):
                     self._engine.post(OfferArrived(claim.run, convert.page_offer_from_wire(message)))
             error: PenumbraError = WorkerLost(f"worker {source} ended its offers for {claim.run} early")
         except grpc.aio.AioRpcError as failure:

@@ -166,7 +166,7 @@ def landed(job: ReadJob | str, *, ok: bool = True, unsettled: tuple[Place, ...] 
             ok=ok,
             error=None if ok else TransferFailed("2 pages do not match their checksum"),
             unsettled=unsettled,
-            bytes=8,
+            num_bytes=8,
             seconds=0.1,
         )
     )

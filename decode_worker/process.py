@@ -1,0 +1,84 @@
+"""One decode worker process, from its configuration to its exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+
+import structlog
+from prometheus_client import CollectorRegistry
+
+from decode_worker.config import DecodeConfig
+from decode_worker.scheduler import DecodeCore, DecodeLimits
+from decode_worker.service import DecodeService
+from engine.runner import Runner
+from kvtransfer.loopback import LoopbackTransport
+from kvtransfer.nixl import NixlTransport
+from kvtransfer.reader import Reader
+from kvtransfer.transport import Transport
+from wire.telemetry import WorkerMetrics, configure_logging
+from wire.worker import DoorConfig, serve
+
+log = structlog.get_logger()
+
+READER_STOP_S = 5.0
+
+
+def run(config: DecodeConfig) -> int:
+    """Serve until asked to stop; 0 then, 1 after a fault. Raises ConfigError for what can not be served."""
+    configure_logging("decode", config.worker_id, config.log_level)
+    runner = Runner.load(config.engine)
+    # A life of this worker has a number of its own, so that nobody takes it for the one before.
+    epoch = secrets.randbits(64)
+    agent = f"{config.worker_id}-{epoch:016x}"
+    transport: Transport = NixlTransport(agent) if config.transport == "nixl" else LoopbackTransport(agent)
+    try:
+        transport.register(runner.pools.classes)
+        return asyncio.run(_serve(config, runner, transport, epoch))
+    finally:
+        transport.close()
+
+
+async def _serve(config: DecodeConfig, runner: Runner, transport: Transport, epoch: int) -> int:
+    pools = runner.pools
+    core = DecodeCore(
+        pools,
+        DecodeLimits(
+            max_waiting=config.max_waiting,
+            queue_timeout_s=config.queue_timeout_s,
+            offer_timeout_s=config.offer_timeout_s,
+            max_context=runner.max_context,
+            vocab_size=runner.model_config.vocab_size,
+            eos_token_id=runner.model_config.eos_token_id,
+        ),
+    )
+    registry = CollectorRegistry()
+    service = DecodeService(
+        core,
+        runner,
+        WorkerMetrics(registry),
+        worker_id=config.worker_id,
+        epoch=epoch,
+        model=runner.fingerprint,
+        signature=pools.signature,
+        max_context=runner.max_context,
+    )
+    reader = Reader(
+        transport, pools.classes, pools.import_pages, service.reader_results, service.reader_settled
+    )
+    service.attach(reader)
+    door = DoorConfig(
+        worker_id=config.worker_id,
+        redis_url=config.redis_url,
+        host=config.host,
+        port=config.port,
+        http_port=config.http_port,
+        advertise_host=config.advertise_host,
+        drain_s=config.drain_s,
+    )
+    reader.start()
+    try:
+        return await serve(service, door, registry)
+    finally:
+        if unsettled := await asyncio.to_thread(reader.stop, READER_STOP_S):
+            log.warning("reads_unsettled_at_exit", num_items=len(unsettled))
