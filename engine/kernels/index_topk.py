@@ -12,7 +12,18 @@ from torch import Tensor
 
 from engine.batch import StepMeta
 from engine.config import C4_RATIO
+from engine.kernels import native
 from engine.kernels.rows import RowPool, read_rows
+
+_UNIT_ROWS = 32
+_SIGNATURE = (
+    *[native.POINTER] * 5,  # q, w, positions, offsets, page_table
+    *[native.INT] * 4,  # segments, pages, heads, dim
+    native.POINTER,  # pool
+    native.INT,  # k
+    native.POINTER,  # chosen
+    native.INT,  # threads
+)
 
 
 def index_topk(q: Tensor, w: Tensor, pool: RowPool, meta: StepMeta, k: int) -> Tensor:
@@ -24,10 +35,35 @@ def index_topk(q: Tensor, w: Tensor, pool: RowPool, meta: StepMeta, k: int) -> T
     ->    [T, k] int32       ascending, then -1
 
     A token at position p sees the finished blocks b < (p + 1) // 4. Its score for block b is
-    sum over heads of w * relu(q . key), in float32. Exact: ties go to the lower block, NaN scores lose to all.
+    sum over heads of w * relu(q . key), in float32. Exact: ties go to the lower block. NaN ranks with
+    infinity: a broken key is chosen, so that it shows.
     The native engine's choice for a token does not depend on the other tokens of the step, nor on the threads.
     """
-    chosen = torch.full((len(q), k), -1, dtype=torch.int32)
+    num_tokens, num_heads, dim = q.shape
+    native.check(q, "q", torch.float32, (len(meta.positions), num_heads, pool.dim))
+    native.check(w, "w", torch.float32, (num_tokens, num_heads))
+    if k < 1 or pool.rows_per_item % _UNIT_ROWS:
+        raise ValueError(
+            f"k = {k} from pages of {pool.rows_per_item} rows: at least one row must be chosen, and keys are read "
+            f"{_UNIT_ROWS} at a time. A page holds 64 index rows."
+        )
+    chosen = torch.full((num_tokens, k), -1, dtype=torch.int32)
+    if twin := native.function("penumbra_index_topk", *_SIGNATURE):
+        twin(
+            q.data_ptr(),
+            w.data_ptr(),
+            meta.positions.data_ptr(),
+            meta.offsets.data_ptr(),
+            meta.page_table.data_ptr(),
+            *meta.page_table.shape,
+            num_heads,
+            dim,
+            pool.address,
+            k,
+            chosen.data_ptr(),
+            native.threads(),
+        )
+        return chosen
     visible = ((meta.positions + 1) // C4_RATIO).tolist()
     offsets = meta.offsets.tolist()
     n = pool.rows_per_item
@@ -41,7 +77,7 @@ def index_topk(q: Tensor, w: Tensor, pool: RowPool, meta: StepMeta, k: int) -> T
                 chosen[token, :seen] = blocks[:seen]
                 continue
             scores = (keys[:seen] @ q[token].T).relu() @ w[token]
-            scores = torch.where(scores.isnan(), -torch.inf, scores)
+            scores = torch.where(scores.isnan(), torch.inf, scores)
             best = scores.sort(descending=True, stable=True).indices[:k]
             chosen[token] = best.sort().values
     return chosen

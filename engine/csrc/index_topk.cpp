@@ -1,0 +1,308 @@
+// Scores of every visible C4 row and the exact best k, in one pass. engine/kernels/index_topk.py says what.
+//
+// Thirty-two keys at a time are turned so that a vector holds one dimension of sixteen keys: no sum then crosses lanes,
+// and bytes are turned before they grow to floats. A score is one chain of fused multiply-adds per head over the
+// dimensions in one fixed order, and one over the heads; tiles only choose how many chains run side by side. The
+// choice keeps no list of all scores: what can no longer be among the best k is dropped as it comes.
+#include <omp.h>
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "rows.h"
+
+namespace penumbra {
+namespace {
+
+constexpr int64_t kUnit = 32;  // keys at a time
+constexpr int kGroups = kUnit / kLanes;
+#if defined(__AVX512F__)
+constexpr int64_t kMostRows = 8;  // 16 accumulators of 32 registers
+#else
+constexpr int64_t kMostRows = 2;  // 4 accumulators, each two of 16 registers
+#endif
+
+#if defined(__AVX512BW__)
+constexpr int kWide = 64;
+#elif defined(__AVX2__)
+constexpr int kWide = 32;
+#else
+constexpr int kWide = 16;
+#endif
+typedef uint8_t wide __attribute__((vector_size(kWide)));
+
+// Byte numbers that interleave two vectors within each sixteen bytes: their halves at 0, or those at 8.
+template <int kHalf, size_t... kByte>
+constexpr wide interleaving(std::index_sequence<kByte...>) {
+    return wide{(uint8_t)(kByte / 16 * 16 + kHalf + kByte % 16 / 2 + kByte % 2 * kWide)...};
+}
+
+// The e4m3 bytes of 32 keys, [group][place][16 keys]; places run through the dimensions in the order of `dimension`.
+struct ByteKeys {
+    static constexpr int kSlices = kWide / 16;
+    alignas(64) uint8_t bytes[kGroups * kIndexDim * kLanes];
+
+    explicit ByteKeys(int64_t) {}
+
+    static int64_t dimension(int64_t place) {
+        return place / kWide * kWide + place % kSlices * 16 + place % kWide / kSlices;
+    }
+
+    // The keys lie one behind the other.
+    void turn(const uint8_t* rows) {
+        constexpr auto bytes_of = std::make_index_sequence<kWide>();
+        constexpr wide low = interleaving<0>(bytes_of), high = interleaving<8>(bytes_of);
+        uint8_t* target = bytes;
+        for (int group = 0; group < kGroups; ++group) {
+            for (int64_t start = 0; start < kIndexDim; start += kWide) {
+                wide a[16], b[16];
+                for (int k = 0; k < 16; ++k) std::memcpy(&a[k], rows + (group * kLanes + k) * kIndexDim + start, kWide);
+                // A perfect shuffle turns the 8 bits of (key, dimension) by one place; four of them swap the two.
+                for (int round = 0; round < 4; ++round) {
+                    for (int k = 0; k < 8; ++k) {
+                        b[2 * k] = __builtin_shuffle(a[k], a[k + 8], low);
+                        b[2 * k + 1] = __builtin_shuffle(a[k], a[k + 8], high);
+                    }
+                    std::memcpy(a, b, sizeof a);
+                }
+                std::memcpy(target, a, sizeof a);
+                target += sizeof a;
+            }
+        }
+    }
+
+    v16 get(int group, int64_t place) const {
+        return e4m3_to_float(bytes + (group * kIndexDim + place) * kLanes);
+    }
+};
+
+// The float32 values of 32 keys, [dimension][32 keys].
+struct FloatKeys {
+    std::vector<float> values;
+    int64_t dim;
+
+    explicit FloatKeys(int64_t dim) : values(dim * kUnit), dim(dim) {}
+
+    static int64_t dimension(int64_t place) { return place; }
+
+    void turn(const uint8_t* rows) {
+        for (int64_t k = 0; k < kUnit; ++k)
+            for (int64_t d = 0; d < dim; ++d) std::memcpy(&values[d * kUnit + k], rows + (k * dim + d) * 4, 4);
+    }
+
+    v16 get(int group, int64_t place) const { return load(&values[place * kUnit + group * kLanes]); }
+};
+
+// scores[(row + r) / heads] += weight[row + r] * relu(query r . key) for kRows queries and the 32 keys. The queries lie
+// as [place][kRows].
+template <int kRows, typename Keys>
+void add_heads(const float* __restrict queries, const float* weight, const Keys& keys, int64_t dim, int64_t row,
+               int64_t heads, float* scores) {
+    v16 dot[kRows][kGroups] = {};
+    for (int64_t place = 0; place < dim; ++place, queries += kRows) {
+        v16 key[kGroups];
+        for (int g = 0; g < kGroups; ++g) key[g] = keys.get(g, place);
+        for (int r = 0; r < kRows; ++r)
+            for (int g = 0; g < kGroups; ++g) dot[r][g] += queries[r] * key[g];
+    }
+    for (int r = 0; r < kRows; ++r) {
+        float* score = scores + (row + r) / heads * kUnit;
+        for (int g = 0; g < kGroups; ++g) {
+            const v16 positive = dot[r][g] < 0.0f ? v16{} : dot[r][g];  // NaN stays
+            store(score + g * kLanes, load(score + g * kLanes) + weight[row + r] * positive);
+        }
+    }
+}
+
+// How many of the rows from `row` on go through the keys together.
+PENUMBRA_INLINE int64_t together(int64_t row, int64_t rows) {
+    int64_t n = kMostRows;
+    while (n > rows - row) n /= 2;
+    return n;
+}
+
+PENUMBRA_INLINE uint32_t lanes_set(i16 mask) {
+#if defined(__AVX512F__)
+    __m512i v;
+    std::memcpy(&v, &mask, sizeof v);
+    return _mm512_test_epi32_mask(v, v);
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < kLanes; ++i) bits |= (uint32_t)(mask[i] & 1) << i;
+    return bits;
+#endif
+}
+
+// Scores as integers of the same order. NaN ranks with +infinity, so that a broken key is chosen and shows; -0 is 0.
+PENUMBRA_INLINE i16 ranks(v16 score) {
+    const v16 x = score == score ? score : splat(__builtin_inff());
+    i16 bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    bits ^= (bits >> 31) & 0x7fffffff;
+    return bits == -1 ? i16{} : bits;
+}
+
+// The best k of a growing list, lower places first among equals.
+class Best {
+  public:
+    explicit Best(int64_t k) : k_(k), ranks_(4 * k + 2 * kUnit), places_(4 * k + 2 * kUnit) {}
+
+    void clear() { size_ = 0, full_ = false; }
+
+    // The next kLanes places from `first` on, of which only those below `end` count. Places must come in order.
+    void offer(i16 rank, int32_t first, int32_t end) {
+        constexpr i16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        i16 wanted = lanes + first < end;
+        if (full_) wanted &= rank > worst_;  // an equal one comes too late: its place is higher
+        uint32_t set = lanes_set(wanted);
+        if (!set) return;
+        if (size_ + kLanes > (int64_t)ranks_.size() - kUnit) {
+            shrink();
+            offer(rank, first, end);
+            return;
+        }
+        for (; set; set &= set - 1) {
+            const int lane = __builtin_ctz(set);
+            ranks_[size_] = rank[lane];
+            places_[size_++] = first + lane;
+        }
+    }
+
+    // Writes the best k, at least k having been offered, in ascending order.
+    void take(int32_t* out) {
+        if (size_ > k_) shrink();
+        std::copy(places_.begin(), places_.begin() + k_, out);
+    }
+
+  private:
+    // Keeps the best k. The k-th greatest rank is the greatest one that at least k reach: 32 halvings of the range,
+    // each a vector sweep, beat sorting and take the same time whatever the scores.
+    void shrink() {
+        for (int64_t i = size_; i < size_ + kLanes; ++i) ranks_[i] = INT32_MIN;
+        int64_t low = INT32_MIN, high = INT32_MAX;
+        while (low < high) {
+            const int64_t middle = low + (high - low + 1) / 2;
+            i16 reached = {};
+            for (int64_t i = 0; i < size_; i += kLanes) reached -= at(i) >= (int32_t)middle;
+            int64_t count = 0;
+            for (int i = 0; i < kLanes; ++i) count += reached[i];
+            if (count >= k_) low = middle;
+            else high = middle - 1;
+        }
+        worst_ = (int32_t)low;
+        full_ = true;
+        int64_t equals = k_;
+        for (int64_t i = 0; i < size_; ++i) equals -= ranks_[i] > worst_;
+        int64_t kept = 0;
+        for (int64_t i = 0; i < size_; ++i) {
+            const bool keep = ranks_[i] > worst_ || (ranks_[i] == worst_ && equals-- > 0);
+            ranks_[kept] = ranks_[i];
+            places_[kept] = places_[i];
+            kept += keep;
+        }
+        size_ = kept;
+    }
+
+    i16 at(int64_t i) const {
+        i16 v;
+        std::memcpy(&v, &ranks_[i], sizeof v);
+        return v;
+    }
+
+    int64_t k_, size_ = 0;
+    bool full_ = false;  // k have been kept, the least of them `worst_`
+    int32_t worst_ = 0;
+    std::vector<int32_t> ranks_, places_;
+};
+
+struct Search {
+    const float* q;  // [T, H, D]
+    const float* w;  // [T, H]
+    const int64_t* positions;
+    const int32_t* page_table;  // [B, P]
+    int64_t pages, heads, dim;
+    const Pool& pool;
+    int64_t k;
+    int32_t* out;  // [T, k]
+
+    int64_t visible(int64_t token) const { return (positions[token] + 1) / 4; }
+
+    // Tokens [first, first + count) of one segment.
+    void tile(int64_t segment, int64_t first, int64_t count) const {
+        for (; count > 0 && visible(first) <= k; ++first, --count) {
+            int32_t* target = out + first * k;
+            for (int64_t b = 0; b < k; ++b) target[b] = b < visible(first) ? (int32_t)b : -1;
+        }
+        if (count == 0) return;
+        if (pool.codec == kIndexV4) scan<ByteKeys>(page_table + segment * pages, first, count);
+        else scan<FloatKeys>(page_table + segment * pages, first, count);
+    }
+
+    template <typename Keys>
+    void scan(const int32_t* table, int64_t first, int64_t count) const {
+        const int64_t n = pool.rows_per_item, rows = count * heads;
+        const int64_t row_bytes = pool.codec == kIndexV4 ? kIndexDim : dim * 4;
+        const int64_t end = visible(first + count - 1);
+        Keys keys(dim);
+        std::vector<Best> best(count, Best(k));
+        std::vector<float> scores(count * kUnit), queries(rows * dim);
+        for (int64_t row = 0, m; row < rows; row += m) {
+            m = together(row, rows);
+            for (int64_t place = 0; place < dim; ++place)
+                for (int64_t r = 0; r < m; ++r)
+                    queries[row * dim + place * m + r] = q[(first * heads + row + r) * dim + Keys::dimension(place)];
+        }
+        for (int64_t start = 0; start < end; start += kUnit) {
+            const uint8_t* item = pool.item(table[start / n]);
+            const uint8_t* unit = item + start % n * row_bytes;
+            const int64_t ahead = std::min(start + 2 * kUnit, end - 1);
+            const uint8_t* next = pool.item(table[ahead / n]) + ahead % n * row_bytes;
+            for (int64_t i = 0; i < kUnit * row_bytes; i += 64) __builtin_prefetch(next + i);
+            keys.turn(unit);
+            std::fill(scores.begin(), scores.end(), 0.0f);
+            for (int64_t row = 0, m; row < rows; row += m) {
+                m = together(row, rows);
+                const float* x = &queries[row * dim];
+                const float* weight = w + first * heads;
+                if (m == 8) add_heads<8>(x, weight, keys, dim, row, heads, scores.data());
+                else if (m == 4) add_heads<4>(x, weight, keys, dim, row, heads, scores.data());
+                else if (m == 2) add_heads<2>(x, weight, keys, dim, row, heads, scores.data());
+                else add_heads<1>(x, weight, keys, dim, row, heads, scores.data());
+            }
+            const float* scales = (const float*)(item + n * kIndexDim) + start % n;
+            for (int64_t t = 0; t < count; ++t) {
+                for (int g = 0; g < kGroups; ++g) {
+                    v16 score = load(&scores[t * kUnit + g * kLanes]);
+                    if (pool.codec == kIndexV4) score *= load(scales + g * kLanes);
+                    best[t].offer(ranks(score), (int32_t)(start + g * kLanes), (int32_t)visible(first + t));
+                }
+            }
+        }
+        for (int64_t t = 0; t < count; ++t) best[t].take(out + (first + t) * k);
+    }
+};
+
+struct Tile {
+    int64_t segment, first, count;
+};
+
+}  // namespace
+}  // namespace penumbra
+
+extern "C" void penumbra_index_topk(const float* q, const float* w, const int64_t* positions, const int32_t* offsets,
+                                    const int32_t* page_table, int64_t segments, int64_t pages, int64_t heads,
+                                    int64_t dim, const penumbra::Pool* pool, int64_t k, int32_t* out, int64_t threads) {
+    using namespace penumbra;
+    const Search search{q, w, positions, page_table, pages, heads, dim, *pool, k, out};
+    // About 32 rows of queries a tile: turning a key then costs little beside its products.
+    const int64_t share = (offsets[segments] + threads - 1) / threads;
+    const int64_t most = std::max<int64_t>(1, std::min(32 / heads, share));
+    std::vector<Tile> tiles;
+    for (int64_t s = 0; s < segments; ++s)
+        for (int64_t t = offsets[s]; t < offsets[s + 1]; t += most)
+            tiles.push_back({s, t, std::min<int64_t>(most, offsets[s + 1] - t)});
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && tiles.size() > 1)
+    for (int64_t i = 0; i < (int64_t)tiles.size(); ++i)
+        search.tile(tiles[i].segment, tiles[i].first, tiles[i].count);
+}
