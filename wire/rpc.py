@@ -7,6 +7,7 @@ A service method raises a PenumbraError and nothing else; the caller gets the sa
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, NoReturn, TypeAlias, cast
 
@@ -139,6 +140,9 @@ class _TypedErrors(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     ) -> grpc.RpcMethodHandler[Any, Any]:
         handler: Any = await continuation(details)
         if handler is None or handler.request_streaming:
+            return handler  # type: ignore[no-any-return]
+        if handler.response_streaming and inspect.iscoroutinefunction(handler.unary_stream):
+            # It writes to its context itself, as gRPC's own health service does, and ends itself too.
             return handler  # type: ignore[no-any-return]
         name = details.method
 

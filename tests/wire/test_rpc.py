@@ -148,6 +148,17 @@ async def test_a_drain_lets_running_calls_finish() -> None:
         assert await running is True
 
 
+async def test_a_health_watch_tells_every_change() -> None:
+    async with serving() as (server, _, channel):
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=10)
+        first = await watch.read()
+        await server.set_serving(False)
+        second = await watch.read()
+        watch.cancel()
+    names = [health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status) for reply in (first, second)]
+    assert names == ["SERVING", "NOT_SERVING"]
+
+
 async def test_health_follows_set_serving() -> None:
     server = rpc.Server()
     port = await server.start()
