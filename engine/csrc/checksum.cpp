@@ -6,9 +6,11 @@
 
 namespace {
 
-typedef uint64_t w8 __attribute__((vector_size(64)));
+using penumbra::kWidth;
+
+constexpr int64_t kWords = kWidth / 2;
+typedef uint64_t wide __attribute__((vector_size(8 * kWords)));
 constexpr uint64_t kMultiplier = 0x9E3779B97F4A7C15u;
-constexpr int64_t kWords = 8;
 
 // Adds sum of words[i] * (2 * (first + i) + 1) over one region's item.
 //
@@ -16,11 +18,11 @@ constexpr int64_t kWords = 8;
 // of j times words is n * now - later, and each vector costs two additions.
 uint64_t weighted(const char* data, int64_t count, uint64_t first) {
     constexpr int kChains = 4;  // neighbouring vectors; one chain of additions would wait on itself
-    w8 now[kChains] = {}, later[kChains] = {};
+    wide now[kChains] = {}, later[kChains] = {};
     const int64_t steps = count / (kWords * kChains);
     for (int64_t j = 0; j < steps; ++j) {
         for (int c = 0; c < kChains; ++c) {
-            w8 words;
+            wide words;
             std::memcpy(&words, data + (j * kChains + c) * sizeof words, sizeof words);
             now[c] += words;
             later[c] += now[c];

@@ -49,19 +49,19 @@ std::vector<Block> finished(const Step& step, int64_t ratio, int64_t* rows) {
 
 // out[c] = sum of values * softmax of gates over the tokens, for channels [from, from + size) of every token.
 void pool(const Token* tokens, const int64_t* from, int count, int64_t size, float* out) {
-    for (int64_t c = 0; c < size; c += kLanes) {
-        v16 gates[kC128], top = splat(-__builtin_inff());
+    for (int64_t c = 0; c < size; c += kWidth) {
+        vec gates[kC128], top = splat<vec>(-__builtin_inff());
         for (int t = 0; t < count; ++t) {
             const int64_t at = from[t] + c;
-            gates[t] = load(tokens[t].gates + at);
-            if (tokens[t].ape) gates[t] += load(tokens[t].ape + at);
+            gates[t] = load<vec>(tokens[t].gates + at);
+            if (tokens[t].ape) gates[t] += load<vec>(tokens[t].ape + at);
             top = max(top, gates[t]);
         }
-        v16 total = {}, weighted = {};
+        vec total = {}, weighted = {};
         for (int t = 0; t < count; ++t) {
-            const v16 e = exp(gates[t] - top);
+            const vec e = exp(gates[t] - top);
             total += e;
-            weighted += e * load(tokens[t].values + from[t] + c);
+            weighted += e * load<vec>(tokens[t].values + from[t] + c);
         }
         store(out + c, weighted / total);
     }
@@ -79,19 +79,19 @@ void finish(float* row, const float* norm, int64_t size, float eps, int64_t posi
 // A ring row [values | gates + ape].
 void remember(float* ring_row, const float* u, const float* g, const float* ape, int64_t width) {
     std::memcpy(ring_row, u, width * sizeof(float));
-    for (int64_t c = 0; c < width; c += kLanes) store(ring_row + width + c, load(g + c) + load(ape + c));
+    for (int64_t c = 0; c < width; c += kWidth) store(ring_row + width + c, load<vec>(g + c) + load<vec>(ape + c));
 }
 
 }  // namespace
 
-// u, g [T, 2 * size], u_stride and g_stride values between tokens; ring [items, 16, 4 * size]. Fills values [R, size] and
-// rows [R]; R, left in count, is at most T / 4 + segments.
+// u, g [T, 2 * size], u_stride and g_stride values between tokens; ring [items, 16, 4 * size]. Fills values [R, size]
+// and rows [R]; R, left in count, is at most T / 4 + segments.
 extern "C" void penumbra_compress_c4(const float* u, int64_t u_stride, const float* g, int64_t g_stride,
                                         const float* ape, const float* norm, float* ring, int64_t size,
                                         int64_t segments, int64_t pages, const int32_t* offsets,
                                         const int64_t* starts, const int32_t* page_table, const int32_t* swa_table,
-                                        const float* freqs, int64_t pairs, float eps, int64_t rotate_keys, float* values,
-                                        int64_t* rows, int64_t* count, int64_t threads) {
+                                        const float* freqs, int64_t pairs, float eps, int64_t rotate_keys,
+                                        float* values, int64_t* rows, int64_t* count, int64_t threads) {
     const Step step{segments, pages, offsets, starts, page_table, swa_table, nullptr};
     const int64_t width = 2 * size;
     const auto ring_row = [&](int64_t s, int64_t p) {

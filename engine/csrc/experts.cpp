@@ -26,15 +26,15 @@ std::vector<float*> rows_of(float* base, int64_t stride, int64_t rows) {
     return out;
 }
 
-// gate[i] becomes swiglu(gate[i], up[i]). The last vector of a row may reach past it, so rows are padded to 16.
+// gate[i] becomes swiglu(gate[i], up[i]). Rows are padded to whole vectors, for the last one reaches past the end.
 void activate(float* gate, const float* up, int64_t count, float limit) {
-    for (int64_t i = 0; i < count; i += kLanes) store(gate + i, swiglu(load(gate + i), load(up + i), limit));
+    for (int64_t i = 0; i < count; i += kWidth) store(gate + i, swiglu(load<vec>(gate + i), load<vec>(up + i), limit));
 }
 
 // One set of rows through one expert; gate and up are [rows, padded inner size] of scratch.
 void expert(const float* const* x, int64_t rows, const Packed& w1, const Packed& w3, const Packed& w2, float limit,
             float* const* y) {
-    const int64_t inner = w1.outputs, padded = (inner + kLanes - 1) / kLanes * kLanes;
+    const int64_t inner = w1.outputs, padded = (inner + kWidth - 1) / kWidth * kWidth;
     thread_local std::vector<float> scratch;
     if ((int64_t)scratch.size() < 2 * rows * padded) scratch.resize(2 * rows * padded);
     float *gate = scratch.data(), *up = gate + rows * padded;
@@ -123,7 +123,7 @@ extern "C" void penumbra_mlp(const float* x, int64_t x_stride, int64_t rows, con
                              int64_t threads) {
     const Packed gate_w{w1, half != 0, inner, hidden}, up_w{w3, half != 0, inner, hidden};
     const Packed down_w{w2, half != 0, hidden, inner};
-    const int64_t padded = (inner + kLanes - 1) / kLanes * kLanes;
+    const int64_t padded = (inner + kWidth - 1) / kWidth * kWidth;
     thread_local std::vector<float> scratch;
     if ((int64_t)scratch.size() < 2 * rows * padded) scratch.resize(2 * rows * padded);
     float *gate = scratch.data(), *up = gate + rows * padded;

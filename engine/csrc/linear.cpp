@@ -2,7 +2,7 @@
 //
 // A matrix [N, K] is stored as panels of 32 outputs, each panel [K][32], the last one padded with zeros. In bf16 the
 // 32 outputs of one k are 16 words of 32 bits: output i in the low half, output 16 + i in the high half, so that a
-// shift and a mask turn one 64-byte load into two fp32 vectors.
+// shift and a mask turn one load into two fp32 vectors.
 //
 // An output is one chain of fused multiply-adds over k from zero. Tiles only choose how many chains run side by side,
 // so neither the number of rows nor the number of threads can reach a bit of the result.
@@ -11,6 +11,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "simd.h"
@@ -18,39 +19,42 @@
 namespace penumbra {
 namespace {
 
-constexpr int kTile = 12;          // rows a tile: 12 x 2 accumulators leave 8 of 32 registers for operands
-constexpr int kDirect = 6;         // up to here rows are read where they lie; their lines fit the L1's ways
-constexpr int64_t kBlock = 96;     // rows packed at a time, so weights are streamed once for 96 rows
+constexpr int kVectors = kPanel / kWidth;
+constexpr int kSums = kWidth == 16 ? 24 : 12;  // accumulators at once: three quarters of the registers
+constexpr int kTile = kSums > kVectors ? kSums / kVectors : 1;  // rows a tile
+constexpr int kDirect = kTile < 6 ? kTile : 6;  // rows read where they lie: their lines fit the ways of the L1 cache
+constexpr int64_t kBlock = 96;                  // rows packed at a time, so weights are streamed once for 96 rows
 constexpr int64_t kAlone = 1 << 16;  // multiply-adds below which a second thread costs more than it brings
 
+// widen: one k of a panel, 32 weights, as vectors in output order.
 struct Bf16 {
     static constexpr int64_t kBytes = 2;
-    PENUMBRA_INLINE void widen(const void* row, v16& low, v16& high) {
-        u16 words;
-        std::memcpy(&words, row, sizeof words);
-        low = bits_to_float(words << 16);
-        high = bits_to_float(words & 0xffff0000u);
+    PENUMBRA_INLINE void widen(const char* row, vec* out) {
+        constexpr int kHalves = kVectors / 2;
+        for (int j = 0; j < kHalves; ++j) {
+            uvec words;
+            std::memcpy(&words, row + j * sizeof words, sizeof words);
+            out[j] = bits_to_float(words << 16);
+            out[kHalves + j] = bits_to_float(words & 0xffff0000u);
+        }
     }
 };
 
 struct Fp32 {
     static constexpr int64_t kBytes = 4;
-    PENUMBRA_INLINE void widen(const void* row, v16& low, v16& high) {
-        low = load((const float*)row);
-        high = load((const float*)row + kLanes);
+    PENUMBRA_INLINE void widen(const char* row, vec* out) {
+        for (int j = 0; j < kVectors; ++j) out[j] = load<vec>((const float*)row + j * kWidth);
     }
 };
 
 // Stores the part of a panel's 32 outputs that lies in [first, last); y[0] is output `first`.
-PENUMBRA_INLINE void put(float* y, int64_t first, int64_t last, int64_t column, v16 low, v16 high) {
+PENUMBRA_INLINE void put(float* y, int64_t first, int64_t last, int64_t column, const vec* sums) {
     if (column >= first && column + kPanel <= last) {
-        store(y + (column - first), low);
-        store(y + (column - first) + kLanes, high);
+        for (int j = 0; j < kVectors; ++j) store(y + (column - first) + j * kWidth, sums[j]);
         return;
     }
     float all[kPanel];
-    store(all, low);
-    store(all + kLanes, high);
+    for (int j = 0; j < kVectors; ++j) store(all + j * kWidth, sums[j]);
     for (int64_t n = std::max(column, first); n < std::min(column + kPanel, last); ++n) y[n - first] = all[n - column];
 }
 
@@ -58,34 +62,35 @@ PENUMBRA_INLINE void put(float* y, int64_t first, int64_t last, int64_t column, 
 template <typename W, int kRows, int kPanels, bool kPackedRows>
 void tile(const float* const* x, const float* packed, const char* panels, int64_t inputs, int64_t column,
           int64_t first, int64_t last, float* const* y) {
-    v16 low[kRows][kPanels] = {}, high[kRows][kPanels] = {};
+    constexpr int kWide = kPanels * kVectors;
+    vec sums[kRows][kWide] = {};
     const int64_t stride = inputs * kPanel * W::kBytes;
     const float* rows[kRows];
     if (!kPackedRows) {
         for (int m = 0; m < kRows; ++m) rows[m] = x[m];
     }
     for (int64_t k = 0; k < inputs; ++k) {
-        v16 a[kPanels], b[kPanels];
+        vec weights[kWide];
 #pragma GCC unroll 4
-        for (int p = 0; p < kPanels; ++p) W::widen(panels + p * stride + k * kPanel * W::kBytes, a[p], b[p]);
+        for (int p = 0; p < kPanels; ++p) {
+            W::widen(panels + p * stride + k * kPanel * W::kBytes, weights + p * kVectors);
+        }
 #pragma GCC unroll 12
         for (int m = 0; m < kRows; ++m) {
-            const v16 value = splat(kPackedRows ? packed[k * kRows + m] : rows[m][k]);
-#pragma GCC unroll 4
-            for (int p = 0; p < kPanels; ++p) {
-                low[m][p] += value * a[p];
-                high[m][p] += value * b[p];
-            }
+            const vec value = splat<vec>(kPackedRows ? packed[k * kRows + m] : rows[m][k]);
+#pragma GCC unroll 8
+            for (int j = 0; j < kWide; ++j) sums[m][j] += value * weights[j];
         }
     }
     for (int m = 0; m < kRows; ++m) {
-        for (int p = 0; p < kPanels; ++p) put(y[m], first, last, column + p * kPanel, low[m][p], high[m][p]);
+        for (int p = 0; p < kPanels; ++p) put(y[m], first, last, column + p * kPanel, sums[m] + p * kVectors);
     }
 }
 
 // Few rows: several panels at once, enough chains to hide the latency of a multiply-add.
-template <typename W, int kRows, int kPanels>
+template <typename W, int kRows>
 void few(const float* const* x, const Packed& w, int64_t first, int64_t last, float* const* y) {
+    constexpr int kRoom = kSums / (kRows * kVectors), kPanels = kRoom < 1 ? 1 : kRoom > 4 ? 4 : kRoom;
     const int64_t stride = w.inputs * kPanel * W::kBytes;
     int64_t panel = first / kPanel;
     const int64_t end = (last + kPanel - 1) / kPanel;
@@ -98,29 +103,25 @@ void few(const float* const* x, const Packed& w, int64_t first, int64_t last, fl
     }
 }
 
-template <typename W, int kRows>
-void packed_tile(const float* packed, const char* panel, int64_t inputs, int64_t column, int64_t first, int64_t last,
-                 float* const* y) {
-    tile<W, kRows, 1, true>(nullptr, packed, panel, inputs, column, first, last, y);
+// f(std::integral_constant<int, n>) for the n in [1, kMost] that is only known at run time.
+template <int kMost, typename F>
+PENUMBRA_INLINE void with_constant(int64_t n, F f) {
+    if constexpr (kMost > 0) {
+        if (n == kMost) return f(std::integral_constant<int, kMost>{});
+        with_constant<kMost - 1>(n, f);
+    }
 }
 
-template <typename W>
-using PackedTile = void (*)(const float*, const char*, int64_t, int64_t, int64_t, int64_t, float* const*);
-
-// Many rows: each tile of up to 12 is rewritten as [K][rows] once, then meets every panel. Read in place, rows whose
-// distance is a multiple of 4 KiB would push each other out of the cache at every step.
+// Many rows: each tile of them is rewritten as [K][rows] once, then meets every panel. Read in place, rows whose
+// distance is a multiple of 4 KiB would push each other out of the cache at every step. Where registers are few, tiles
+// are low and would widen the same bf16 over and over, so a panel is widened once for all.
 template <typename W>
 void many(const float* const* x, int64_t count, const Packed& w, int64_t first, int64_t last, float* const* y) {
-    static constexpr PackedTile<W> tiles[kTile + 1] = {
-        nullptr,
-        packed_tile<W, 1>, packed_tile<W, 2>, packed_tile<W, 3>, packed_tile<W, 4>,
-        packed_tile<W, 5>, packed_tile<W, 6>, packed_tile<W, 7>, packed_tile<W, 8>,
-        packed_tile<W, 9>, packed_tile<W, 10>, packed_tile<W, 11>, packed_tile<W, 12>,
-    };
     thread_local std::vector<float> scratch;
+    constexpr bool kWiden = W::kBytes < 4 && kWidth < 16;
     const int64_t inputs = w.inputs, stride = inputs * kPanel * W::kBytes;
-    if ((int64_t)scratch.size() < kBlock * inputs) scratch.resize(kBlock * inputs);
-    float* packed = scratch.data();
+    if ((int64_t)scratch.size() < (kBlock + kPanel) * inputs) scratch.resize((kBlock + kPanel) * inputs);
+    float *packed = scratch.data(), *wide = packed + kBlock * inputs;
     for (int64_t block = 0; block < count; block += kBlock) {
         const int64_t rows = std::min(kBlock, count - block);
         for (int64_t m = 0; m < rows; m += kTile) {
@@ -133,9 +134,20 @@ void many(const float* const* x, int64_t count, const Packed& w, int64_t first, 
         }
         for (int64_t panel = first / kPanel; panel * kPanel < last; ++panel) {
             const char* data = (const char*)w.data + panel * stride;
+            if constexpr (kWiden) {
+                for (int64_t k = 0; k < inputs; ++k) {
+                    vec weights[kVectors];
+                    W::widen(data + k * kPanel * W::kBytes, weights);
+                    for (int j = 0; j < kVectors; ++j) store(wide + k * kPanel + j * kWidth, weights[j]);
+                }
+                data = (const char*)wide;
+            }
             for (int64_t m = 0; m < rows; m += kTile) {
                 const int64_t height = std::min<int64_t>(kTile, rows - m);
-                tiles[height](packed + m * inputs, data, inputs, panel * kPanel, first, last, y + block + m);
+                with_constant<kTile>(height, [&](auto n) {
+                    tile<std::conditional_t<kWiden, Fp32, W>, n.value, 1, true>(
+                        nullptr, packed + m * inputs, data, inputs, panel * kPanel, first, last, y + block + m);
+                });
             }
         }
     }
@@ -143,16 +155,8 @@ void many(const float* const* x, int64_t count, const Packed& w, int64_t first, 
 
 template <typename W>
 void multiply_as(const float* const* x, int64_t rows, const Packed& w, int64_t first, int64_t last, float* const* y) {
-    switch (rows) {
-        case 0: return;
-        case 1: return few<W, 1, 4>(x, w, first, last, y);
-        case 2: return few<W, 2, 4>(x, w, first, last, y);
-        case 3: return few<W, 3, 4>(x, w, first, last, y);
-        case 4: return few<W, 4, 2>(x, w, first, last, y);
-        case 5: return few<W, 5, 2>(x, w, first, last, y);
-        case kDirect: return few<W, kDirect, 2>(x, w, first, last, y);
-        default: return many<W>(x, rows, w, first, last, y);
-    }
+    if (rows > kDirect) return many<W>(x, rows, w, first, last, y);
+    with_constant<kDirect>(rows, [&](auto n) { few<W, n.value>(x, w, first, last, y); });
 }
 
 }  // namespace
