@@ -217,6 +217,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                     try:
                         self._reader.submit(job)
                     except PenumbraError as error:
+                        # Only a reader that has ended refuses, and it ends before its worker only by a fault.
+                        self._broken = f"decode worker {self._worker_id} can not read pages and is restarting"
                         self.reader_results(ReadResult(job_id=job.job_id, ok=False, error=error))
                 case CancelRead(job_id):
                     self._reader.cancel(job_id)
