@@ -92,7 +92,7 @@ def plan(
     sizes = {c.name: (item_bytes(c), num_items(c)) for c in ours}
     limits = {c.name: num_items(c) for c in theirs}
     for page_class in PageClass:
-        offered = [group for group in groups if group.page_class is page_class]
+        offered = [group for group in groups if group.page_class is page_class and group.positions]
         if not offered:
             continue
         if page_class not in sizes or page_class not in limits:

@@ -84,7 +84,9 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class PostFailed:
-    read_id: int
+    """These reads never began: nothing of theirs is in the air."""
+
+    read_ids: tuple[int, ...]
     error: PenumbraError
 
 
@@ -207,8 +209,8 @@ class ReaderCore:
             case Cancel(job_id):
                 if job_id in self._jobs:
                     self._fail(now, job_id, Cancelled("The read was cancelled."), actions)
-            case PostFailed(read_id, error):
-                self._post_failed(now, read_id, error, actions)
+            case PostFailed(read_ids, error):
+                self._post_failed(now, read_ids, error, actions)
             case Polled(read_id, state):
                 if state is not ReadState.RUNNING:
                     self._settle(now, read_id, state, actions)
@@ -228,8 +230,9 @@ class ReaderCore:
             slices = plan(job.groups, job.local, self._classes, job.card.classes, self._max_slice_bytes)
             destinations = {item for part in slices for item in _items(part)}
             if clash := destinations & self._taken:
+                page_class, item = min(clash)
                 raise TransferFailed(
-                    f"{len(clash)} destination pages, {min(clash)} first, still belong to an unfinished read."
+                    f"{len(clash)} destination pages, {page_class} {item} first, belong to an unfinished read."
                 )
         except PenumbraError as error:
             actions.append(Report(ReadResult(job_id=job.job_id, ok=False, error=error)))
@@ -239,20 +242,23 @@ class ReaderCore:
         self._finish_if_done(now, job.job_id, actions)
 
     def _post(self, actions: list[Action]) -> None:
-        """Hand out reads, one a job in turn, at most MAX_READS_PER_PEER in the air for each owner."""
-        waiting = [entry for entry in self._jobs.values() if entry.todo]
-        while waiting:
-            for entry in list(waiting):
-                if not entry.todo or self._in_flight.get(entry.peer, 0) >= MAX_READS_PER_PEER:
-                    waiting.remove(entry)
-                    continue
-                if not entry.running:
-                    entry.quiet_s = 0.0
-                read_id, self._next_read = self._next_read, self._next_read + 1
-                part = entry.todo.popleft()
-                entry.running[read_id] = part
-                self._in_flight[entry.peer] = self._in_flight.get(entry.peer, 0) + 1
-                actions.append(Post(read_id, entry.job.card, part))
+        """Hand out reads, to the job with the fewest in the air first: a long job holds up no short one."""
+        while True:
+            ready = [
+                entry
+                for entry in self._jobs.values()
+                if entry.todo and self._in_flight.get(entry.peer, 0) < MAX_READS_PER_PEER
+            ]
+            if not ready:
+                return
+            entry = min(ready, key=lambda entry: len(entry.running))
+            if not entry.running:
+                entry.quiet_s = 0.0
+            read_id, self._next_read = self._next_read, self._next_read + 1
+            part = entry.todo.popleft()
+            entry.running[read_id] = part
+            self._in_flight[entry.peer] = self._in_flight.get(entry.peer, 0) + 1
+            actions.append(Post(read_id, entry.job.card, part))
 
     def _owner_of(self, read_id: int) -> _Job | None:
         return next((entry for entry in self._jobs.values() if read_id in entry.running), None)
@@ -262,17 +268,21 @@ class ReaderCore:
         if not self._in_flight[peer]:
             del self._in_flight[peer]
 
-    def _post_failed(self, now: float, read_id: int, error: PenumbraError, actions: list[Action]) -> None:
-        """Nothing of this read is in the air: it never began."""
-        entry = self._owner_of(read_id)
-        if entry is None:
-            self._orphan_settled(read_id, actions)
-            return
-        del entry.running[read_id]
-        self._landed(entry.peer)
+    def _post_failed(self, now: float, read_ids: Sequence[int], error: PenumbraError, actions: list[Action]) -> None:
+        failed: dict[str, _Job] = {}
+        for read_id in read_ids:
+            entry = self._owner_of(read_id)
+            if entry is None:
+                self._orphan_settled(read_id, actions)
+                continue
+            del entry.running[read_id]
+            self._landed(entry.peer)
+            failed[entry.job.job_id] = entry
         if isinstance(error, WorkerLost):
-            actions.append(Disconnect(entry.job.card.worker_id))
-        self._fail(now, entry.job.job_id, error, actions)
+            workers = dict.fromkeys(entry.job.card.worker_id for entry in failed.values())
+            actions.extend(Disconnect(worker_id) for worker_id in workers)
+        for job_id in failed:
+            self._fail(now, job_id, error, actions)
 
     def _settle(self, now: float, read_id: int, state: ReadState, actions: list[Action]) -> None:
         actions.append(Close(read_id))
@@ -506,18 +516,31 @@ class Reader:
         return settled
 
     def _step(self, event: Event) -> None:
+        refused: dict[tuple[str, int], PostFailed] = {}
         for action in self._core.step(time.monotonic(), event):
-            self._perform(action)
+            if isinstance(action, Post):
+                # An owner that refused one read is not asked for the others of this step.
+                peer = action.card.worker_id, action.card.epoch
+                failure = refused.get(peer) or self._post(action)
+                if failure is not None:
+                    reads = (*failure.read_ids, action.read_id) if peer in refused else failure.read_ids
+                    refused[peer] = PostFailed(reads, failure.error)
+            else:
+                self._perform(action)
+        self._events.extend(refused.values())
         self._stopped |= isinstance(event, Stop)
+
+    def _post(self, post: Post) -> PostFailed | None:
+        part = post.part
+        try:
+            self._transport.connect(post.card)
+            self._running[post.read_id] = self._transport.read(post.card, part.page_class, part.remote, part.local)
+        except PenumbraError as error:
+            return PostFailed((post.read_id,), error)
+        return None
 
     def _perform(self, action: Action) -> None:
         match action:
-            case Post(read_id, card, part):
-                try:
-                    self._transport.connect(card)
-                    self._running[read_id] = self._transport.read(card, part.page_class, part.remote, part.local)
-                except PenumbraError as error:
-                    self._events.append(PostFailed(read_id, error))
             case Verify(read_id, part):
                 try:
                     bad = tuple(self._verify(part.page_class, part.local, part.checksums))

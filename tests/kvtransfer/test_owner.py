@@ -29,9 +29,7 @@ GROUP = PageGroup(page_class=PageClass.FULL, positions=(0,), items=(3,), generat
 TAIL = Tail(prompt_tokens=256, cached_tokens=0, first=TokenEvent(index=0, token_id=4), total_pages=1)
 
 
-def claim(
-    run: AttemptId = RUN, secret: bytes = SECRET, from_token: int = 0, signature: str = "sig"
-) -> ClaimRequest:
+def claim(run: AttemptId = RUN, secret: bytes = SECRET, from_token: int = 0, signature: str = "sig") -> ClaimRequest:
     return ClaimRequest(
         request_id=run.request_id,
         attempt=run.attempt,
