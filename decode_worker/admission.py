@@ -52,11 +52,7 @@ class Admission:
         """Full pages to the last token it may generate, the window before its next one, and a slot; or None."""
         pools, n = self._pools, len(request.prompt)
         window = most_window_pages(1)
-        if (
-            pools.full.free < self._full_pages(request)
-            or self.window.available < window
-            or not pools.slots.free
-        ):
+        if pools.full.free < self._full_pages(request) or self.window.available < window or not pools.slots.free:
             return None
         sequence = Sequence(
             request_id=request.request_id,

@@ -125,21 +125,14 @@ class Fetch:
         if not n == len(group.items) == len(group.generations) == len(group.checksums):
             raise self._wrong(f"a group of {page_class} pages has lists of different lengths")
         num_items = min(
-            (
-                region.num_items
-                for cls in self._card.classes
-                if cls.name == page_class
-                for region in cls.regions
-            ),
+            (region.num_items for cls in self._card.classes if cls.name == page_class for region in cls.regions),
             default=0,
         )
         wanted = self._wanted.get(page_class, {})
         paired = {}
         for position, item in zip(group.positions, group.items, strict=True):
             if position not in wanted:
-                raise self._wrong(
-                    f"{page_class} page {position} is offered twice or is none of this prompt's"
-                )
+                raise self._wrong(f"{page_class} page {position} is offered twice or is none of this prompt's")
             if not 0 < item < num_items:
                 raise self._wrong(f"{page_class} item {item} is outside the owner's pool of {num_items}")
             paired[position] = wanted.pop(position)
@@ -157,12 +150,8 @@ class Fetch:
                 f"the tail is for {tail.prompt_tokens} tokens, {tail.cached_tokens} cached; the prompt has {n}"
             )
         if tail.first.index != 0 or not 0 <= tail.first.token_id < self._vocab_size:
-            raise self._wrong(
-                f"first token {tail.first.token_id} at index {tail.first.index} is not one of this model"
-            )
+            raise self._wrong(f"first token {tail.first.token_id} at index {tail.first.index} is not one of this model")
         self.tail = tail
 
     def _wrong(self, problem: str) -> TransferFailed:
-        return TransferFailed(
-            f"worker {self._request.source.worker_id} sent a bad offer for {self._run}: {problem}"
-        )
+        return TransferFailed(f"worker {self._request.source.worker_id} sent a bad offer for {self._run}: {problem}")

@@ -63,9 +63,7 @@ async def _serve(config: DecodeConfig, runner: Runner, transport: Transport, epo
         signature=pools.signature,
         max_context=runner.max_context,
     )
-    reader = Reader(
-        transport, pools.classes, pools.import_pages, service.reader_results, service.reader_settled
-    )
+    reader = Reader(transport, pools.classes, pools.import_pages, service.reader_results, service.reader_settled)
     service.attach(reader)
     door = DoorConfig(
         worker_id=config.worker_id,

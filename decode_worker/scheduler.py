@@ -137,9 +137,7 @@ DecodeAction = Emit | OpenClaim | CloseClaim | SubmitRead | CancelRead
 class DecodeLimits:
     max_waiting: int = 256
     queue_timeout_s: float = 30.0
-    offer_timeout_s: float = (
-        300.0  # between two offers; a dead owner is noticed by its broken stream long before
-    )
+    offer_timeout_s: float = 300.0  # between two offers; a dead owner is noticed by its broken stream long before
     max_context: int
     vocab_size: int
     eos_token_id: int
@@ -172,9 +170,7 @@ class DecodeCore:
         self._running: dict[AttemptId, _Run] = {}
         self._batch: list[_Run] = []
         self._by_job: dict[str, _Run] = {}
-        self._orphans: dict[
-            str, tuple[Place, ...]
-        ] = {}  # reads that outlived their request -> quarantined places
+        self._orphans: dict[str, tuple[Place, ...]] = {}  # reads that outlived their request -> quarantined places
 
     def step(self, now_s: float, event: DecodeEvent | Tick | StepFailed) -> list[DecodeAction]:
         match event:
@@ -233,14 +229,10 @@ class DecodeCore:
             sequence.length += 1
             self._admission.window.trim(sequence)
             if not result.ok:
-                error = NumericalError(
-                    f"the model's output for token {run.num_tokens} of {run.id} is not finite"
-                )
+                error = NumericalError(f"the model's output for token {run.num_tokens} of {run.id} is not finite")
                 actions += self._fail(run, error)
                 continue
-            token = TokenEvent(
-                index=run.num_tokens, token_id=result.token_id, logprob=result.logprob, top=result.top
-            )
+            token = TokenEvent(index=run.num_tokens, token_id=result.token_id, logprob=result.logprob, top=result.top)
             actions += self._advance(run, token)
         return actions + self._admit(now_s)
 
@@ -273,9 +265,7 @@ class DecodeCore:
             return [Emit(run_id, failed_from_error(error))]
         actions: list[DecodeAction] = []
         for older in [run for run in self._runs.values() if run.id.request_id == request.request_id]:
-            actions += self._fail(
-                older, StaleAttempt(f"run {older.id} was overtaken by attempt {request.attempt}")
-            )
+            actions += self._fail(older, StaleAttempt(f"run {older.id} was overtaken by attempt {request.attempt}"))
         run = _Run(run_id, request, secret, now_s + self._limits.queue_timeout_s)
         self._runs[run_id] = run
         self._waiting.append(run)
@@ -288,13 +278,9 @@ class DecodeCore:
         n, sampling, limits = len(request.prompt), request.sampling, self._limits
         newest = max((a for r, a in self._runs if r == request.request_id), default=-1)
         if request.attempt <= newest:
-            raise StaleAttempt(
-                f"run {run_id} comes after attempt {newest}, which is here; send a higher attempt"
-            )
+            raise StaleAttempt(f"run {run_id} comes after attempt {newest}, which is here; send a higher attempt")
         if request.emitted:
-            raise InvalidRequest(
-                "this worker can not replay emitted tokens; start the request afresh", param="resume"
-            )
+            raise InvalidRequest("this worker can not replay emitted tokens; start the request afresh", param="resume")
         if n == 0:
             raise InvalidRequest("the prompt is empty; send at least one token", param="prompt")
         if sampling.max_tokens < 1:
@@ -407,15 +393,11 @@ class DecodeCore:
         for run in [r for r in self._runs.values() if r.deadline is not None and r.deadline <= now_s]:
             if run.sequence is None:
                 waited, n = self._limits.queue_timeout_s, len(run.request.prompt)
-                actions += self._fail(
-                    run, Overloaded(f"no room for {n} prompt tokens within {waited:g} s; try again")
-                )
+                actions += self._fail(run, Overloaded(f"no room for {n} prompt tokens within {waited:g} s; try again"))
             else:
                 quiet = self._limits.offer_timeout_s
                 source = run.request.source.worker_id
-                actions += self._fail(
-                    run, DeadlineExceeded(f"worker {source} offered nothing for {quiet:g} s")
-                )
+                actions += self._fail(run, DeadlineExceeded(f"worker {source} offered nothing for {quiet:g} s"))
         return actions
 
     def _fail(self, run: _Run, error: PenumbraError, unsettled: tuple[Place, ...] = ()) -> list[DecodeAction]:

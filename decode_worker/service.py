@@ -154,9 +154,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
 
     # Decode.
 
-    async def Start(
-        self, request: worker_pb2.StartRequest, context: Context
-    ) -> AsyncIterator[worker_pb2.StartEvent]:
+    async def Start(self, request: worker_pb2.StartRequest, context: Context) -> AsyncIterator[worker_pb2.StartEvent]:
         start = convert.start_request_from_wire(request)
         run = AttemptId(start.request_id, start.attempt)
         if self._broken is not None:
@@ -232,9 +230,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             work.close()
             return
         task = self._claims[run] = self._tasks.create_task(work, name=f"claim {run}")
-        task.add_done_callback(
-            lambda done: self._claims.pop(run, None) if self._claims.get(run) is done else None
-        )
+        task.add_done_callback(lambda done: self._claims.pop(run, None) if self._claims.get(run) is done else None)
 
     def _close_claim(self, close: CloseClaim) -> None:
         following = self._claims.pop(close.run, None)

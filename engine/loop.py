@@ -163,9 +163,7 @@ class EngineLoop(Generic[Event, Action]):
         try:
             if wait:
                 deadline = self._core.next_deadline()
-                limit = (
-                    IDLE_WAIT_S if deadline is None else min(IDLE_WAIT_S, max(0.0, deadline - self._clock()))
-                )
+                limit = IDLE_WAIT_S if deadline is None else min(IDLE_WAIT_S, max(0.0, deadline - self._clock()))
                 first = self._inbox.get(timeout=limit)
                 events += [] if first is None else [first]
             while len(events) < MAX_EVENTS_PER_TURN:

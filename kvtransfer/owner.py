@@ -131,18 +131,12 @@ class ClaimTable:
         ended = self._latest.get(run.request_id)
         newest = max([other.attempt for other in live] + ([ended[0]] if ended else []), default=-1)
         if run.attempt <= newest:
-            raise StaleAttempt(
-                f"run {run} comes after attempt {newest} of that request; send a higher attempt"
-            )
+            raise StaleAttempt(f"run {run} comes after attempt {newest} of that request; send a higher attempt")
         if len(self._runs) - len(live) >= self._limits.max_runs:
-            raise Overloaded(
-                f"{len(self._runs)} runs hold pages here, the most this worker allows; try another"
-            )
+            raise Overloaded(f"{len(self._runs)} runs hold pages here, the most this worker allows; try another")
         freed = []
         for other in live:
-            freed += self.revoke(
-                now_s, other, StaleAttempt(f"run {other} was overtaken by attempt {run.attempt}")
-            )
+            freed += self.revoke(now_s, other, StaleAttempt(f"run {other} was overtaken by attempt {run.attempt}"))
         entry = self._runs[run] = _Run(run, secret, skip)
         for claim in [c for c in self._claims.values() if c.run == run and c.state is _State.EARLY]:
             refusal = self._refusal(entry, claim.secret, claim.from_token)
@@ -201,9 +195,7 @@ class ClaimTable:
                 raise StaleAttempt(f"run {run} has ended here; its pages are gone")
             early = sum(c.state is _State.EARLY for c in self._claims.values())
             if early >= self._limits.max_early_claims:
-                raise Overloaded(
-                    f"{early} claims wait for their runs here, the most this worker allows; try again"
-                )
+                raise Overloaded(f"{early} claims wait for their runs here, the most this worker allows; try again")
             deadline = now_s + self._limits.early_claim_s
             claim = _Claim(claim_id, run, request.secret, request.from_token, _State.EARLY, deadline)
         self._claims[claim_id] = claim
@@ -326,9 +318,7 @@ class ClaimTable:
             return WorkerLost(
                 f"the reader of run {entry.id} broke off and did not come back within {limits.grace_s:g} s"
             )
-        return WorkerLost(
-            f"the reader of run {entry.id} did not release its pages within {limits.read_s:g} s"
-        )
+        return WorkerLost(f"the reader of run {entry.id} did not release its pages within {limits.read_s:g} s")
 
     def _free(self, now_s: float, entry: _Run, error: PenumbraError | None, *, valid: bool) -> Freed:
         del self._runs[entry.id]

@@ -172,9 +172,7 @@ class PrefillCore:
             assert result is not None, f"run {run.id} asked for a token and got none"
             self._rest(run)
             if not result.ok:
-                error = NumericalError(
-                    f"the model's output for prompt {run.id} is not finite; nothing was sampled"
-                )
+                error = NumericalError(f"the model's output for prompt {run.id} is not finite; nothing was sampled")
                 actions.append(_failed(run.id, error))
                 continue
             first = TokenEvent(index=0, token_id=result.token_id, logprob=result.logprob, top=result.top)
@@ -223,9 +221,7 @@ class PrefillCore:
         if n == 0:
             return InvalidRequest("the prompt is empty; send at least one token", param="prompt")
         if n > limits.max_context:
-            return InvalidRequest(
-                f"the prompt has {n} tokens and the context is {limits.max_context}", param="prompt"
-            )
+            return InvalidRequest(f"the prompt has {n} tokens and the context is {limits.max_context}", param="prompt")
         if num_pages(n) > capacity:
             return InvalidRequest(
                 f"a prompt of {n} tokens needs {num_pages(n)} pages and this worker has {capacity} in all",
@@ -254,11 +250,7 @@ class PrefillCore:
         while self._waiting:
             run = self._waiting[0]
             window = min(num_pages(run.total), most_window_pages(self._step_tokens))
-            if (
-                pools.full.free < num_pages(run.total)
-                or self._window.available < window
-                or not pools.slots.free
-            ):
+            if pools.full.free < num_pages(run.total) or self._window.available < window or not pools.slots.free:
                 break
             self._waiting.popleft()
             run.sequence = Sequence(

@@ -129,9 +129,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
 
     # Prefill.
 
-    async def Run(
-        self, request: worker_pb2.RunRequest, context: Context
-    ) -> AsyncIterator[worker_pb2.RunEvent]:
+    async def Run(self, request: worker_pb2.RunRequest, context: Context) -> AsyncIterator[worker_pb2.RunEvent]:
         run_request = convert.run_request_from_wire(request)
         run = AttemptId(run_request.request_id, run_request.attempt)
         self._check_open()

@@ -39,9 +39,7 @@ class DoorConfig:
     host: str = "127.0.0.1"
     port: int = 0
     http_port: int = 0
-    advertise_host: str = (
-        ""  # what others dial; empty: `host`, or this machine's name when that is a wildcard
-    )
+    advertise_host: str = ""  # what others dial; empty: `host`, or this machine's name when that is a wildcard
     drain_s: float = 30.0  # a stopping worker finishes what it has for at most this long
 
 

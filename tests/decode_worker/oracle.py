@@ -80,9 +80,7 @@ class OraclePools:
         self.classes = tuple(
             RegionClass(
                 name=cls,
-                regions=(
-                    Region(name=f"{cls}.0", address=m.ctypes.data, item_bytes=m.strides[0], num_items=len(m)),
-                ),
+                regions=(Region(name=f"{cls}.0", address=m.ctypes.data, item_bytes=m.strides[0], num_items=len(m)),),
             )
             for cls, m in self.memory.items()
         )
@@ -92,18 +90,14 @@ class OraclePools:
         digests = (hashlib.blake2b(memory[item].tobytes(), digest_size=8).digest() for item in items)
         return [int.from_bytes(digest, "little") for digest in digests]
 
-    def import_pages(
-        self, page_class: PageClass, items: Sequence[int], checksums: Sequence[int]
-    ) -> list[int]:
+    def import_pages(self, page_class: PageClass, items: Sequence[int], checksums: Sequence[int]) -> list[int]:
         found = self.export_pages(page_class, items)
         return [item for item, ours, theirs in zip(items, found, checksums, strict=True) if ours != theirs]
 
     def used(self) -> dict[str, int]:
         """Pages not free, by pool and state; empty when nothing is held."""
         pools = {"full": self.full, "swa": self.swa, "slots": self.slots}
-        held = {
-            f"{name} {state}": getattr(a.counts(), state) for name, a in pools.items() for state in STATES
-        }
+        held = {f"{name} {state}": getattr(a.counts(), state) for name, a in pools.items() for state in STATES}
         return {name: count for name, count in held.items() if count}
 
 
@@ -177,9 +171,7 @@ class Pair:
     def start(self, request: StartRequest) -> AsyncIterator[StartEvent]:
         return _events(worker_pb2_grpc.DecodeStub(self.decode_channel), request)
 
-    def run(
-        self, request: RunRequest
-    ) -> grpc.aio.UnaryStreamCall[worker_pb2.RunRequest, worker_pb2.RunEvent]:
+    def run(self, request: RunRequest) -> grpc.aio.UnaryStreamCall[worker_pb2.RunRequest, worker_pb2.RunEvent]:
         stub = worker_pb2_grpc.PrefillStub(self.prefill_channel)
         return stub.Run(convert.run_request_to_wire(request))  # type: ignore[no-any-return]
 
@@ -235,9 +227,7 @@ async def pair(
         )
         prefill_core = PrefillCore(
             theirs,
-            PrefillLimits(
-                chunk_tokens=chunk_tokens, max_batch_tokens=400, max_context=8192, vocab_size=VOCAB
-            ),
+            PrefillLimits(chunk_tokens=chunk_tokens, max_batch_tokens=400, max_context=8192, vocab_size=VOCAB),
         )
         prefill_runner, decode_runner = OracleRunner(theirs), OracleRunner(ours)
         prefill = PrefillService(

@@ -124,9 +124,7 @@ def meeting(claim_id: str = "c") -> PageOffer:
     return PageOffer(seq=0, claim_id=claim_id, owner=CARD)
 
 
-def last_offer(
-    n: int, seq: int, groups: tuple[PageGroup, ...], first: int = 50, total: int | None = None
-) -> PageOffer:
+def last_offer(n: int, seq: int, groups: tuple[PageGroup, ...], first: int = 50, total: int | None = None) -> PageOffer:
     if total is None:
         total = needed(n)
     tail = Tail(
@@ -225,9 +223,7 @@ def test_an_offer_becomes_a_read_into_our_own_places() -> None:
     assert core.step(0.0, OfferArrived(A, meeting())) == []
     offer = PageOffer(seq=1, claim_id="c", groups=(group(PageClass.FULL, [0], 77),))
     (action,) = core.step(0.0, OfferArrived(A, offer))
-    assert action == SubmitRead(
-        ReadJob(job_id="a/1/1", card=CARD, groups=offer.groups, local={PageClass.FULL: {0: 1}})
-    )
+    assert action == SubmitRead(ReadJob(job_id="a/1/1", card=CARD, groups=offer.groups, local={PageClass.FULL: {0: 1}}))
     job = submitted(
         core.step(
             0.0,
@@ -273,9 +269,7 @@ def test_decoding_continues_at_the_prompts_end_with_the_token_before() -> None:
     assert (segment.start, segment.tokens, segment.sample, segment.index) == (300, [50], True, 1)
     actions = core.finish(0.0, [Sampled(token_id=60, logprob=-1.0, top=((60, -1.0),))])
     assert actions == [
-        Emit(
-            A, Tokens(attempt=1, tokens=(TokenEvent(index=1, token_id=60, logprob=-1.0, top=((60, -1.0),)),))
-        )
+        Emit(A, Tokens(attempt=1, tokens=(TokenEvent(index=1, token_id=60, logprob=-1.0, top=((60, -1.0),)),)))
     ]
     (segment,) = core.next_batch(0.0)
     assert (segment.start, segment.tokens, segment.index) == (301, [60], 2)
@@ -473,9 +467,7 @@ FULL2 = group(PageClass.FULL, [0, 1])
         ),
     ],
 )
-def test_a_wrong_offer_fails_the_attempt_and_leaves_nothing(
-    offers: list[PageOffer], code: str, words: str
-) -> None:
+def test_a_wrong_offer_fails_the_attempt_and_leaves_nothing(offers: list[PageOffer], code: str, words: str) -> None:
     pools = Pools()
     core = DecodeCore(pools, limits())
     core.step(0.0, Start(request(num_tokens=300), SECRET))
@@ -497,9 +489,7 @@ def test_a_result_that_is_not_finite_fails_its_request_and_its_neighbours_go_on(
     make_running(core, request("a"))
     make_running(core, request("b"))
     core.next_batch(0.0)
-    actions = core.finish(
-        0.0, [Sampled(token_id=0, logprob=0.0, ok=False), Sampled(token_id=60, logprob=0.0)]
-    )
+    actions = core.finish(0.0, [Sampled(token_id=0, logprob=0.0, ok=False), Sampled(token_id=60, logprob=0.0)])
     assert failure(actions).code == "numerical_error"
     assert token_ids(actions) == [60]
     assert [s.sequence.request_id for s in core.next_batch(0.0)] == ["b"]
@@ -512,9 +502,9 @@ def test_a_step_that_raised_fails_its_requests_and_not_one_still_fetching() -> N
     core.step(0.0, Start(request("b"), SECRET))
     core.next_batch(0.0)
     actions = core.step(0.0, StepFailed("RuntimeError: boom"))
-    assert [
-        (a.run, a.event.code) for a in actions if isinstance(a, Emit) and isinstance(a.event, Failed)
-    ] == [(A, "worker_lost")]
+    assert [(a.run, a.event.code) for a in actions if isinstance(a, Emit) and isinstance(a.event, Failed)] == [
+        (A, "worker_lost")
+    ]
     assert core.step(0.0, OfferArrived(B, meeting())) == []
 
 

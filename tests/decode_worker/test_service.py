@@ -103,17 +103,13 @@ async def test_an_answer_is_the_reference_whatever_the_prompts_length(workers: P
     ids, events = await request(workers, "r", prompt, 40)
     assert ids == answer(prompt, 40)
     assert [type(event) for event in events[:2]] == [Admitted, Fetching]
-    assert events[-1] == Finished(
-        reason=FinishReason.LENGTH, prompt_tokens=n, cached_tokens=0, completion_tokens=40
-    )
+    assert events[-1] == Finished(reason=FinishReason.LENGTH, prompt_tokens=n, cached_tokens=0, completion_tokens=40)
     await workers.settle()
 
 
 async def test_many_requests_at_once_each_get_their_own_answer(workers: Pair) -> None:
     prompts = [prompt_of(n, seed=1) for n in (3, 900, 256, 31, 1500, 128, 640, 77, 2000, 5)]
-    results = await asyncio.gather(
-        *(request(workers, f"r{i}", prompt, 30 + i) for i, prompt in enumerate(prompts))
-    )
+    results = await asyncio.gather(*(request(workers, f"r{i}", prompt, 30 + i) for i, prompt in enumerate(prompts)))
     for i, (prompt, (ids, _)) in enumerate(zip(prompts, results, strict=True)):
         assert ids == answer(prompt, 30 + i)
     await workers.settle()
@@ -208,9 +204,7 @@ async def test_a_request_larger_than_the_worker_is_refused_with_its_numbers() ->
         assert "1000 prompt tokens and max_tokens=300 need 6 pages and this worker has 4" in events[0].message
 
 
-async def request_refused(
-    workers: Pair, prompt: tuple[int, ...], max_tokens: int
-) -> tuple[None, list[StartEvent]]:
+async def request_refused(workers: Pair, prompt: tuple[int, ...], max_tokens: int) -> tuple[None, list[StartEvent]]:
     stream = workers.start(start_request(workers, "r", prompt, max_tokens))
     return None, [event async for event in stream]
 

@@ -49,9 +49,7 @@ class Pools:
             PageAllocator(slots + 1),
         )
         self.classes = tuple(
-            RegionClass(
-                name=cls, regions=(Region(name="r", address=0, item_bytes=8, num_items=n),) if here else ()
-            )
+            RegionClass(name=cls, regions=(Region(name="r", address=0, item_bytes=8, num_items=n),) if here else ())
             for cls, n, here in (
                 (PageClass.FULL, full + 1, True),
                 (PageClass.SWA, swa + 1, True),
@@ -121,9 +119,7 @@ A, B = AttemptId("a", 1), AttemptId("b", 1)
 def test_a_prompt_is_computed_in_chunks_and_its_pages_offered_as_they_finish() -> None:
     pools = Pools()
     core = PrefillCore(pools, limits())
-    assert core.step(0.0, Submit(request("a", 1100))) == [
-        Progressed(A, Progress(done=0, total=1100, cached=0))
-    ]
+    assert core.step(0.0, Submit(request("a", 1100))) == [Progressed(A, Progress(done=0, total=1100, cached=0))]
 
     batch = core.next_batch(0.0)
     assert spans(batch) == [("a", 0, 512)]
@@ -358,9 +354,7 @@ def test_a_run_that_finds_no_room_is_refused_after_its_patience_and_takes_nothin
         (request("x", 512, skip=512), "invalid_request", "skip=512"),
     ],
 )
-def test_a_run_that_can_never_be_done_is_refused_with_its_numbers(
-    bad: RunRequest, code: str, words: str
-) -> None:
+def test_a_run_that_can_never_be_done_is_refused_with_its_numbers(bad: RunRequest, code: str, words: str) -> None:
     core = PrefillCore(Pools(full=8), limits())
     (ended,) = core.step(0.0, Submit(bad))
     assert isinstance(ended, Ended)
@@ -401,9 +395,7 @@ class AnyOrder(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pools = Pools(full=6, swa=7, slots=3)
-        self.core = PrefillCore(
-            self.pools, limits(chunk_tokens=300, max_batch_tokens=400, queue_timeout_s=5.0)
-        )
+        self.core = PrefillCore(self.pools, limits(chunk_tokens=300, max_batch_tokens=400, queue_timeout_s=5.0))
         self.now = 0.0
         self.attempt = 0
         self.live: set[AttemptId] = set()
@@ -413,9 +405,7 @@ class AnyOrder(RuleBasedStateMachine):
         for action in actions:
             assert action.run in self.live
             if isinstance(action, Ended) and isinstance(action.outcome, Failed):
-                self.see(
-                    self.core.step(self.now, Drop(action.run))
-                )  # what the claim table does with a failed run
+                self.see(self.core.step(self.now, Drop(action.run)))  # what the claim table does with a failed run
 
     @precondition(lambda self: not self.batch)
     @rule(name=NAMES, n=st.integers(1, 1200))
@@ -445,11 +435,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(ok=st.booleans())
     def finish(self, ok: bool) -> None:
         batch, self.batch = self.batch, []
-        self.see(
-            self.core.finish(
-                self.now, answer(batch, TOKEN if ok else Sampled(token_id=0, logprob=0.0, ok=False))
-            )
-        )
+        self.see(self.core.finish(self.now, answer(batch, TOKEN if ok else Sampled(token_id=0, logprob=0.0, ok=False))))
 
     @precondition(lambda self: self.batch)
     @rule()
