@@ -77,7 +77,7 @@ def up(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     kv_layout: KvLayout = "v4",
-    kv_memory: KvMemory = "512MiB",  # type: ignore[assignment]
+    kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]
     max_requests: MaxRequests = 64,
     max_context: MaxContext = 0,
     threads: Threads = 1,
@@ -191,7 +191,7 @@ def prefill(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     kv_layout: KvLayout = "v4",
-    kv_memory: KvMemory = "512MiB",  # type: ignore[assignment]
+    kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]
     max_requests: MaxRequests = 64,
     max_context: MaxContext = 0,
     threads: Threads = 1,
@@ -244,7 +244,7 @@ def decode(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     kv_layout: KvLayout = "v4",
-    kv_memory: KvMemory = "512MiB",  # type: ignore[assignment]
+    kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]
     max_requests: MaxRequests = 64,
     max_context: MaxContext = 0,
     threads: Threads = 1,

@@ -282,7 +282,7 @@ class EngineConfig:
     device: str = "cpu"
     dtype: Literal["bfloat16", "float32"] = "float32"
     kv_layout: KvLayout = "v4"
-    kv_memory_bytes: int = 512 << 20
+    kv_memory_bytes: int = 1 << 30
     max_requests: int = 64
     max_context: int = 0  # 0: what the checkpoint allows
     threads: int = 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -174,8 +175,7 @@ class KvPools:
         classes = []
         for cls, regions in named.items():
             n = counts[cls]
-            # Untouched pages of a zeroed allocation cost no memory, and rows nobody wrote decode to finite zeros.
-            memory = torch.zeros(sum(size for _, size in regions) * n, dtype=torch.uint8, device=device)
+            memory = _zeroed(sum(size for _, size in regions) * n, device)
             tensors, offset = [], 0
             for name, size in regions:
                 tensor = memory[offset : offset + n * size].view(n, size)
@@ -236,6 +236,17 @@ class KvPools:
         """Items among `items` whose bytes are not the exported ones. An empty list means all may be used."""
         found = self.export_pages(page_class, items)
         return [item for item, ours, theirs in zip(items, found, checksums, strict=True) if ours != theirs]
+
+
+def _zeroed(num_bytes: int, device: str) -> Tensor:
+    """Zeros, so that rows nobody wrote decode to finite values. [num_bytes] uint8.
+
+    On a CPU it is mapped rather than allocated: the kernel hands out pages of it as they are first written, so an idle
+    worker's pools cost no memory (torch.zeros would write all of it at once).
+    """
+    if device != "cpu" or num_bytes == 0:
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
 
 
 def state_item(slot: int, num_tokens: int) -> int | None:
