@@ -53,8 +53,14 @@ PACKAGES = os.pathsep.join(filter(None, (str(Path(__file__).parent.parent), os.e
 """Children import the packages this process imports, installed or not."""
 
 COLOURS = {"router": "cyan", "prefill": "green", "decode": "magenta", "redis": "yellow", "penumbra": "bold"}
-LOAD_COLUMNS = ("running", "waiting", "queued_tokens", "free_tokens", "total_tokens")
-"""What `status` shows of a worker's record."""
+LOAD_COLUMNS = {
+    "running": "running",
+    "waiting": "waiting",
+    "queued_tokens": "queued",
+    "free_tokens": "free",
+    "total_tokens": "of tokens",
+}
+"""What `status` shows of a worker's record, and the heading it puts over it."""
 POLL_S = 0.2
 KILL_AFTER_S = 3.0
 REDIS_RESTART_S = 1.0
@@ -182,18 +188,26 @@ def start_detached(config: ClusterConfig, arguments: tuple[str, ...], console: C
             start_new_session=True,
         )
     deadline = time.monotonic() + config.ready_timeout_s + 30
-    with console.status("starting"):
-        while time.monotonic() < deadline:
-            if process.poll() is not None:
-                lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-                console.print("\n".join(lines[-15:]), markup=False, highlight=False, soft_wrap=True)
-                return process.returncode or 1
-            state = ClusterState.load(folder)
-            if state is not None and state.ready and state.supervisor.pid == process.pid:
-                console.print(ready_line(state), markup=False, highlight=False, soft_wrap=True)
-                return 0
-            time.sleep(POLL_S)
-    process.terminate()
+    ready = False
+    try:
+        with _Stop() as asked, console.status("starting"):
+            while time.monotonic() < deadline and not asked.wait(POLL_S):
+                if process.poll() is not None:
+                    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+                    console.print("\n".join(lines[-15:]), markup=False, highlight=False, soft_wrap=True)
+                    return process.returncode or 1
+                state = ClusterState.load(folder)
+                if state is not None and state.ready and state.supervisor.pid == process.pid:
+                    console.print(ready_line(state), markup=False, highlight=False, soft_wrap=True)
+                    ready = True
+                    return 0
+            if asked.asked:
+                return 130
+    finally:
+        if not ready and process.poll() is None:  # whoever does not get to hear of it must not be left with it
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(config.grace_s + KILL_AFTER_S)
     raise ConfigError(f"The cluster was not ready in {config.ready_timeout_s:g} s; see {log}.")
 
 
@@ -234,6 +248,7 @@ def ready_line(state: ClusterState) -> str:
 
 def show_status(folder: Path, cluster: str, console: Console) -> int:
     """Print who is alive and what each holds. -> 0, or 1 when a part is dead, or 3 when the cluster is not up."""
+    from rich import box
     from rich.table import Table
 
     state = ClusterState.load(folder)
@@ -241,24 +256,30 @@ def show_status(folder: Path, cluster: str, console: Console) -> int:
         console.print(f"the cluster '{cluster}' is not up")
         return 3
     held = _loads(state.url)
-    table = Table("process", "pid", "state", "memory MB", "up s", *LOAD_COLUMNS)
+    table = Table("process", "state", box=box.SIMPLE, pad_edge=False)
+    for heading in ("pid", "MB", "up s", *LOAD_COLUMNS.values()):
+        table.add_column(heading, justify="right", no_wrap=True)
     dead = 0
     resident_bytes = 0
     for member in (state.supervisor, *state.members):
         process = member.process()
         dead += process is None
-        cells = ["dead", "", ""]
+        cells = ["dead", str(member.pid), "", ""]
         if process is not None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 memory = process.memory_info().rss
                 resident_bytes += memory
-                cells = ["alive", f"{memory / 1e6:.0f}", f"{time.time() - member.started:.0f}"]
+                cells = ["alive", str(member.pid), f"{memory / 1e6:.0f}", f"{time.time() - member.started:.0f}"]
         load = held.get(member.name, {})
-        table.add_row(member.name, str(member.pid), *cells, *(str(load.get(name, "")) for name in LOAD_COLUMNS))
+        table.add_row(member.name, *cells, *(_number(load.get(name)) for name in LOAD_COLUMNS))
     console.print(table)
     ready = "ready" if fetch_json(f"{state.url}/readiness") is not None else "NOT READY"
     console.print(f"{state.url} {ready}, {resident_bytes / 1e6:.0f} MB resident in all", highlight=False)
     return 1 if dead else 0
+
+
+def _number(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else ""
 
 
 def _loads(url: str) -> dict[str, dict[str, Any]]:

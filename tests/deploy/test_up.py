@@ -1,0 +1,125 @@
+"""`penumbra up` as a user meets it: real services, in the background, until `down` or worse."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from deploy.local import ClusterState
+from engine.model.tiny import write_tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def penumbra(tmp_path):
+    """Run the program to its end from a folder of no meaning; keyword arguments are environment variables."""
+
+    def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "cli", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PENUMBRA_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT), **env},
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+
+    yield run
+    run("down")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Small enough to load at once; what it computes does not matter here."""
+    return write_tiny(
+        tmp_path_factory.mktemp("models") / "small",
+        seed=1,
+        layers=(0, 4, 128),
+        hidden=64,
+        heads=2,
+        experts=4,
+        q_lora_rank=32,
+        o_lora_rank=32,
+        moe_intermediate=32,
+    )
+
+
+def pids(state: ClusterState) -> list[int]:
+    return [member.pid for member in (state.supervisor, *state.members)]
+
+
+@pytest.mark.timeout(240)
+def test_a_detached_cluster_serves_has_a_status_and_goes_down_whole(penumbra, tmp_path, process_gone):
+    up = penumbra("up", "--detach", "--port", "0")
+    assert up.returncode == 0, up.stdout + up.stderr
+    assert up.stdout.splitlines()[-1].startswith("ready: curl -N http://127.0.0.1:")
+
+    state = ClusterState.load(tmp_path / "home" / "clusters" / "default")
+    assert state is not None
+    assert state.ready
+    assert [member.name for member in state.members] == ["prefill-0", "decode-0", "router", "redis"]
+    with urllib.request.urlopen(f"{state.url}/v1/models", timeout=10) as answer:
+        assert [model["id"] for model in json.load(answer)["data"]] == ["penumbra-nano"]
+    resident_bytes = sum(psutil.Process(pid).memory_info().rss for pid in pids(state))
+    assert resident_bytes < 2.5e9
+
+    again = penumbra("up", "--port", "0")
+    assert again.returncode == 78
+    assert "The cluster 'default' is already up" in again.stderr
+
+    status = penumbra("status", COLUMNS="120")
+    assert status.returncode == 0, status.stdout
+    alive = [line.split()[0] for line in status.stdout.splitlines() if " alive " in line]
+    assert alive == ["supervisor", "prefill-0", "decode-0", "router", "redis"]
+    assert f"{state.url} ready" in status.stdout
+
+    down = penumbra("down")
+    assert (down.returncode, down.stdout) == (0, "stopped\n")
+    assert all(process_gone(pid) for pid in pids(state))
+    assert penumbra("status").returncode == 3
+
+
+@pytest.mark.timeout(240)
+def test_nothing_outlives_a_supervisor_that_is_killed(penumbra, model, tmp_path, process_gone, eventually):
+    up = penumbra("up", "--detach", "--port", "0", "--model", str(model))
+    assert up.returncode == 0, up.stdout + up.stderr
+    state = ClusterState.load(tmp_path / "home" / "clusters" / "default")
+    assert state is not None
+    os.kill(state.supervisor.pid, signal.SIGKILL)
+    eventually(lambda: all(process_gone(pid) for pid in pids(state)))
+    assert penumbra("status").returncode == 3
+    assert penumbra("down").stdout == "the cluster 'default' is not up\n"
+
+
+@pytest.mark.timeout(240)
+def test_a_worker_that_dies_takes_the_cluster_down_and_is_named(penumbra, model, tmp_path, process_gone, eventually):
+    up = penumbra("up", "--detach", "--port", "0", "--model", str(model))
+    assert up.returncode == 0, up.stdout + up.stderr
+    folder = tmp_path / "home" / "clusters" / "default"
+    state = ClusterState.load(folder)
+    assert state is not None
+    (decode,) = (member for member in state.members if member.name == "decode-0")
+    os.kill(decode.pid, signal.SIGKILL)
+    eventually(lambda: all(process_gone(pid) for pid in pids(state)))
+    assert "decode-0 ended by itself with signal SIGKILL" in (folder / "penumbra.log").read_text()
+
+
+@pytest.mark.timeout(240)
+def test_a_checkpoint_that_can_not_be_served_ends_up_with_78_and_the_reason(penumbra, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
+    up = penumbra("up", "--port", "0", "--model", str(broken))
+    assert up.returncode == 78
+    assert "ended by itself with exit code 78" in up.stdout
+    assert f"{broken}/config.json" in up.stdout
+    assert "Traceback" not in up.stdout
