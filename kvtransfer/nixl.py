@@ -32,6 +32,8 @@ log = structlog.get_logger()
 
 
 def _load() -> ModuleType:
+    # Standard output belongs to the program; UCX and NIXL would log there.
+    os.environ.setdefault("UCX_LOG_FILE", "stderr")
     for package in ("nixl_cu12", "nixl_cu13"):
         try:
             module = importlib.import_module(f"{package}._api")
@@ -39,7 +41,6 @@ def _load() -> ModuleType:
             if error.name != package:
                 raise
             continue
-        # Its own handler writes to stdout, which belongs to the program; its events go where ours go.
         nixl_log = logging.getLogger("nixl")
         nixl_log.handlers.clear()
         nixl_log.propagate = True
@@ -135,8 +136,12 @@ class NixlTransport:
         self.disconnect(card.worker_id)
         with self._lock:
             try:
-                name = self._agent.add_remote_agent(card.metadata)
+                # NIXL reads from its own memory under its own name, without being introduced.
+                name = self._agent_name
+                if card.agent != self._agent_name:
+                    name = self._agent.add_remote_agent(card.metadata)
             except Exception as error:
+                self._forget(card.agent)  # half of it may have been taken in
                 raise WorkerLost(f"{card.worker_id} cannot be reached over NIXL: {error}") from error
             if (name.decode() if isinstance(name, bytes) else name) != card.agent:
                 self._forget(card.agent)
@@ -224,6 +229,8 @@ class NixlTransport:
                 self._forget(peer.card.agent)
 
     def _forget(self, agent: str) -> None:
+        if agent == self._agent_name or any(peer.card.agent == agent for peer in self._peers.values()):
+            return
         # A dead peer's agent may already be gone from NIXL's tables.
         with contextlib.suppress(Exception):
             self._agent.remove_remote_agent(agent)
