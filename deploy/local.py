@@ -387,8 +387,8 @@ class _Cluster:
                 self._save(supervisor, ready=True)
                 status.stop()
                 state = self._state(supervisor, ready=True)
-                self._say(f"{ready_line(state)}", style="bold green")
-                self._say(f"took {time.monotonic() - began:.1f} s; logs in {logs}; Ctrl-C stops everything")
+                self._say(f"up in {time.monotonic() - began:.1f} s; logs in {logs}; Ctrl-C stops everything")
+                self._say(ready_line(state), style="bold green")
                 code = self._until_stopped(supervisor)
             status.update("stopping")
             return code
