@@ -1,6 +1,6 @@
 // Scores of every visible C4 row and the exact best k, in one pass. engine/kernels/index_topk.py says what.
 //
-// Thirty-two keys at a time are turned so that a vector holds one dimension of sixteen keys: no sum then crosses lanes,
+// A few keys at a time are turned so that a vector holds one dimension of several keys: no sum then crosses lanes,
 // and bytes are turned before they grow to floats. A score is one chain of fused multiply-adds per head over the
 // dimensions in one fixed order, and one over the heads; tiles only choose how many chains run side by side. The
 // choice keeps no list of all scores: what can no longer be among the best k is dropped as it comes.
@@ -15,13 +15,9 @@
 namespace penumbra {
 namespace {
 
-constexpr int64_t kUnit = 32;  // keys at a time
-constexpr int kGroups = kUnit / kLanes;
-#if defined(__AVX512F__)
-constexpr int64_t kMostRows = 8;  // 16 accumulators of 32 registers
-#else
-constexpr int64_t kMostRows = 2;  // 4 accumulators, each two of 16 registers
-#endif
+constexpr int kUnit = kWidth == 16 ? 32 : 16;  // keys at a time; a page holds whole units
+constexpr int kGroups = kUnit / kWidth;
+constexpr int kMostRows = (kWidth == 16 ? 16 : 8) / kGroups;  // half the registers are accumulators
 
 #if defined(__AVX512BW__)
 constexpr int kWide = 64;
@@ -38,10 +34,10 @@ constexpr wide interleaving(std::index_sequence<kByte...>) {
     return wide{(uint8_t)(kByte / 16 * 16 + kHalf + kByte % 16 / 2 + kByte % 2 * kWide)...};
 }
 
-// The e4m3 bytes of 32 keys, [group][place][16 keys]; places run through the dimensions in the order of `dimension`.
+// The e4m3 bytes of a unit, [sixteen][place][16 keys]; places run through the dimensions in the order of `dimension`.
 struct ByteKeys {
     static constexpr int kSlices = kWide / 16;
-    alignas(64) uint8_t bytes[kGroups * kIndexDim * kLanes];
+    alignas(64) uint8_t bytes[kUnit * kIndexDim];
 
     explicit ByteKeys(int64_t) {}
 
@@ -54,17 +50,21 @@ struct ByteKeys {
         constexpr auto bytes_of = std::make_index_sequence<kWide>();
         constexpr wide low = interleaving<0>(bytes_of), high = interleaving<8>(bytes_of);
         uint8_t* target = bytes;
-        for (int group = 0; group < kGroups; ++group) {
+        for (int64_t first = 0; first < kUnit; first += 16) {
             for (int64_t start = 0; start < kIndexDim; start += kWide) {
                 wide a[16], b[16];
-                for (int k = 0; k < 16; ++k) std::memcpy(&a[k], rows + (group * kLanes + k) * kIndexDim + start, kWide);
+#pragma GCC unroll 16
+                for (int k = 0; k < 16; ++k) std::memcpy(&a[k], rows + (first + k) * kIndexDim + start, kWide);
                 // A perfect shuffle turns the 8 bits of (key, dimension) by one place; four of them swap the two.
+#pragma GCC unroll 4
                 for (int round = 0; round < 4; ++round) {
+#pragma GCC unroll 8
                     for (int k = 0; k < 8; ++k) {
                         b[2 * k] = __builtin_shuffle(a[k], a[k + 8], low);
                         b[2 * k + 1] = __builtin_shuffle(a[k], a[k + 8], high);
                     }
-                    std::memcpy(a, b, sizeof a);
+#pragma GCC unroll 16
+                    for (int k = 0; k < 16; ++k) a[k] = b[k];
                 }
                 std::memcpy(target, a, sizeof a);
                 target += sizeof a;
@@ -72,12 +72,13 @@ struct ByteKeys {
         }
     }
 
-    v16 get(int group, int64_t place) const {
-        return e4m3_to_float(bytes + (group * kIndexDim + place) * kLanes);
+    vec get(int group, int64_t place) const {
+        const int key = group * kWidth;
+        return e4m3_to_float(bytes + (key / 16 * kIndexDim + place) * 16 + key % 16);
     }
 };
 
-// The float32 values of 32 keys, [dimension][32 keys].
+// The float32 values of a unit, [dimension][keys].
 struct FloatKeys {
     std::vector<float> values;
     int64_t dim;
@@ -91,17 +92,17 @@ struct FloatKeys {
             for (int64_t d = 0; d < dim; ++d) std::memcpy(&values[d * kUnit + k], rows + (k * dim + d) * 4, 4);
     }
 
-    v16 get(int group, int64_t place) const { return load(&values[place * kUnit + group * kLanes]); }
+    vec get(int group, int64_t place) const { return load<vec>(&values[place * kUnit + group * kWidth]); }
 };
 
-// scores[(row + r) / heads] += weight[row + r] * relu(query r . key) for kRows queries and the 32 keys. The queries lie
-// as [place][kRows].
+// scores[(row + r) / heads] += weight[row + r] * relu(query r . key) for kRows queries and a unit of keys. The queries
+// lie as [place][kRows].
 template <int kRows, typename Keys>
 void add_heads(const float* __restrict queries, const float* weight, const Keys& keys, int64_t dim, int64_t row,
                int64_t heads, float* scores) {
-    v16 dot[kRows][kGroups] = {};
+    vec dot[kRows][kGroups] = {};
     for (int64_t place = 0; place < dim; ++place, queries += kRows) {
-        v16 key[kGroups];
+        vec key[kGroups];
         for (int g = 0; g < kGroups; ++g) key[g] = keys.get(g, place);
         for (int r = 0; r < kRows; ++r)
             for (int g = 0; g < kGroups; ++g) dot[r][g] += queries[r] * key[g];
@@ -109,8 +110,8 @@ void add_heads(const float* __restrict queries, const float* weight, const Keys&
     for (int r = 0; r < kRows; ++r) {
         float* score = scores + (row + r) / heads * kUnit;
         for (int g = 0; g < kGroups; ++g) {
-            const v16 positive = dot[r][g] < 0.0f ? v16{} : dot[r][g];  // NaN stays
-            store(score + g * kLanes, load(score + g * kLanes) + weight[row + r] * positive);
+            const vec positive = dot[r][g] < 0.0f ? vec{} : dot[r][g];  // NaN stays
+            store(score + g * kWidth, load<vec>(score + g * kWidth) + weight[row + r] * positive);
         }
     }
 }
@@ -122,42 +123,44 @@ PENUMBRA_INLINE int64_t together(int64_t row, int64_t rows) {
     return n;
 }
 
-PENUMBRA_INLINE uint32_t lanes_set(i16 mask) {
+// One bit a lane of a comparison's result.
+PENUMBRA_INLINE uint32_t lanes_set(ivec mask) {
 #if defined(__AVX512F__)
     __m512i v;
     std::memcpy(&v, &mask, sizeof v);
     return _mm512_test_epi32_mask(v, v);
+#elif defined(__AVX2__)
+    __m256 v;
+    std::memcpy(&v, &mask, sizeof v);
+    return _mm256_movemask_ps(v);
 #else
     uint32_t bits = 0;
-    for (int i = 0; i < kLanes; ++i) bits |= (uint32_t)(mask[i] & 1) << i;
+    for (int i = 0; i < kWidth; ++i) bits |= (uint32_t)(mask[i] & 1) << i;
     return bits;
 #endif
 }
 
 // Scores as integers of the same order. NaN ranks with +infinity, so that a broken key is chosen and shows; -0 is 0.
-PENUMBRA_INLINE i16 ranks(v16 score) {
-    const v16 x = score == score ? score : splat(__builtin_inff());
-    i16 bits;
+PENUMBRA_INLINE ivec ranks(vec score) {
+    const vec x = score == score ? score : splat<vec>(__builtin_inff());
+    ivec bits;
     std::memcpy(&bits, &x, sizeof bits);
     bits ^= (bits >> 31) & 0x7fffffff;
-    return bits == -1 ? i16{} : bits;
+    return bits == -1 ? ivec{} : bits;
 }
 
 // The best k of a growing list, lower places first among equals.
 class Best {
   public:
-    explicit Best(int64_t k) : k_(k), ranks_(4 * k + 2 * kUnit), places_(4 * k + 2 * kUnit) {}
+    explicit Best(int64_t k) : k_(k), ranks_(4 * k + 4 * kWidth), places_(4 * k + 4 * kWidth) {}
 
-    void clear() { size_ = 0, full_ = false; }
-
-    // The next kLanes places from `first` on, of which only those below `end` count. Places must come in order.
-    void offer(i16 rank, int32_t first, int32_t end) {
-        constexpr i16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        i16 wanted = lanes + first < end;
+    // The next kWidth places from `first` on, of which only those below `end` count. Places must come in order.
+    void offer(ivec rank, int32_t first, int32_t end) {
+        ivec wanted = kCounted<vec> + first < end;
         if (full_) wanted &= rank > worst_;  // an equal one comes too late: its place is higher
         uint32_t set = lanes_set(wanted);
         if (!set) return;
-        if (size_ + kLanes > (int64_t)ranks_.size() - kUnit) {
+        if (size_ + 2 * kWidth > (int64_t)ranks_.size()) {
             shrink();
             offer(rank, first, end);
             return;
@@ -179,14 +182,14 @@ class Best {
     // Keeps the best k. The k-th greatest rank is the greatest one that at least k reach: 32 halvings of the range,
     // each a vector sweep, beat sorting and take the same time whatever the scores.
     void shrink() {
-        for (int64_t i = size_; i < size_ + kLanes; ++i) ranks_[i] = INT32_MIN;
+        for (int64_t i = size_; i < size_ + kWidth; ++i) ranks_[i] = INT32_MIN;  // fills the last vector
         int64_t low = INT32_MIN, high = INT32_MAX;
         while (low < high) {
             const int64_t middle = low + (high - low + 1) / 2;
-            i16 reached = {};
-            for (int64_t i = 0; i < size_; i += kLanes) reached -= at(i) >= (int32_t)middle;
+            ivec reached = {};
+            for (int64_t i = 0; i < size_; i += kWidth) reached -= at(i) >= (int32_t)middle;
             int64_t count = 0;
-            for (int i = 0; i < kLanes; ++i) count += reached[i];
+            for (int i = 0; i < kWidth; ++i) count += reached[i];
             if (count >= k_) low = middle;
             else high = middle - 1;
         }
@@ -204,8 +207,8 @@ class Best {
         size_ = kept;
     }
 
-    i16 at(int64_t i) const {
-        i16 v;
+    ivec at(int64_t i) const {
+        ivec v;
         std::memcpy(&v, &ranks_[i], sizeof v);
         return v;
     }
@@ -265,7 +268,7 @@ struct Search {
                 m = together(row, rows);
                 const float* x = &queries[row * dim];
                 const float* weight = w + first * heads;
-                if (m == 8) add_heads<8>(x, weight, keys, dim, row, heads, scores.data());
+                if (m == kMostRows) add_heads<kMostRows>(x, weight, keys, dim, row, heads, scores.data());
                 else if (m == 4) add_heads<4>(x, weight, keys, dim, row, heads, scores.data());
                 else if (m == 2) add_heads<2>(x, weight, keys, dim, row, heads, scores.data());
                 else add_heads<1>(x, weight, keys, dim, row, heads, scores.data());
@@ -273,9 +276,9 @@ struct Search {
             const float* scales = (const float*)(item + n * kIndexDim) + start % n;
             for (int64_t t = 0; t < count; ++t) {
                 for (int g = 0; g < kGroups; ++g) {
-                    v16 score = load(&scores[t * kUnit + g * kLanes]);
-                    if (pool.codec == kIndexV4) score *= load(scales + g * kLanes);
-                    best[t].offer(ranks(score), (int32_t)(start + g * kLanes), (int32_t)visible(first + t));
+                    vec score = load<vec>(&scores[t * kUnit + g * kWidth]);
+                    if (pool.codec == kIndexV4) score *= load<vec>(scales + g * kWidth);
+                    best[t].offer(ranks(score), (int32_t)(start + g * kWidth), (int32_t)visible(first + t));
                 }
             }
         }

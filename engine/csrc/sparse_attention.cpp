@@ -16,75 +16,73 @@
 namespace penumbra {
 namespace {
 
-constexpr int64_t kBlock = 16;   // keys decoded at a time: one vector of logits, half an L1 of keys
+constexpr int64_t kBlock = 16;   // keys decoded at a time: 32 KiB of them at width 512
 constexpr int64_t kWindow = 128;
 constexpr int64_t kGroupRows = 4;  // heads that go through a block together
-#if defined(__AVX512F__)
-constexpr int kDotRows = 4, kValueVectors = 4;  // 16 accumulators of 32 registers
-#else
-constexpr int kDotRows = 1, kValueVectors = 1;  // 4 accumulators, each two of 16 registers
-#endif
+// Accumulators at once: 16 of AVX-512's 32 registers, 8 of the others' 16.
+constexpr int kDotRows = kWidth == 16 ? 4 : 2, kValueVectors = kWidth == 16 ? 4 : 2;
 
-// Lanes with bit kBit clear come from a and its partner lanes, the others from b: one level of sixteen sums at once.
+// Lanes with bit kBit clear come from a and its partner lanes, the others from b: one level of several sums at once.
 template <int kBit>
-PENUMBRA_INLINE v16 fold(v16 a, v16 b) {
-    constexpr i16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    constexpr i16 from_b = (lanes & kBit) * (16 / kBit);
+PENUMBRA_INLINE vec fold(vec a, vec b) {
+    constexpr ivec lanes = kCounted<vec>;
+    constexpr ivec from_b = (lanes & kBit) * (kWidth / kBit);
     return __builtin_shuffle(a, b, lanes + from_b) + __builtin_shuffle(a, b, (lanes ^ kBit) + from_b);
 }
 
-// Lane i of the result is the sum of all lanes of a[i], always in the same tree.
-PENUMBRA_INLINE v16 sums(v16* a) {
-    for (int i = 0; i < 8; ++i) a[i] = fold<8>(a[i], a[i + 8]);
-    for (int i = 0; i < 4; ++i) a[i] = fold<4>(a[i], a[i + 4]);
-    for (int i = 0; i < 2; ++i) a[i] = fold<2>(a[i], a[i + 2]);
-    return fold<1>(a[0], a[1]);
+// Lane i of the result is the sum of all lanes of a[i], for kWidth vectors, always in the same tree.
+template <int kBit = kWidth / 2>
+PENUMBRA_INLINE vec sums(vec* a) {
+    for (int i = 0; i < kBit; ++i) a[i] = fold<kBit>(a[i], a[i + kBit]);
+    if constexpr (kBit > 1) return sums<kBit / 2>(a);
+    return a[0];
 }
 
 // logits[r * kBlock + k] = q[r] . keys[k] for the four keys from `keys` on; dim is a multiple of 16.
 template <int kRows>
 void four_dots(const float* __restrict q, const float* __restrict keys, int64_t stride, int64_t dim, float* logits) {
     constexpr int kAtOnce = kRows < kDotRows ? kRows : kDotRows;
-    v16 all[16] = {};
+    vec all[16] = {};
     for (int first = 0; first < kRows; first += kAtOnce) {
-        v16 sum[kAtOnce][4] = {};
-        for (int64_t d = 0; d < dim; d += kLanes) {
-            v16 key[4];
-            for (int k = 0; k < 4; ++k) key[k] = load(keys + k * stride + d);
+        vec sum[kAtOnce][4] = {};
+        for (int64_t d = 0; d < dim; d += kWidth) {
+            vec key[4];
+            for (int k = 0; k < 4; ++k) key[k] = load<vec>(keys + k * stride + d);
             for (int r = 0; r < kAtOnce; ++r) {
-                const v16 x = load(q + (first + r) * stride + d);
+                const vec x = load<vec>(q + std::min(first + r, kRows - 1) * stride + d);
                 for (int k = 0; k < 4; ++k) sum[r][k] += x * key[k];
             }
         }
         for (int r = 0; r < kAtOnce; ++r)
-            for (int k = 0; k < 4; ++k) all[(first + r) * 4 + k] = sum[r][k];
+            for (int k = 0; k < 4; ++k) all[std::min(first + r, kRows - 1) * 4 + k] = sum[r][k];
     }
-    const v16 dots = sums(all);
-    for (int r = 0; r < kRows; ++r) std::memcpy(logits + r * kBlock, (const char*)&dots + r * 16, 16);
+    float dots[16];
+    for (int i = 0; i < 16; i += kWidth) store(dots + i, sums(all + i));
+    for (int r = 0; r < kRows; ++r) std::memcpy(logits + r * kBlock, dots + r * 4, 16);
 }
 
 // o[r] += weights[r][k] * keys[k] over k in [low, high), kVectors vectors wide.
 template <int kRows, int kVectors>
 PENUMBRA_INLINE void add_values(float* __restrict o, const float* __restrict weights, const float* __restrict keys,
                                 int64_t stride, int64_t low, int64_t high) {
-    v16 sum[kRows][kVectors];
+    vec sum[kRows][kVectors];
     for (int r = 0; r < kRows; ++r)
-        for (int v = 0; v < kVectors; ++v) sum[r][v] = load(o + r * stride + v * kLanes);
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = load<vec>(o + r * stride + v * kWidth);
     for (int64_t k = low; k < high; ++k) {
-        v16 key[kVectors];
-        for (int v = 0; v < kVectors; ++v) key[v] = load(keys + k * stride + v * kLanes);
+        vec key[kVectors];
+        for (int v = 0; v < kVectors; ++v) key[v] = load<vec>(keys + k * stride + v * kWidth);
         for (int r = 0; r < kRows; ++r) {
-            const v16 weight = splat(weights[r * kBlock + k]);
+            const vec weight = splat<vec>(weights[r * kBlock + k]);
             for (int v = 0; v < kVectors; ++v) sum[r][v] += weight * key[v];
         }
     }
     for (int r = 0; r < kRows; ++r)
-        for (int v = 0; v < kVectors; ++v) store(o + r * stride + v * kLanes, sum[r][v]);
+        for (int v = 0; v < kVectors; ++v) store(o + r * stride + v * kWidth, sum[r][v]);
 }
 
-PENUMBRA_INLINE float greatest(v16 v) {
-    v = max(v, exchange<8>(v));
-    v = max(v, exchange<4>(v));
+PENUMBRA_INLINE float greatest_of(vec v) {
+    if constexpr (kWidth > 8) v = max(v, exchange<8>(v));
+    if constexpr (kWidth > 4) v = max(v, exchange<4>(v));
     v = max(v, exchange<2>(v));
     return max(v, exchange<1>(v))[0];
 }
@@ -98,19 +96,28 @@ struct Online {
 // inlined: one body, so that the compiler contracts the same multiplications into the same fused ones everywhere.
 __attribute__((noinline)) void weigh(float* logits, float scale, int64_t low, int64_t high, Online& state, float* o,
                                      int64_t dim) {
-    constexpr i16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const v16 scaled = load(logits) * scale;
-    const v16 seen = (lanes >= (int32_t)low) & (lanes < (int32_t)high) ? scaled : splat(-__builtin_inff());
-    const float top = std::max(state.top, greatest(seen));
+    vec greatest = splat<vec>(-__builtin_inff());
+    for (int i = 0; i < kBlock; i += kWidth) {
+        const ivec lanes = kCounted<vec> + i;
+        const ivec seen = (lanes >= (int32_t)low) & (lanes < (int32_t)high);
+        const vec logit = seen ? load<vec>(logits + i) * scale : splat<vec>(-__builtin_inff());
+        store(logits + i, logit);
+        greatest = max(greatest, logit);
+    }
+    const float top = std::max(state.top, greatest_of(greatest));
     if (top > state.top) {
-        const float shrink = exp(splat(state.top - top))[0];
+        const float shrink = exp(splat<vec>(state.top - top))[0];
         state.top = top;
         state.sum *= shrink;
-        for (int64_t d = 0; d < dim; d += kLanes) store(o + d, load(o + d) * shrink);
+        for (int64_t d = 0; d < dim; d += kWidth) store(o + d, load<vec>(o + d) * shrink);
     }
-    const v16 weights = exp(seen - top);
-    state.sum += sum(weights);
-    store(logits, weights);
+    vec total = {};
+    for (int i = 0; i < kBlock; i += kWidth) {
+        const vec weights = exp(load<vec>(logits + i) - top);
+        total += weights;
+        store(logits + i, weights);
+    }
+    state.sum += sum(total);
 }
 
 template <int kRows>
@@ -120,9 +127,9 @@ void attend_rows(const float* q, const float* keys, int64_t stride, int64_t dim,
     for (int64_t k = low / 4 * 4; k < high; k += 4) four_dots<kRows>(q, keys + k * stride, stride, dim, logits + k);
     for (int r = 0; r < kRows; ++r) weigh(logits + r * kBlock, scale, low, high, state[r], o + r * stride, dim);
     int64_t d = 0;
-    for (; d + kValueVectors * kLanes <= dim; d += kValueVectors * kLanes)
+    for (; d + kValueVectors * kWidth <= dim; d += kValueVectors * kWidth)
         add_values<kRows, kValueVectors>(o + d, logits, keys + d, stride, low, high);
-    for (; d < dim; d += kLanes) add_values<kRows, 1>(o + d, logits, keys + d, stride, low, high);
+    for (; d < dim; d += kWidth) add_values<kRows, 1>(o + d, logits, keys + d, stride, low, high);
 }
 
 // A thread's memory, kept between calls: fresh pages would cost more than a small step computes.

@@ -102,11 +102,12 @@ def test_a_sink_of_minus_infinity_takes_nothing(engine, step, pools):
 
 
 def test_large_logits_neither_overflow_nor_lose_the_best_key(engine, step, pools):
+    """Logits of some thousands carry rounding of 1e-3, hence the tolerance; exp of them would be infinite."""
     meta = step([(500, 2)], pages=PAGES)
     q, sink = random_queries(2, 4)
     got = attend(q * 1_000, sink, meta, pools, 128)
     expected = by_definition(q * 1_000, sink, meta, pools, 128)
-    assert torch.allclose(got.double(), expected, atol=1e-4)
+    assert torch.allclose(got.double(), expected, atol=1e-2)
 
 
 def test_rows_outside_the_view_of_a_token_are_never_touched(engine, step, pools):
