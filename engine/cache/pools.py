@@ -160,7 +160,8 @@ def plan_sizes(model: ModelConfig, config: EngineConfig) -> PoolSizes:
 class KvPools:
     """Every pool of one worker: allocators, tensors, and the regions a transport registers.
 
-    The tensors of one class are slices of one allocation, so a transport registers few ranges.
+    The tensors of one class are slices of one allocation. `classes` are those this model has bytes for: what a
+    transport registers and what moves.
     """
 
     def __init__(self, model: ModelConfig, layout: KvLayout, sizes: PoolSizes, fingerprint: str, device: str) -> None:
@@ -183,6 +184,8 @@ class KvPools:
                 tensors.append(tensor)
                 self._by_name[name] = tensor
             self._tensors[cls] = tensors
+            if not regions:
+                continue  # without C128 layers there is no state to move, nor any compressed row without C4 ones
             classes.append(
                 RegionClass(
                     name=cls,

@@ -114,6 +114,11 @@ def test_regions_cover_each_class_without_overlap() -> None:
         assert all(end == start for (_, end), (start, _) in itertools.pairwise(ranges))
 
 
+def test_a_class_without_bytes_does_not_move() -> None:
+    pools = KvPools(tiny_config(0, "c4"), "exact", PoolSizes(full=3, swa=3, slots=2), "f", "cpu")
+    assert [group.name for group in pools.classes] == [PageClass.FULL, PageClass.SWA]
+
+
 def test_the_signature_tells_layouts_and_checkpoints_apart_but_not_pool_sizes() -> None:
     config, small, large = (
         tiny_config(0, "pro", **PRODUCTION),
