@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from engine.model.tiny import write_tiny
-from engine.model.weights import load_checkpoint
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -22,7 +20,9 @@ from rich.table import Table
 from bench.record import append_rows, commit, machine
 from bench.transformers_v4 import transformers_model
 from engine.batch import Segment, Sequence
-from engine.config import EngineConfig
+from engine.config import EngineConfig, KvLayout
+from engine.model.tiny import write_tiny
+from engine.model.weights import load_checkpoint
 from engine.runner import Runner
 from engine.window import WindowPages, most_window_pages, num_pages
 from wire.types import SamplingParams
@@ -49,14 +49,14 @@ def write_benchmark_model(directory: Path) -> Path:
 class Ours:
     """One sequence on the paged engine."""
 
-    def __init__(self, model: Path, threads: int, layout: str, max_tokens: int) -> None:
+    def __init__(self, model: Path, threads: int, layout: KvLayout, max_tokens: int) -> None:
         memory = (256 << 20) + max_tokens // 256 * (2 << 20)
         config = EngineConfig(
             model=model,
             kv_layout=layout,
             threads=threads,
             max_requests=4,
-            kv_memory_bytes=memory,  # type: ignore[arg-type]
+            kv_memory_bytes=memory,
         )
         self.runner = Runner.load(config)
         self.window = WindowPages(self.runner.pools.swa)
@@ -124,7 +124,7 @@ def run(
     lengths: tuple[int, ...] = (1024, 4096, 16384, 65536),
     decode_tokens: int = 32,
     threads: int = 2,
-    layout: str = "v4",
+    layout: KvLayout = "v4",
     peer_limit_s: float = 900.0,
     console: Console | None = None,
     save: bool = True,

@@ -242,9 +242,7 @@ def _region_from_wire(message: kv_pb2.Region) -> Region:
         _refuse("region", f"{name} has {message.num_items} items of {message.item_bytes} bytes")
     if message.address + message.item_bytes * message.num_items >= 1 << 64:
         _refuse("region", f"{name} reaches beyond the address space")
-    return Region(
-        name=name, address=message.address, item_bytes=message.item_bytes, num_items=message.num_items
-    )
+    return Region(name=name, address=message.address, item_bytes=message.item_bytes, num_items=message.num_items)
 
 
 def _page_class_from_wire(name: str) -> PageClass:
@@ -487,9 +485,7 @@ def run_event_to_wire(event: RunEvent) -> worker_pb2.RunEvent:
             )
         case RunFinished():
             return worker_pb2.RunEvent(
-                finished=worker_pb2.RunFinished(
-                    prompt_tokens=event.prompt_tokens, cached_tokens=event.cached_tokens
-                )
+                finished=worker_pb2.RunFinished(prompt_tokens=event.prompt_tokens, cached_tokens=event.cached_tokens)
             )
         case Failed():
             return worker_pb2.RunEvent(failed=_failed_to_wire(event))

@@ -34,7 +34,7 @@ def gumbel(seed: int, position: int, vocab_size: int) -> NDArray[np.float64]:
 
 def sample(logits: NDArray[np.float32], params: list[SamplingParams], positions: list[int]) -> list[Sampled]:
     """logits [S, V]; params and the drawn tokens' positions per row. Ties go to the lower token id."""
-    finite = np.isfinite(logits).all(axis=-1)
+    finite: NDArray[np.bool_] = np.asarray(np.isfinite(logits).all(axis=-1))
     greedy = logits.argmax(axis=-1)
     return [
         _draw(logits[row], int(greedy[row]), p, position) if finite[row] else Sampled(token_id=0, logprob=0.0, ok=False)
