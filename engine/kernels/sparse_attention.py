@@ -86,7 +86,7 @@ def sparse_attention(
         swa_pages = meta.swa_table[segment].long()
         first = max(0, positions[start] - WINDOW + 1)
         raw = read_rows(window, _rows(window, swa_pages, torch.arange(first, positions[end - 1] + 1)))
-        if ratio == C128_RATIO:
+        if compressed is not None and ratio == C128_RATIO:
             finished = torch.arange((positions[end - 1] + 1) // C128_RATIO)
             pooled = read_rows(compressed, _rows(compressed, pages, finished))
         for token in range(start, end):
@@ -94,7 +94,7 @@ def sparse_attention(
             keys = raw[max(0, p - WINDOW + 1) - first : p + 1 - first]
             if ratio == C128_RATIO:
                 keys = torch.cat([keys, pooled[: (p + 1) // C128_RATIO]])
-            elif ratio == C4_RATIO:
+            elif compressed is not None and selected is not None:
                 blocks = selected[token][selected[token] >= 0].long()
                 keys = torch.cat([keys, read_rows(compressed, _rows(compressed, pages, blocks))])
             logits = torch.cat([q[token] @ keys.T * scale, sink[:, None]], dim=1)
