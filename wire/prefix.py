@@ -1,0 +1,64 @@
+"""What a page of a prompt is called, by every process that has to agree: a digest of all tokens up to its end.
+
+A page's digest covers its 256 token ids and the digest of the page before it; the first page's parent is drawn
+from a namespace. So one 128-bit digest stands for a whole prefix within one namespace: equal digests mean equal
+tokens from the start, of the same model, tenant and cache salt, and nothing is compared token by token.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+
+from wire.types import PAGE_TOKENS
+
+DIGEST_BYTES = 16
+MAX_NAMESPACE_BYTES = 64
+DEFAULT_TENANT = "default"
+
+_PAGE_BYTES = 4 * PAGE_TOKENS
+# array("I") is 4 bytes on every platform CPython supports, but C only promises 2.
+_UINT32 = next(code for code in "IL" if array(code).itemsize == 4)
+
+
+def namespace(model_fingerprint: str, tenant: str = DEFAULT_TENANT, cache_salt: str = "") -> bytes:
+    """The 16 bytes that keep prefixes of different models, tenants or salts apart.
+
+    It does not tell the salt, and stands in for it in messages and events.
+    """
+    parts = b"".join(
+        len(part).to_bytes(4, "little") + part  # lengths, so that no two lists of parts spell the same bytes
+        for part in (text.encode() for text in (model_fingerprint, tenant, cache_salt))
+    )
+    return blake2b(parts, digest_size=DIGEST_BYTES, person=b"penumbra-space").digest()
+
+
+def root(namespace: bytes) -> bytes:
+    """The parent of a namespace's first pages. Raises ValueError for more than 64 bytes."""
+    if len(namespace) > MAX_NAMESPACE_BYTES:
+        raise ValueError(f"a namespace has at most {MAX_NAMESPACE_BYTES} bytes, got {len(namespace)}")
+    return blake2b(namespace, digest_size=DIGEST_BYTES, person=b"penumbra-root").digest()
+
+
+def page_hashes(tokens: Sequence[int], namespace: bytes, known: Sequence[bytes] = ()) -> list[bytes]:
+    """The digest of every whole page of `tokens`, first page first; a last part of a page has none.
+
+    tokens     ids in [0, 2**32), from position 0; OverflowError for others
+    namespace  at most 64 bytes
+    known      digests of the leading pages from an earlier call, which are not computed again
+    ->         len(tokens) // 256 digests of 16 bytes
+    """
+    digests = list(known[: len(tokens) // PAGE_TOKENS])
+    parent = digests[-1] if digests else root(namespace)
+    done = len(digests) * PAGE_TOKENS
+    # One conversion of everything is much cheaper than one for each page.
+    packed = array(_UINT32, tokens[done : len(tokens) // PAGE_TOKENS * PAGE_TOKENS])
+    if sys.byteorder == "big":
+        packed.byteswap()
+    ids = packed.tobytes()
+    for start in range(0, len(ids), _PAGE_BYTES):
+        parent = blake2b(parent + ids[start : start + _PAGE_BYTES], digest_size=DIGEST_BYTES).digest()
+        digests.append(parent)
+    return digests
