@@ -107,13 +107,9 @@ class NixlTransport:
     def register(self, classes: Sequence[RegionClass]) -> None:
         check_congruent(classes, classes)
         self._classes = tuple(classes)
-        regions = [
-            (region.address, region.item_bytes * region.num_items, self._device, "")
-            for region_class in classes
-            for region in region_class.regions
-        ]
+        ranges = [(start, size, self._device, "") for start, size in _ranges(classes)]
         with self._lock:
-            self._registered = self._agent.register_memory(regions, self._memory)
+            self._registered = self._agent.register_memory(ranges, self._memory)
             for region_class in classes:
                 rows = _rows(region_class, self._device)
                 self._lists[region_class.name] = self._agent.prep_xfer_dlist("", rows, self._memory)
@@ -281,6 +277,18 @@ class NixlRead:
         if not self._closed:
             self._transport._release(self._peer, self._handle)
             self._closed = True
+
+
+def _ranges(classes: Sequence[RegionClass]) -> list[tuple[int, int]]:
+    """(address, bytes) of every region, overlapping ones joined: NIXL crashes on giving back memory it knows twice."""
+    joined: list[tuple[int, int]] = []
+    for start, size in sorted((r.address, r.item_bytes * r.num_items) for c in classes for r in c.regions):
+        if joined and start < sum(joined[-1]):
+            first = joined[-1][0]
+            joined[-1] = (first, max(sum(joined[-1]), start + size) - first)
+        else:
+            joined.append((start, size))
+    return joined
 
 
 def _rows(region_class: RegionClass, device: int) -> npt.NDArray[np.uint64]:
