@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import NoReturn
 
 from wire.errors import InvalidRequest, PenumbraError
+from wire.prefix import MAX_NAMESPACE_BYTES
 from wire.types import (
     PAGE_TOKENS,
     Admitted,
@@ -72,6 +73,12 @@ def _worker_id(field: str, value: str) -> str:
 def _secret(field: str, value: bytes) -> bytes:
     if len(value) != SECRET_BYTES:
         _refuse(field, f"must be {SECRET_BYTES} bytes, got {len(value)}")
+    return value
+
+
+def _namespace(value: bytes) -> bytes:
+    if len(value) > MAX_NAMESPACE_BYTES:
+        _refuse("namespace", f"must be at most {MAX_NAMESPACE_BYTES} bytes, got {len(value)}")
     return value
 
 
@@ -360,6 +367,7 @@ def start_request_to_wire(request: StartRequest) -> worker_pb2.StartRequest:
         sampling=sampling_to_wire(request.sampling),
         source=worker_ref_to_wire(request.source),
         resume=worker_pb2.Resume(tokens=pack_tokens(request.emitted)) if request.emitted else None,
+        namespace=request.namespace,
     )
 
 
@@ -371,6 +379,7 @@ def start_request_from_wire(message: worker_pb2.StartRequest) -> StartRequest:
         sampling=sampling_from_wire(message.sampling),
         source=worker_ref_from_wire(message.source),
         emitted=unpack_tokens("resume", message.resume.tokens),
+        namespace=_namespace(message.namespace),
     )
 
 
@@ -382,6 +391,7 @@ def run_request_to_wire(request: RunRequest) -> worker_pb2.RunRequest:
         sampling=sampling_to_wire(request.sampling),
         skip=request.skip,
         secret=request.secret,
+        namespace=request.namespace,
     )
 
 
@@ -396,6 +406,7 @@ def run_request_from_wire(message: worker_pb2.RunRequest) -> RunRequest:
         sampling=sampling_from_wire(message.sampling),
         skip=_page_aligned("skip", message.skip),
         secret=_secret("secret", message.secret),
+        namespace=_namespace(message.namespace),
     )
 
 

@@ -187,6 +187,7 @@ class StartRequest:
     sampling: SamplingParams
     source: WorkerRef
     emitted: tuple[int, ...] = ()
+    namespace: bytes = b""  # `wire.prefix.namespace`: pages are shared within one only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,6 +200,7 @@ class RunRequest:
     sampling: SamplingParams
     skip: int
     secret: bytes = field(repr=False)
+    namespace: bytes = b""  # as in StartRequest
 
 
 # Events of Decode.Start and Prefill.Run streams.

@@ -144,6 +144,7 @@ starts = st.builds(
     sampling=sampling,
     source=refs,
     emitted=st.lists(u32, max_size=20).map(tuple),
+    namespace=st.binary(max_size=64),
 )
 runs = st.builds(
     RunRequest,
@@ -153,6 +154,7 @@ runs = st.builds(
     sampling=sampling,
     skip=st.just(0),
     secret=secrets,
+    namespace=st.binary(max_size=64),
 )
 failures = st.builds(Failed, code=ids, message=st.text(), retryable=st.booleans())
 start_events = st.one_of(
@@ -242,6 +244,7 @@ def good_start() -> worker_pb2.StartRequest:
         (lambda m: setattr(m.source, "worker_id", "Prefill:0"), "worker_id"),
         (lambda m: setattr(m.source, "address", ""), "address"),
         (lambda m: setattr(m.resume, "tokens", b"\x01"), "resume"),
+        (lambda m: setattr(m, "namespace", bytes(65)), "namespace"),
     ],
 )
 def test_a_bad_start_request_is_refused_naming_the_field(spoil, param: str) -> None:
