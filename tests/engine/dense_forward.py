@@ -1,7 +1,7 @@
 """DeepSeek-V4 over a whole prompt at once, densely, with nothing cached: an independent judge of the paged engine.
 
-Written from the published mathematics, sharing no code with `engine/`. With `quantise`, keys are rounded the way the
-packed layout stores them before anybody attends to them; that is the only difference between the layouts.
+Written from the published mathematics, sharing no code with `engine/`. In the packed layout keys are rounded before
+anybody attends to them; `Stored` is that rounding, and the only difference between the layouts.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def _e4m3(x: Tensor, scale: Tensor) -> Tensor:
     return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
 
 
-def _stored_latent(x: Tensor) -> Tensor:
+def stored_latent(x: Tensor) -> Tensor:
     """What a latent row reads back as: e4m3 in groups of 64 below the rope channels, bfloat16 rope."""
     nope = x[:, :448].reshape(len(x), 7, 64)
     scale = _power_of_two_scale(nope.abs().amax(-1, keepdim=True))
     return torch.cat([_e4m3(nope, scale).reshape(len(x), 448), x[:, 448:].bfloat16().float()], -1)
 
 
-def _stored_index(x: Tensor) -> Tensor:
+def stored_index(x: Tensor) -> Tensor:
     return _e4m3(x, _power_of_two_scale(x.abs().amax(-1, keepdim=True)))
 
 
@@ -88,25 +88,40 @@ def _compress(c: ModelConfig, x: Tensor, w, ratio: int, dim: int, freqs: Tensor)
     return _rope(e, torch.arange(n) * ratio, freqs)
 
 
-def _attention(c: ModelConfig, layer: int, w, x: Tensor, quantise: bool, picks: dict[int, Tensor]) -> Tensor:
+class Stored:
+    """What attention reads of each key, and which C4 rows it reads: here, what the packed layout would keep."""
+
+    def latent(self, layer: int, pool: str, keys: Tensor) -> Tensor:
+        """keys [rows, D] of one layer's `pool` ("window" or "compressed") -> what is attended to."""
+        return stored_latent(keys)
+
+    def index(self, layer: int, keys: Tensor) -> Tensor:
+        return stored_index(keys)
+
+    def choose(self, layer: int, scores: Tensor, chosen: Tensor) -> Tensor:
+        """scores [T, rows] with -inf where not visible, chosen [T, rows] bool: the best of them -> those to read."""
+        return chosen
+
+
+def _attention(c: ModelConfig, layer: int, w, x: Tensor, stored: Stored | None, picks: dict[int, Tensor]) -> Tensor:
     T, ratio, pos = len(x), c.compress_ratios[layer], torch.arange(len(x))
     freqs = _frequencies(c, ratio)
     low = _norm(x @ w("attn.wq_a.weight").float().T, w("attn.q_norm.weight"), c.rms_norm_eps)
     q = (low @ w("attn.wq_b.weight").float().T).view(T, c.num_heads, c.head_dim)
     q = _rope(_norm(q, None, c.rms_norm_eps), pos, freqs)
     kv = _rope(_norm(x @ w("attn.wkv.weight").float().T, w("attn.kv_norm.weight"), c.rms_norm_eps), pos, freqs)
-    kv = _stored_latent(kv) if quantise else kv
+    kv = stored.latent(layer, "window", kv) if stored else kv
     keys, visible = kv, (pos[None] <= pos[:, None]) & (pos[None] > pos[:, None] - 128)
     if ratio:
         e = _compress(c, x, lambda n: w("attn.compressor." + n), ratio, c.head_dim, freqs)
-        e = _stored_latent(e) if quantise else e
+        e = stored.latent(layer, "compressed", e) if stored else e
         closed = torch.arange(len(e))[None] < (pos[:, None] + 1) // ratio
         if ratio == 4:
             ik = _compress(c, x, lambda n: w("attn.indexer.compressor." + n), 4, c.index_head_dim, freqs)
             iq = (low @ w("attn.indexer.wq_b.weight").float().T).view(T, c.index_heads, c.index_head_dim)
             iq = _rope(iq, pos, freqs)
-            if quantise:
-                iq, ik = _hadamard(iq), _stored_index(_hadamard(ik))
+            if stored:
+                iq, ik = _hadamard(iq), stored.index(layer, _hadamard(ik))
             weights = x @ w("attn.indexer.weights_proj.weight").float().T * (c.index_head_dim * c.index_heads) ** -0.5
             scores = torch.cat(
                 [
@@ -118,6 +133,8 @@ def _attention(c: ModelConfig, layer: int, w, x: Tensor, quantise: bool, picks: 
             k = min(c.index_topk, len(e))
             chosen = scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
             closed &= torch.zeros_like(closed).scatter(1, chosen, True)
+            if stored:
+                closed = stored.choose(layer, scores, closed)
             picks[layer] = closed
         keys, visible = torch.cat([keys, e]), torch.cat([visible, closed], 1)
     out = []
@@ -169,9 +186,12 @@ def _site(c: ModelConfig, streams: Tensor, fn: Tensor, base: Tensor, scale: Tens
 
 @torch.inference_mode()
 def dense_forward(
-    c: ModelConfig, tensors: dict[str, Tensor], ids: Tensor, *, quantise: bool
+    c: ModelConfig, tensors: dict[str, Tensor], ids: Tensor, stored: Stored | None = None
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """ids [T] -> (logits [T, V], picks: layer -> [T, C4 rows] bool, the rows each query selected)."""
+    """ids [T] -> (logits [T, V], picks: layer -> [T, C4 rows] bool, the rows each query selected).
+
+    Without `stored` keys are attended to as they are.
+    """
     streams = tensors["embed.weight"].float()[ids][:, None].repeat(1, c.hc_mult, 1)
     picks: dict[int, Tensor] = {}
     for n in range(c.num_layers):
@@ -182,7 +202,7 @@ def dense_forward(
         for site, norm in (("attn", "attn_norm"), ("ffn", "ffn_norm")):
             x, post, comb = _site(c, streams, *(w(f"hc_{site}_{p}") for p in ("fn", "base", "scale")))
             x = _norm(x, w(f"{norm}.weight"), c.rms_norm_eps)
-            y = _attention(c, n, w, x, quantise, picks) if site == "attn" else _moe(c, n, w, x, ids)
+            y = _attention(c, n, w, x, stored, picks) if site == "attn" else _moe(c, n, w, x, ids)
             streams = post[..., None] * y[:, None] + torch.einsum("tjk,tjd->tkd", comb, streams)
     flat = _norm(streams.reshape(len(ids), -1), None, c.rms_norm_eps)
     a = torch.sigmoid(flat @ tensors["hc_head_fn"].T * tensors["hc_head_scale"] + tensors["hc_head_base"]) + c.hc_eps

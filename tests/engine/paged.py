@@ -18,8 +18,10 @@ GREEDY = SamplingParams(max_tokens=1, seed=0, temperature=0)
 class Paged:
     """One model over small pools; every position's logits are wanted."""
 
-    def __init__(self, model: DeepseekV4, layout: KvLayout, *, pages: int = 80, slots: int = 8) -> None:
-        self.model = model
+    def __init__(
+        self, model: DeepseekV4, layout: KvLayout, *, pages: int = 100, slots: int = 8, keep_windows: bool = False
+    ) -> None:
+        self.model, self.keep_windows = model, keep_windows
         self.pools = KvPools(model.config, layout, PoolSizes(full=pages, swa=pages, slots=slots), "test", "cpu")
 
         self.window = WindowPages(self.pools.swa)
@@ -41,7 +43,8 @@ class Paged:
         logits = self.model.forward(ids, StepMeta.of(batch), torch.arange(len(ids)), self.pools)
         for sequence, tokens in parts:
             sequence.length += len(tokens)
-            self.window.trim(sequence)
+            if not self.keep_windows:
+                self.window.trim(sequence)
         return list(logits.split([len(tokens) for _, tokens in parts]))
 
     def prefill(self, tokens: Tensor, chunk: int) -> Tensor:
