@@ -104,8 +104,8 @@ class Registry:
         # A heartbeat may wait and retry, but never past the lease it renews. A snapshot is asked for again
         # in a moment anyway: it fails fast and is not retried.
         patient = Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries=3)
-        self._writer = _connect(redis_url, HEARTBEAT_TIMEOUT_S, patient)
-        self._reader = _connect(redis_url, SNAPSHOT_TIMEOUT_S, Retry(NoBackoff(), retries=0))
+        self._writer = connect(redis_url, HEARTBEAT_TIMEOUT_S, patient)
+        self._reader = connect(redis_url, SNAPSHOT_TIMEOUT_S, Retry(NoBackoff(), retries=0))
         self._last = Snapshot(stale_since=time.monotonic())
         self._unusable: dict[str, str] = {}
 
@@ -214,7 +214,8 @@ async def _await(answer: Any) -> Any:
     return await answer
 
 
-def _connect(url: str, timeout_s: float, retry: Retry) -> aioredis.Redis:
+def connect(url: str, timeout_s: float, retry: Retry) -> aioredis.Redis:
+    """A client that connects when first used. Raises ConfigError for a URL redis-py does not understand."""
     try:
         return aioredis.Redis.from_url(
             url,

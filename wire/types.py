@@ -255,3 +255,24 @@ class Failed:
 
 StartEvent = Admitted | Fetching | Tokens | Finished | Failed
 RunEvent = Progress | RunFinished | Failed
+
+
+# What a worker's prefix cache tells about itself; digests are those of `wire.prefix`.
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """These pages can be matched now, each the child of the one before; `parent` is the first one's."""
+
+    digests: tuple[bytes, ...] = field(repr=False)
+    parent: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """These pages can not be matched any more."""
+
+    digests: tuple[bytes, ...] = field(repr=False)
+
+
+PrefixEvent = Stored | Removed
