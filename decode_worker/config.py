@@ -21,5 +21,7 @@ class DecodeConfig:
     max_waiting: int = 256
     queue_timeout_s: float = 30.0  # how long a request waits for pages
     offer_timeout_s: float = 300.0  # how long a living prefill worker may offer nothing
+    growth_tokens: int = 512  # kept free behind each request when another one comes in
+    host_memory_bytes: int = 1 << 30  # for requests that made room for others
     drain_s: float = 30.0
     log_level: str = "info"

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from decode_worker.admission import Place
+from decode_worker.admission import Place, places_of
 from engine.batch import Sequence
-from engine.cache.pools import state_item
-from engine.window import first_window_page, num_pages
 from kvtransfer.reader import ReadJob
 from wire.errors import LayoutMismatch, TransferFailed, WorkerLost
 from wire.types import (
@@ -43,17 +41,8 @@ class Fetch:
         self._run = AttemptId(request.request_id, request.attempt)
         self._signature = signature
         self._vocab_size = vocab_size
-        n = len(request.prompt)
         moving = {cls.name for cls in classes if cls.regions}
-        window = range(first_window_page(n), num_pages(n))
-        wanted: dict[PageClass, dict[int, int]] = {
-            PageClass.FULL: dict(enumerate(sequence.pages[: num_pages(n)])),
-            PageClass.SWA: {j: sequence.swa_pages[j] for j in window},
-            PageClass.STATE: {},
-        }
-        open_rows = state_item(sequence.slot, n)
-        if open_rows is not None:
-            wanted[PageClass.STATE][num_pages(n) - 1] = open_rows
+        wanted = places_of(sequence, len(request.prompt))
         # class -> position -> our own item, for what has not been offered yet
         self._wanted = {cls: places for cls, places in wanted.items() if cls in moving}
         self.total_pages = sum(len(places) for places in self._wanted.values())

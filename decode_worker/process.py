@@ -47,6 +47,8 @@ async def _serve(config: DecodeConfig, runner: Runner, transport: Transport, epo
             max_waiting=config.max_waiting,
             queue_timeout_s=config.queue_timeout_s,
             offer_timeout_s=config.offer_timeout_s,
+            growth_tokens=config.growth_tokens,
+            host_memory_bytes=config.host_memory_bytes,
             max_context=runner.max_context,
             vocab_size=runner.model_config.vocab_size,
             eos_token_id=runner.model_config.eos_token_id,
@@ -56,6 +58,7 @@ async def _serve(config: DecodeConfig, runner: Runner, transport: Transport, epo
     service = DecodeService(
         core,
         runner,
+        pools,
         WorkerMetrics(registry),
         worker_id=config.worker_id,
         epoch=epoch,

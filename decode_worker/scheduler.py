@@ -1,19 +1,23 @@
 """Continuous batching of requests whose pages come from elsewhere. Pure: events in, actions and batches out.
 
 A request waits for room, fetches its pages while prefill still computes, then joins the batch that advances
-by one token a step. However it ends, it holds nothing afterwards, except pages that a read has not let go of
-yet.
+by one token a step. When answers outgrow the pages there are, the request that came last makes room: its bytes
+move to host memory and back once there is room again, and it goes on where it was. However a request ends, it
+holds nothing afterwards, except pages that a read has not let go of yet.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
-from decode_worker.admission import Admission, Place, Pools
+from decode_worker.admission import Admission, Place, Pools, has_room, places_of
 from decode_worker.fetch import Fetch
+from decode_worker.preemption import HostPages
 from engine.batch import Sampled, Segment, Sequence
 from engine.loop import Load, StepFailed, Tick
+from kvtransfer.plan import item_bytes
 from kvtransfer.reader import ReadJob, ReadResult
 from wire.convert import failed_from_error
 from wire.errors import (
@@ -89,7 +93,23 @@ class Settled:
     places: tuple[Place, ...]
 
 
-DecodeEvent = Start | Cancel | OfferArrived | ClaimEnded | ReadEnded | Settled
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """The answer to `Save`."""
+
+    run: AttemptId
+    pages: HostPages
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """The answer to `Restore`; `num_damaged` items do not hold what was saved."""
+
+    run: AttemptId
+    num_damaged: int
+
+
+DecodeEvent = Start | Cancel | OfferArrived | ClaimEnded | ReadEnded | Settled | Saved | Restored
 
 # Actions.
 
@@ -130,7 +150,24 @@ class CancelRead:
     job_id: str
 
 
-DecodeAction = Emit | OpenClaim | CloseClaim | SubmitRead | CancelRead
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Copy these items to host memory before anything else happens; answered by `Saved`."""
+
+    run: AttemptId
+    items: dict[PageClass, list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Copy these pages to these items before anything else happens; answered by `Restored`."""
+
+    run: AttemptId
+    items: dict[PageClass, list[int]]
+    pages: HostPages
+
+
+DecodeAction = Emit | OpenClaim | CloseClaim | SubmitRead | CancelRead | Save | Restore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,24 +175,44 @@ class DecodeLimits:
     max_waiting: int = 256
     queue_timeout_s: float = 30.0
     offer_timeout_s: float = 300.0  # between two offers; a dead owner is noticed by its broken stream long before
+    growth_tokens: int = 512  # kept free behind each request when another one comes in
+    host_memory_bytes: int = 1 << 30  # for preempted requests
     max_context: int
     vocab_size: int
     eos_token_id: int
 
 
+class _State(Enum):
+    """Where a request is. All but waiting and preempted ones hold a sequence."""
+
+    WAITING = auto()  # for room
+    FETCHING = auto()
+    RUNNING = auto()
+    SAVING = auto()
+    PREEMPTED = auto()  # in host memory
+    RESTORING = auto()
+
+
 @dataclass(slots=True, eq=False)
 class _Run:
-    """Waiting without a sequence, fetching with a fetch, running with neither deadline nor fetch."""
-
     id: AttemptId
     request: StartRequest
     secret: bytes = field(repr=False)
     deadline: float | None
+    state: _State = _State.WAITING
+    order: int = 0  # of admission
     sequence: Sequence | None = None
-    fetch: Fetch | None = None
-    last_token: int = 0
+    fetch: Fetch | None = None  # while fetching
+    saved: HostPages | None = None  # while preempted
+    host_bytes: int = 0  # set aside for `saved`
     num_tokens: int = 0  # generated so far
+    last_token: int = 0
     cached_tokens: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens whose KV is computed, once the prompt's is: all but the one drawn last."""
+        return len(self.request.prompt) + self.num_tokens - 1
 
 
 class DecodeCore:
@@ -164,13 +221,17 @@ class DecodeCore:
     def __init__(self, pools: Pools, limits: DecodeLimits) -> None:
         self._pools = pools
         self._limits = limits
-        self._admission = Admission(pools)
+        self._admission = Admission(pools, limits.growth_tokens)
+        self._item_bytes = {region_class.name: item_bytes(region_class) for region_class in pools.classes}
         self._runs: dict[AttemptId, _Run] = {}
         self._waiting: deque[_Run] = deque()
         self._running: dict[AttemptId, _Run] = {}
         self._batch: list[_Run] = []
         self._by_job: dict[str, _Run] = {}
         self._orphans: dict[str, tuple[Place, ...]] = {}  # reads that outlived their request -> quarantined places
+        self._num_admitted = 0
+        self._host_bytes = 0
+        self._preemptions_total = 0
 
     def step(self, now_s: float, event: DecodeEvent | Tick | StepFailed) -> list[DecodeAction]:
         match event:
@@ -190,6 +251,11 @@ class DecodeCore:
             case Settled(places):
                 self._admission.settle(places)
                 actions = []
+            case Saved(run_id, pages):
+                self._saved(run_id, pages)
+                actions = []
+            case Restored(run_id, num_damaged):
+                actions = self._restored(run_id, num_damaged)
             case Tick():
                 actions = self._expire(now_s)
             case StepFailed(error):
@@ -197,15 +263,18 @@ class DecodeCore:
                 actions = []
                 for run in failed:
                     actions += self._fail(run, WorkerLost(f"the decode step of {run.id} failed: {error}"))
-        return actions + self._admit(now_s)
+        return actions + self._share_out(now_s)
 
     def next_batch(self, now_s: float) -> list[Segment]:
-        """One token of every running request."""
+        """One token of every running request that has room for it."""
         assert not self._batch, "the last batch has not been answered"
         segments = []
         for run in self._running.values():
             sequence = run.sequence
             assert sequence is not None
+            if not has_room(sequence):
+                continue
+            self._batch.append(run)
             self._admission.window.cover(sequence, sequence.length, sequence.length + 1)
             segments.append(
                 Segment(
@@ -216,7 +285,6 @@ class DecodeCore:
                     index=run.num_tokens,
                 )
             )
-        self._batch = list(self._running.values())
         return segments
 
     def finish(self, now_s: float, results: list[Sampled | None]) -> list[DecodeAction]:
@@ -234,7 +302,7 @@ class DecodeCore:
                 continue
             token = TokenEvent(index=run.num_tokens, token_id=result.token_id, logprob=result.logprob, top=result.top)
             actions += self._advance(run, token)
-        return actions + self._admit(now_s)
+        return actions + self._share_out(now_s)
 
     def next_deadline(self) -> float | None:
         return min((run.deadline for run in self._runs.values() if run.deadline is not None), default=None)
@@ -243,7 +311,7 @@ class DecodeCore:
         pools = self._pools
         fetching = [run for run in self._runs.values() if run.fetch is not None]
         return Load(
-            running=len(self._running) + len(fetching),
+            running=len(self._runs) - len(self._waiting),
             waiting=len(self._waiting),
             queued_tokens=sum(len(run.request.prompt) for run in (*self._waiting, *fetching)),
             free_tokens=pools.full.free * PAGE_TOKENS,
@@ -253,6 +321,8 @@ class DecodeCore:
                 PageClass.STATE: pools.slots.counts(),
             },
             quarantined_total=self._admission.quarantined_total,
+            preemptions_total=self._preemptions_total,
+            host_bytes=self._host_bytes,
         )
 
     # A request's states.
@@ -298,16 +368,110 @@ class DecodeCore:
         if len(self._waiting) >= limits.max_waiting:
             raise Overloaded(f"{len(self._waiting)} requests are waiting here; try another worker")
 
+    def _share_out(self, now_s: float) -> list[DecodeAction]:
+        """Free pages to those who have waited longest: the next page of running requests, preempted requests,
+        new ones.
+        """
+        actions = self._grow(now_s)
+        if any(not has_room(run.sequence) for run in self._running.values() if run.sequence is not None):
+            return actions
+        actions += self._resume()
+        if any(run.state in (_State.SAVING, _State.PREEMPTED) for run in self._runs.values()):
+            return actions
+        return actions + self._admit(now_s)
+
+    def _grow(self, now_s: float) -> list[DecodeAction]:
+        """A page for every running request whose next token needs one. When pages run out the request that came
+        last moves to host memory; where that is full too, requests stand still until pages come back.
+        """
+        stuck: list[_Run] = []
+        for run in self._by_order(_State.RUNNING):
+            assert run.sequence is not None
+            if self._admission.grow(run.sequence):
+                run.deadline = None
+            else:
+                stuck.append(run)
+                run.deadline = run.deadline or now_s + self._limits.queue_timeout_s
+        moving = self._by_order(_State.SAVING, _State.RESTORING)
+        if not stuck or moving:
+            return []
+        for victim in reversed(self._by_order(_State.RUNNING)[1:]):
+            if (save := self._preempt(victim)) is not None:
+                return [save]
+        coming = self._pools.full.counts().quarantined or self._by_order(_State.FETCHING)
+        if len(stuck) < len(self._running) or coming:
+            return []
+        # Everybody stands still and nothing will come back by itself.
+        n = stuck[-1].length
+        error = Overloaded(f"neither a page nor host memory is left for the {n} tokens of this request; try again")
+        return self._fail(stuck[-1], error) + self._grow(now_s)
+
+    def _preempt(self, run: _Run) -> Save | None:
+        """Running -> saving, if host memory has room for it."""
+        assert run.sequence is not None
+        items = {cls: list(places.values()) for cls, places in places_of(run.sequence, run.length).items()}
+        num_bytes = sum(len(ids) * self._item_bytes.get(cls, 0) for cls, ids in items.items())
+        if self._host_bytes + num_bytes > self._limits.host_memory_bytes:
+            return None
+        del self._running[run.id]
+        run.state, run.deadline, run.host_bytes = _State.SAVING, None, num_bytes
+        self._host_bytes += num_bytes
+        self._preemptions_total += 1
+        return Save(run.id, items)
+
+    def _saved(self, run_id: AttemptId, pages: HostPages) -> None:
+        run = self._runs.get(run_id)
+        if run is None:
+            return
+        assert run.sequence is not None
+        self._admission.leave(run.sequence)
+        run.state, run.sequence, run.saved = _State.PREEMPTED, None, pages
+
+    def _resume(self) -> list[DecodeAction]:
+        """Preempted -> restoring, in the order they were admitted."""
+        actions: list[DecodeAction] = []
+        for run in self._by_order(_State.PREEMPTED):
+            sequence = self._admission.admit(run.request, run.length)
+            if sequence is None:
+                break
+            assert run.saved is not None
+            run.state, run.sequence = _State.RESTORING, sequence
+            items = {cls: list(places.values()) for cls, places in places_of(sequence, run.length).items()}
+            actions.append(Restore(run.id, items, run.saved))
+        return actions
+
+    def _restored(self, run_id: AttemptId, num_damaged: int) -> list[DecodeAction]:
+        run = self._runs.get(run_id)
+        if run is None:
+            return []
+        assert run.sequence is not None
+        self._forget_saved(run)
+        if num_damaged:
+            error = TransferFailed(f"{num_damaged} pages of {run.id} came back from host memory with other bytes")
+            return self._fail(run, error)
+        run.state, run.sequence.length = _State.RUNNING, run.length
+        self._running[run.id] = run
+        return []
+
+    def _forget_saved(self, run: _Run) -> None:
+        self._host_bytes -= run.host_bytes
+        run.saved, run.host_bytes = None, 0
+
+    def _by_order(self, *states: _State) -> list[_Run]:
+        """Requests in these states, the first admitted first."""
+        return sorted((run for run in self._runs.values() if run.state in states), key=lambda run: run.order)
+
     def _admit(self, now_s: float) -> list[DecodeAction]:
         """First come, first served: a long request at the head is not overtaken for ever by short ones."""
         actions: list[DecodeAction] = []
         while self._waiting:
             run = self._waiting[0]
-            sequence = self._admission.admit(run.request)
+            sequence = self._admission.admit(run.request, len(run.request.prompt))
             if sequence is None:
                 break
             self._waiting.popleft()
-            run.sequence = sequence
+            self._num_admitted += 1
+            run.state, run.sequence, run.order = _State.FETCHING, sequence, self._num_admitted
             run.fetch = Fetch(
                 run.request,
                 sequence,
@@ -361,7 +525,7 @@ class DecodeCore:
             return []
         assert fetch.tail is not None
         closed = self._close_claim(run, fetch)
-        run.fetch, run.deadline = None, None
+        run.state, run.fetch, run.deadline = _State.RUNNING, None, None
         run.cached_tokens = fetch.tail.cached_tokens
         sequence.length = len(run.request.prompt)
         self._running[run.id] = run
@@ -390,14 +554,20 @@ class DecodeCore:
 
     def _expire(self, now_s: float) -> list[DecodeAction]:
         actions: list[DecodeAction] = []
+        limits = self._limits
         for run in [r for r in self._runs.values() if r.deadline is not None and r.deadline <= now_s]:
-            if run.sequence is None:
-                waited, n = self._limits.queue_timeout_s, len(run.request.prompt)
-                actions += self._fail(run, Overloaded(f"no room for {n} prompt tokens within {waited:g} s; try again"))
-            else:
-                quiet = self._limits.offer_timeout_s
-                source = run.request.source.worker_id
-                actions += self._fail(run, DeadlineExceeded(f"worker {source} offered nothing for {quiet:g} s"))
+            error: PenumbraError
+            match run.state:
+                case _State.WAITING:
+                    what = f"no room for {len(run.request.prompt)} prompt tokens within {limits.queue_timeout_s:g} s"
+                    error = Overloaded(f"{what}; try again")
+                case _State.FETCHING:
+                    source = run.request.source.worker_id
+                    error = DeadlineExceeded(f"worker {source} offered nothing for {limits.offer_timeout_s:g} s")
+                case _:
+                    what = f"no page for token {run.num_tokens} of the answer within {limits.queue_timeout_s:g} s"
+                    error = Overloaded(f"{what}; try again")
+            actions += self._fail(run, error)
         return actions
 
     def _fail(self, run: _Run, error: PenumbraError, unsettled: tuple[Place, ...] = ()) -> list[DecodeAction]:
@@ -408,8 +578,10 @@ class DecodeCore:
         """Out of every book, from any state. Pages under a read are quarantined until that read has ended."""
         del self._runs[run.id]
         self._running.pop(run.id, None)
-        if run.sequence is None:
+        self._forget_saved(run)
+        if run.state is _State.WAITING:
             self._waiting.remove(run)
+        if run.sequence is None:
             return []
         actions: list[DecodeAction] = []
         being_read: list[Place] = []

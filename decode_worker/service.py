@@ -18,6 +18,7 @@ import grpc
 import structlog
 
 from decode_worker.admission import Place
+from decode_worker.preemption import PageMemory, restore, save
 from decode_worker.scheduler import (
     Cancel,
     CancelRead,
@@ -30,6 +31,10 @@ from decode_worker.scheduler import (
     OfferArrived,
     OpenClaim,
     ReadEnded,
+    Restore,
+    Restored,
+    Save,
+    Saved,
     Settled,
     Start,
     SubmitRead,
@@ -73,6 +78,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self,
         core: DecodeCore,
         runner: StepRunner,
+        memory: PageMemory,
         metrics: WorkerMetrics,
         *,
         worker_id: str,
@@ -88,6 +94,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._model = model
         self._signature = signature
         self._max_context = max_context
+        self._memory = memory
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._engine: EngineLoop[DecodeEvent, DecodeAction] = EngineLoop(
@@ -96,9 +103,11 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             emit=lambda actions: self._post(self._apply, actions),
             on_crash=lambda error, ended: self._post(self._on_crash, error, ended),
             on_step=metrics.step_time.observe,
+            perform=self._perform,
         )
         self._total_tokens = self._engine.load.free_tokens  # nothing is held yet
         self._quarantined_total = 0
+        self._preemptions_total = 0
         self._reader: Reader | None = None
         self._runs: dict[AttemptId, asyncio.Queue[StartEvent]] = {}
         self._claims: dict[AttemptId, asyncio.Task[None]] = {}
@@ -181,6 +190,18 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             del self._runs[run]
             if not ended:
                 self._engine.post(Cancel(run))
+
+    # The engine's thread.
+
+    def _perform(self, action: DecodeAction) -> DecodeEvent | None:
+        """Copies between the pools and host memory: nobody else may touch the pools meanwhile."""
+        match action:
+            case Save(run, items):
+                return Saved(run, save(self._memory, items))
+            case Restore(run, items, pages):
+                return Restored(run, restore(self._memory, items, pages))
+            case _:
+                return None
 
     # The reader's thread.
 
@@ -295,6 +316,9 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         metrics.waiting.set(load.waiting)
         metrics.quarantined.inc(load.quarantined_total - self._quarantined_total)
         self._quarantined_total = load.quarantined_total
+        metrics.preemptions.inc(load.preemptions_total - self._preemptions_total)
+        self._preemptions_total = load.preemptions_total
+        metrics.host_bytes.set(load.host_bytes)
         for page_class, counts in load.pages.items():
             metrics.set_pages(page_class, free=counts.free, used=counts.used, quarantined=counts.quarantined)
 

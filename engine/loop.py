@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -47,6 +48,8 @@ class Load:
     free_tokens: int = 0  # full-pool tokens not spoken for
     pages: dict[PageClass, PoolCounts] = field(default_factory=dict)  # request slots under STATE
     quarantined_total: int = 0  # items ever quarantined
+    preemptions_total: int = 0  # requests ever moved to host memory to make room
+    host_bytes: int = 0  # what they hold there now
 
 
 EventIn = TypeVar("EventIn", contravariant=True)
@@ -78,6 +81,9 @@ class StepRunner(Protocol):
 class EngineLoop(Generic[Event, Action]):
     """Runs a core and a runner on one thread.
 
+    perform   called on the engine thread with every action, as soon as the core asks for it. What touches the
+              model's memory is done there and then, and the answer is the core's next event; None leaves the action
+              to `emit`
     emit      called on the engine thread with the actions of one turn; must not block
     on_crash  called on the engine thread, once per crash, with the error and whether the loop has ended.
               A runner that raises fails the requests of its batch and leaves the loop running, for others
@@ -93,6 +99,7 @@ class EngineLoop(Generic[Event, Action]):
         emit: Callable[[list[Action]], None],
         on_crash: Callable[[BaseException, bool], None],
         on_step: Callable[[float], None] = lambda seconds: None,
+        perform: Callable[[Action], Event | None] = lambda action: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._core = core
@@ -100,6 +107,7 @@ class EngineLoop(Generic[Event, Action]):
         self._emit = emit
         self._on_crash = on_crash
         self._on_step = on_step
+        self._perform = perform
         self._clock = clock
         self._inbox: SimpleQueue[Event | None] = SimpleQueue()  # None only wakes the loop
         self._stopping = threading.Event()
@@ -135,10 +143,10 @@ class EngineLoop(Generic[Event, Action]):
         core, clock = self._core, self._clock
         actions: list[Action] = []
         for event in self._take_events(wait=not busy):
-            actions += core.step(clock(), event)
+            actions += self._carry_out(core.step(clock(), event))
         deadline = core.next_deadline()
         if deadline is not None and clock() >= deadline:
-            actions += core.step(clock(), Tick())
+            actions += self._carry_out(core.step(clock(), Tick()))
         batch = core.next_batch(clock())
         self.load = core.load()
         # Before the step, not after: an admission must not wait for a forward pass it has no part in.
@@ -150,11 +158,11 @@ class EngineLoop(Generic[Event, Action]):
             results = self._runner.run(batch)
         except Exception as error:
             self.healthy = False
-            self._hand_out(core.step(clock(), StepFailed(f"{type(error).__name__}: {error}")))
+            self._hand_out(self._carry_out(core.step(clock(), StepFailed(f"{type(error).__name__}: {error}"))))
             self._on_crash(error, False)
         else:
             self._on_step(clock() - started)
-            self._hand_out(core.finish(clock(), results))
+            self._hand_out(self._carry_out(core.finish(clock(), results)))
         self.load = core.load()
         return True
 
@@ -172,6 +180,19 @@ class EngineLoop(Generic[Event, Action]):
         except Empty:
             pass
         return events
+
+    def _carry_out(self, actions: list[Action]) -> list[Action]:
+        """Perform what belongs on this thread and tell the core how it went; the other actions, in order."""
+        rest: list[Action] = []
+        left = deque(actions)
+        while left:
+            action = left.popleft()
+            answer = self._perform(action)
+            if answer is None:
+                rest.append(action)
+            else:
+                left.extend(self._core.step(self._clock(), answer))
+        return rest
 
     def _hand_out(self, actions: list[Action]) -> None:
         if actions:

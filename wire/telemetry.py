@@ -168,6 +168,14 @@ class WorkerMetrics:
             "Destination pages set aside because a read had not settled",
             registry=registry,
         )
+        self.preemptions = Counter(
+            "penumbra_num_preemptions_total",
+            "Requests moved to host memory to make room for others",
+            registry=registry,
+        )
+        self.host_bytes = Gauge(
+            "penumbra_preempted_host_bytes", "Page bytes of preempted requests in host memory", registry=registry
+        )
         self.queue_time = Histogram(
             "penumbra_queue_time_seconds",
             "From arrival to the first step",

@@ -240,6 +240,30 @@ class KvPools:
         found = self.export_pages(page_class, items)
         return [item for item, ours, theirs in zip(items, found, checksums, strict=True) if ours != theirs]
 
+    def copy_out(self, page_class: PageClass, items: Sequence[int]) -> Tensor:
+        """The bytes now at these items, in host memory. [len(items), bytes of one item] uint8, regions in order."""
+        tensors = self._tensors[page_class]
+        index = torch.tensor(items, dtype=torch.int64)
+        out = torch.empty(len(items), sum(tensor.shape[1] for tensor in tensors), dtype=torch.uint8)
+        start = 0
+        for tensor in tensors:
+            end = start + tensor.shape[1]
+            out[:, start:end] = tensor[index.to(tensor.device)]
+            start = end
+        return out
+
+    def copy_in(self, page_class: PageClass, items: Sequence[int], rows: Tensor) -> None:
+        """Write what `copy_out` returned, row i to items[i]."""
+        tensors = self._tensors[page_class]
+        expected = (len(items), sum(tensor.shape[1] for tensor in tensors))
+        assert tuple(rows.shape) == expected, f"{page_class} rows of shape {tuple(rows.shape)}, expected {expected}"
+        index = torch.tensor(items, dtype=torch.int64)
+        start = 0
+        for tensor in tensors:
+            end = start + tensor.shape[1]
+            tensor[index.to(tensor.device)] = rows[:, start:end].to(tensor.device)
+            start = end
+
 
 def _zeroed(num_bytes: int, device: str) -> Tensor:
     """Zeros, so that rows nobody wrote decode to finite values. [num_bytes] uint8.

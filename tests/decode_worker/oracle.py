@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import grpc
 import numpy as np
+import torch
 from prometheus_client import CollectorRegistry
 
 from decode_worker.scheduler import DecodeCore, DecodeLimits
@@ -93,6 +94,12 @@ class OraclePools:
     def import_pages(self, page_class: PageClass, items: Sequence[int], checksums: Sequence[int]) -> list[int]:
         found = self.export_pages(page_class, items)
         return [item for item, ours, theirs in zip(items, found, checksums, strict=True) if ours != theirs]
+
+    def copy_out(self, page_class: PageClass, items: Sequence[int]) -> torch.Tensor:
+        return torch.from_numpy(self.memory[page_class][list(items)])
+
+    def copy_in(self, page_class: PageClass, items: Sequence[int], rows: torch.Tensor) -> None:
+        self.memory[page_class][list(items)] = rows.numpy()
 
     def used(self) -> dict[str, int]:
         """Pages not free, by pool and state; empty when nothing is held."""
@@ -241,6 +248,7 @@ async def pair(
         decode = DecodeService(
             DecodeCore(ours, DecodeLimits(max_context=8192, vocab_size=VOCAB, eos_token_id=EOS)),
             decode_runner,
+            ours,
             WorkerMetrics(CollectorRegistry()),
             worker_id="decode-0",
             epoch=22,

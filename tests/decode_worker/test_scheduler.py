@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from decode_worker.admission import Place
+from decode_worker.preemption import HostPages
 from decode_worker.scheduler import (
     Cancel,
     CancelRead,
@@ -22,6 +23,10 @@ from decode_worker.scheduler import (
     OfferArrived,
     OpenClaim,
     ReadEnded,
+    Restore,
+    Restored,
+    Save,
+    Saved,
     Settled,
     Start,
     SubmitRead,
@@ -566,13 +571,178 @@ def test_a_full_queue_refuses_at_once_and_may_be_tried_elsewhere() -> None:
     assert (failed.code, failed.retryable) == ("overloaded", True)
 
 
+def say(core: DecodeCore, steps: int) -> list[DecodeAction]:
+    """Let the batch advance, everyone by one token a step; copies are answered at once, as the engine does."""
+    seen: list[DecodeAction] = []
+    for _ in range(steps):
+        batch = core.next_batch(0.0)
+        seen += carry_out(core, core.finish(0.0, [Sampled(token_id=60, logprob=-1.0) for _ in batch]))
+    return seen
+
+
+NOTHING = HostPages({}, {})
+
+
+def carry_out(core: DecodeCore, actions: list[DecodeAction]) -> list[DecodeAction]:
+    """All actions, those that followed from answering copies included."""
+    seen, left = [], list(actions)
+    while left:
+        action = left.pop(0)
+        seen.append(action)
+        if isinstance(action, Save):
+            left += core.step(0.0, Saved(action.run, NOTHING))
+        elif isinstance(action, Restore):
+            left += core.step(0.0, Restored(action.run, 0))
+    return seen
+
+
+def test_answers_that_outgrow_the_pages_move_the_last_request_to_host_memory_and_back() -> None:
+    pools = Pools(full=4)
+    core = DecodeCore(pools, limits(growth_tokens=0))
+    make_running(core, request("a", 500, max_tokens=40))
+    make_running(core, request("b", 500, max_tokens=40))
+    before = say(core, 12)  # 512 tokens each: both need a page and there is none
+    assert Save(B, {PageClass.FULL: [3, 4], PageClass.SWA: [2], PageClass.STATE: []}) in before
+    assert (core.load().preemptions_total, core.load().host_bytes) == (1, 3 * 8)
+    assert pools.counts("used") == (3, 1, 1)
+    assert [s.sequence.request_id for s in core.next_batch(0.0)] == ["a"]
+    after = carry_out(core, core.finish(0.0, [Sampled(token_id=60, logprob=-1.0)]))
+    after += say(core, 60)
+    (restore,) = [action for action in after if isinstance(action, Restore)]
+    assert restore.pages is NOTHING
+    assert [len(items) for items in restore.items.values()] == [2, 1, 0]
+    for run in (A, B):  # both say everything once, in order
+        said = [a.event for a in (*before, *after) if isinstance(a, Emit) and a.run == run]
+        indices = [token.index for event in said if isinstance(event, Tokens) for token in event.tokens]
+        assert indices == list(range(1, 40))
+        assert isinstance(said[-1], Finished)
+    assert pools.counts("free") == (4, 16, 4)
+    assert core.load().host_bytes == 0
+
+
+def test_a_preempted_request_goes_on_at_its_token_with_its_places_renewed() -> None:
+    pools = Pools(full=4, swa=4)
+    core = DecodeCore(pools, limits(growth_tokens=0))
+    make_running(core, request("a", 500, max_tokens=14))
+    make_running(core, request("b", 500, max_tokens=40), first=51)
+    say(core, 12)
+    core.step(0.0, Start(request("c", 3, max_tokens=40), SECRET))  # waits: who was here comes first
+    assert core.load().waiting == 1
+    say(core, 1)  # the end of a
+    (segment, *_) = core.next_batch(0.0)
+    assert (segment.sequence.request_id, segment.start, segment.tokens, segment.index) == ("b", 512, [60], 13)
+    assert len(segment.sequence.pages) == 3
+    assert [bool(item) for item in segment.sequence.swa_pages] == [False, True, True]
+
+
+def test_a_request_that_needs_a_page_alone_waits_for_reads_to_settle_rather_than_fail() -> None:
+    pools = Pools(full=4)
+    core = DecodeCore(pools, limits(growth_tokens=0, queue_timeout_s=30.0))
+    make_running(core, request("a", 500, max_tokens=400))
+    core.step(0.0, Start(request("b", 500), SECRET))
+    core.step(0.0, OfferArrived(B, meeting()))
+    job = submitted(core.step(0.0, OfferArrived(B, last_offer(500, 1, everything(500)))))
+    core.step(0.0, Cancel(B))
+    say(core, 12)
+    assert core.next_batch(0.0) == []  # b's pages are still being written
+    assert core.next_deadline() == 30.0
+    core.step(0.0, landed(job))
+    assert [s.start for s in core.next_batch(0.0)] == [512]
+    assert core.next_deadline() is None
+
+
+def test_pages_that_never_settle_end_the_wait_of_a_running_request() -> None:
+    pools = Pools(full=4)
+    core = DecodeCore(pools, limits(growth_tokens=0, queue_timeout_s=30.0))
+    make_running(core, request("a", 500, max_tokens=400))
+    core.step(0.0, Start(request("b", 500), SECRET))
+    core.step(0.0, OfferArrived(B, meeting()))
+    core.step(0.0, OfferArrived(B, last_offer(500, 1, everything(500))))
+    core.step(0.0, Cancel(B))
+    say(core, 12)
+    failed = failure(core.step(30.0, Tick()))
+    assert (failed.code, failed.retryable) == ("overloaded", True)
+    assert "no page for token 13" in failed.message
+    assert pools.counts("used") == (0, 0, 0)
+
+
+def test_without_host_memory_the_last_request_fails_when_nobody_can_go_on() -> None:
+    pools = Pools(full=4)
+    core = DecodeCore(pools, limits(growth_tokens=0, host_memory_bytes=23))  # one byte less than b needs
+    make_running(core, request("a", 500, max_tokens=40))
+    make_running(core, request("b", 500, max_tokens=40))
+    actions = say(core, 12)
+    failed = failure(actions)
+    assert (failed.code, failed.retryable) == ("overloaded", True)
+    assert [a.run for a in actions if isinstance(a, Emit) and isinstance(a.event, Failed)] == [B]
+    assert [s.sequence.request_id for s in core.next_batch(0.0)] == ["a"]
+
+
+def test_a_copy_that_comes_back_damaged_fails_its_request_alone() -> None:
+    pools = Pools(full=4)
+    core = DecodeCore(pools, limits(growth_tokens=0))
+    make_running(core, request("a", 500, max_tokens=14))
+    make_running(core, request("b", 500, max_tokens=40))
+    say(core, 12)
+    core.next_batch(0.0)
+    actions = core.finish(0.0, [Sampled(token_id=60, logprob=-1.0)])
+    (restore,) = [action for action in actions if isinstance(action, Restore)]
+    failed = failure(core.step(0.0, Restored(restore.run, 2)))
+    assert (failed.code, failed.retryable) == ("transfer_failed", True)
+    assert "2 pages of b/1" in failed.message
+    assert pools.counts("free") == (4, 16, 4)
+
+
+@pytest.mark.parametrize("when", ["saving", "preempted", "restoring"])
+def test_a_request_cancelled_on_its_way_to_host_memory_or_back_leaves_nothing(when: str) -> None:
+    pools = Pools(full=4)
+    core = DecodeCore(pools, limits(growth_tokens=0))
+    make_running(core, request("a", 500, max_tokens=14))
+    make_running(core, request("b", 500, max_tokens=40))
+    say(core, 11)
+    core.next_batch(0.0)
+    (save,) = [
+        action for action in core.finish(0.0, [Sampled(token_id=60, logprob=-1.0)] * 2) if isinstance(action, Save)
+    ]
+    if when == "saving":
+        core.step(0.0, Cancel(B))
+        assert core.step(0.0, Saved(save.run, NOTHING)) == []
+    else:
+        core.step(0.0, Saved(save.run, NOTHING))
+        if when == "preempted":
+            core.step(0.0, Cancel(B))
+    core.next_batch(0.0)
+    actions = core.finish(0.0, [Sampled(token_id=60, logprob=-1.0)])
+    if when == "restoring":
+        assert any(isinstance(action, Restore) for action in actions)
+        core.step(0.0, Cancel(B))
+        assert core.step(0.0, Restored(B, 0)) == []
+    assert pools.counts("free") == (4, 16, 4)
+    assert core.load().host_bytes == 0
+
+
+def test_a_new_request_finds_room_to_grow_behind_it_and_leaves_the_others_theirs() -> None:
+    pools = Pools(full=6)
+    core = DecodeCore(pools, limits(growth_tokens=256))
+    make_running(core, request("a", 500, max_tokens=400))  # 2 pages, and 1 to grow
+    core.step(0.0, Start(request("b", 500, max_tokens=400), SECRET))  # 2 pages, and 1 to grow
+    assert pools.counts("used")[0] == 4
+    core.step(0.0, Start(request("c", 10, max_tokens=4), SECRET))  # would need 1 more
+    assert (pools.counts("used")[0], core.load().waiting) == (4, 1)
+
+
+PROMPT_LENGTHS = st.integers(1, 900) | st.sampled_from([250, 255, 256, 500, 511, 512, 767, 768])
+"""Often just before a page ends, so that answers soon need another."""
+
+
 class AnyOrder(RuleBasedStateMachine):
     """Small pools; offers, reads, steps, cancels and faults in any order: no page is lost, doubled or kept."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pools = Pools(full=9, swa=6, slots=3)
-        self.core = DecodeCore(self.pools, limits(queue_timeout_s=5.0, offer_timeout_s=20.0))
+        some = limits(queue_timeout_s=5.0, offer_timeout_s=20.0, growth_tokens=0, host_memory_bytes=120)
+        self.core = DecodeCore(self.pools, some)
         self.now = 0.0
         self.attempt = 0
         self.live: dict[AttemptId, StartRequest] = {}
@@ -581,6 +751,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.unsettled: list[Place] = []
         self.tokens: dict[AttemptId, int] = {}
         self.batch: list[Segment] = []
+        self.saved: dict[AttemptId, HostPages] = {}
 
     def see(self, actions: list[DecodeAction]) -> None:
         for action in actions:
@@ -594,6 +765,14 @@ class AnyOrder(RuleBasedStateMachine):
                     self.jobs[job.job_id] = job
                 case CancelRead(job_id):
                     assert job_id in self.jobs
+                case Save(run, items):
+                    assert run in self.live
+                    self.saved[run] = HostPages({}, {})
+                    self.answer(Saved(run, self.saved[run]), items)
+                case Restore(run, items, pages):
+                    assert run in self.live
+                    assert pages is self.saved.pop(run)
+                    self.answer(Restored(run, 0), items)
                 case Emit(run, Tokens(_, tokens)):
                     for token in tokens:
                         assert token.index == self.tokens.get(run, 0)
@@ -603,11 +782,19 @@ class AnyOrder(RuleBasedStateMachine):
                 case Emit(run, Failed()):
                     del self.live[run]
 
+    def answer(self, event: Saved | Restored, items: dict[PageClass, list[int]]) -> None:
+        """The copy is made while its items are in use."""
+        for allocator, cls in ((self.pools.full, PageClass.FULL), (self.pools.swa, PageClass.SWA)):
+            before = {item: allocator.generation(item) for item in items[cls]}
+            assert len(before) == len(items[cls])
+            assert not set(allocator._free) & set(before)
+        self.see(self.core.step(self.now, event))
+
     def idle(self) -> bool:
         return not self.batch
 
     @precondition(idle)
-    @rule(name=st.sampled_from("abcd"), n=st.integers(1, 900), max_tokens=st.integers(1, 300))
+    @rule(name=st.sampled_from("abcd"), n=PROMPT_LENGTHS, max_tokens=st.integers(1, 300))
     def start(self, name: str, n: int, max_tokens: int) -> None:
         self.attempt += 1
         req = request(name, n, self.attempt, max_tokens=max_tokens)
@@ -675,6 +862,14 @@ class AnyOrder(RuleBasedStateMachine):
     def finish(self, token: int) -> None:
         n, self.batch = len(self.batch), []
         self.see(self.core.finish(self.now, [Sampled(token_id=token, logprob=0.0, ok=token >= 0)] * n))
+
+    @precondition(idle)
+    @rule(steps=st.integers(2, 20))
+    def run_on(self, steps: int) -> None:
+        for _ in range(steps):
+            self.plan()
+            if self.batch:
+                self.finish(60)
 
     @precondition(lambda self: self.batch)
     @rule()
