@@ -1,8 +1,9 @@
 """How fast pages cross between two processes over NIXL, beside one contiguous NIXL read and a plain memcpy.
 
-One buffer is registered three ways in both processes: as production pools (62 regions of V4-Flash's C4, C4 index
-and C128 pages), as one pool whose items hold a page's 62 parts together, and as one single item. All cases read
-the same bytes through the same `NixlTransport`, take turns in one run, and the bytes are compared.
+One buffer is registered three ways in both processes: as our FULL pool (a page of V4-Flash, all its layers' C4, C4
+index and C128 rows side by side), as one region a layer and kind (62 of them), the way pools are usually laid out, and
+as one single item. All cases read the same bytes through the same `NixlTransport`, take turns in one run, and the
+bytes are compared.
 """
 
 from __future__ import annotations
@@ -148,10 +149,10 @@ def _measure(
     # name -> (what to time, which of our pages then equals which of theirs)
     cases: dict[str, tuple[Callable[[], None], list[int], list[int]]] = {
         "contiguous": (lambda: read(ONE_ITEM, [0], [0]), in_order, in_order),
-        "pages, permuted": (lambda: read(REGIONS, remote, local), local, remote),
-        f"pages, runs of {RUN_PAGES}": (lambda: read(REGIONS, remote_runs, local_runs), local_runs, remote_runs),
-        "pages, in order": (lambda: read(REGIONS, in_order, in_order), in_order, in_order),
-        "whole pages, permuted": (lambda: read(WHOLE_PAGES, remote, local), local, remote),
+        "62 regions, permuted": (lambda: read(REGIONS, remote, local), local, remote),
+        f"62 regions, runs of {RUN_PAGES}": (lambda: read(REGIONS, remote_runs, local_runs), local_runs, remote_runs),
+        "62 regions, in order": (lambda: read(REGIONS, in_order, in_order), in_order, in_order),
+        "our pages, permuted": (lambda: read(WHOLE_PAGES, remote, local), local, remote),
         "memcpy": (lambda: np.copyto(spare, source.bytes), in_order, in_order),
     }
     seconds: dict[str, list[float]] = {name: [] for name in cases}

@@ -23,7 +23,7 @@ from engine.kernels.rows import RowPool
 from wire.errors import ConfigError, PenumbraError
 from wire.types import PAGE_TOKENS, PageClass, Region, RegionClass
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """Moves when bytes inside an item change meaning; part of the layout signature."""
 
 STATE_ROWS = 128
@@ -160,8 +160,7 @@ def plan_sizes(model: ModelConfig, config: EngineConfig) -> PoolSizes:
 class KvPools:
     """Every pool of one worker: allocators, tensors, and the regions a transport registers.
 
-    The tensors of one class are slices of one allocation. `classes` are those this model has bytes for: what a
-    transport registers and what moves.
+    `classes` are those this model has bytes for: what a transport registers and what moves.
     """
 
     def __init__(self, model: ModelConfig, layout: KvLayout, sizes: PoolSizes, fingerprint: str, device: str) -> None:
@@ -171,30 +170,36 @@ class KvPools:
         self.slots = PageAllocator(sizes.slots)
         counts = {PageClass.FULL: sizes.full, PageClass.SWA: sizes.swa, PageClass.STATE: 2 * sizes.slots}
         named = _regions(model, layout)
-        self._tensors: dict[PageClass, list[Tensor]] = {}
+        self._moved: dict[PageClass, list[tuple[str, Tensor]]] = {}  # regions as they move: [items, bytes] uint8 each
         self._by_name: dict[str, Tensor] = {}
         classes = []
         for cls, regions in named.items():
-            n = counts[cls]
-            memory = _zeroed(sum(size for _, size in regions) * n, device)
-            tensors, offset = [], 0
+            n, total = counts[cls], sum(size for _, size in regions)
+            memory = _zeroed(total * n, device)
+            # A prompt is thousands of FULL pages and one or two of the others. Every layer's rows of a FULL page lie
+            # side by side, so that a page moves as one range whatever its neighbours are.
+            whole = cls is PageClass.FULL
+            offset = 0
             for name, size in regions:
-                tensor = memory[offset : offset + n * size].view(n, size)
-                offset += n * size
-                tensors.append(tensor)
-                self._by_name[name] = tensor
-            self._tensors[cls] = tensors
+                if whole:
+                    self._by_name[name] = memory.view(n, total)[:, offset : offset + size]
+                    offset += size
+                else:
+                    self._by_name[name] = memory[offset : offset + n * size].view(n, size)
+                    offset += n * size
             if not regions:
-                continue  # without C128 layers there is no state to move, nor any compressed row without C4 ones
-            classes.append(
-                RegionClass(
-                    name=cls,
-                    regions=tuple(
-                        Region(name=name, address=tensor.data_ptr(), item_bytes=size, num_items=n)
-                        for (name, size), tensor in zip(regions, tensors, strict=True)
-                    ),
+                moved = []  # no C128 layers, so no state; or no compressed rows at all
+            elif whole:
+                moved = [("page", memory.view(n, total))]
+            else:
+                moved = [(name, self._by_name[name]) for name, _ in regions]
+            self._moved[cls] = moved
+            if moved:
+                parts = tuple(
+                    Region(name=name, address=tensor.data_ptr(), item_bytes=tensor.shape[1], num_items=n)
+                    for name, tensor in moved
                 )
-            )
+                classes.append(RegionClass(name=cls, regions=parts))
         self.classes = tuple(classes)
         described = {
             "version": LAYOUT_VERSION,
@@ -233,7 +238,8 @@ class KvPools:
 
         The bytes themselves move by whatever reaches this memory; this pair only says what they must be.
         """
-        return item_checksums(self._tensors[page_class], items) if self._tensors[page_class] else [0] * len(items)
+        moved = [tensor for _, tensor in self._moved[page_class]]
+        return item_checksums(moved, items) if moved else [0] * len(items)
 
     def import_pages(self, page_class: PageClass, items: Sequence[int], checksums: Sequence[int]) -> list[int]:
         """Items among `items` whose bytes are not the exported ones. An empty list means all may be used."""
@@ -242,7 +248,7 @@ class KvPools:
 
     def copy_out(self, page_class: PageClass, items: Sequence[int]) -> Tensor:
         """The bytes now at these items, in host memory. [len(items), bytes of one item] uint8, regions in order."""
-        tensors = self._tensors[page_class]
+        tensors = [tensor for _, tensor in self._moved[page_class]]
         index = torch.tensor(items, dtype=torch.int64)
         out = torch.empty(len(items), sum(tensor.shape[1] for tensor in tensors), dtype=torch.uint8)
         start = 0
@@ -254,7 +260,7 @@ class KvPools:
 
     def copy_in(self, page_class: PageClass, items: Sequence[int], rows: Tensor) -> None:
         """Write what `copy_out` returned, row i to items[i]."""
-        tensors = self._tensors[page_class]
+        tensors = [tensor for _, tensor in self._moved[page_class]]
         expected = (len(items), sum(tensor.shape[1] for tensor in tensors))
         assert tuple(rows.shape) == expected, f"{page_class} rows of shape {tuple(rows.shape)}, expected {expected}"
         index = torch.tensor(items, dtype=torch.int64)

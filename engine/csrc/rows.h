@@ -21,12 +21,12 @@ enum Codec : int64_t { kExact = 0, kLatentV4 = 1, kIndexV4 = 2 };
 // Mirrors `_NativePool` in engine/kernels/rows.py, field for field.
 struct Pool {
     uint8_t* data;
-    int64_t item_bytes;
+    int64_t item_stride;  // bytes from one item to the next
     int64_t rows_per_item;
     int64_t dim;
     int64_t codec;
 
-    uint8_t* item(int64_t index) const { return data + index * item_bytes; }
+    uint8_t* item(int64_t index) const { return data + index * item_stride; }
 };
 
 PENUMBRA_INLINE uvec float_bits(vec v) {

@@ -52,7 +52,7 @@ class _NativePool(ctypes.Structure):
 
     _fields_ = (
         ("data", ctypes.c_void_p),
-        ("item_bytes", ctypes.c_int64),
+        ("item_stride", ctypes.c_int64),
         ("rows_per_item", ctypes.c_int64),
         ("dim", ctypes.c_int64),
         ("codec", ctypes.c_int64),
@@ -63,7 +63,7 @@ class _NativePool(ctypes.Structure):
 class RowPool:
     """One region of a pool, seen as rows. Flat row id = item * rows_per_item + offset in the item."""
 
-    data: Tensor  # [num_items, item_bytes] uint8, contiguous
+    data: Tensor  # [num_items, item_bytes] uint8; items are evenly spaced, each in one piece
     rows_per_item: int  # SWA 256, C4 and C4 index 64, C128 2
     kind: Kind
     layout: Layout
@@ -80,10 +80,10 @@ class RowPool:
                 f"{item_bytes} bytes; its memory is {data.dtype} {list(data.shape)}. "
                 "Allocate it with RowPool.item_bytes_for()."
             )
-        if not data.is_contiguous():
-            raise ValueError("a row pool's memory is not contiguous; row addresses count on items back to back")
+        if data.stride(1) != 1 or data.stride(0) < item_bytes:
+            raise ValueError("a row pool's items overlap or lie in pieces; row addresses count on whole items")
         codec = 0 if self.layout == "exact" else 1 if self.kind == "latent" else 2
-        view = _NativePool(data.data_ptr(), item_bytes, self.rows_per_item, self.dim, codec)
+        view = _NativePool(data.data_ptr(), data.stride(0), self.rows_per_item, self.dim, codec)
         object.__setattr__(self, "described", view)
 
     @property
@@ -184,15 +184,21 @@ def _quantise(groups: Tensor) -> tuple[Tensor, Tensor]:
 def _at(pool: RowPool, rows: Tensor, stride_bytes: int, start_bytes: int) -> Tensor:
     """Byte address of each row's part that lies `start_bytes` into its item, `stride_bytes` a row."""
     n = pool.rows_per_item
-    return rows // n * pool.data.shape[1] + rows % n * stride_bytes + start_bytes
+    return rows // n * pool.data.stride(0) + rows % n * stride_bytes + start_bytes
+
+
+def _flat(pool: RowPool) -> Tensor:
+    """The pool's memory from its first item's first byte to its last item's last."""
+    items, item_bytes = pool.data.shape
+    return pool.data.as_strided(((items - 1) * pool.data.stride(0) + item_bytes,), (1,))
 
 
 def _gather(pool: RowPool, at: Tensor, num_bytes: int) -> Tensor:
-    return pool.data.view(-1)[at[:, None] + torch.arange(num_bytes)]
+    return _flat(pool)[at[:, None] + torch.arange(num_bytes)]
 
 
 def _scatter(pool: RowPool, at: Tensor, data: Tensor) -> None:
-    pool.data.view(-1)[at[:, None] + torch.arange(data.shape[1])] = data
+    _flat(pool)[at[:, None] + torch.arange(data.shape[1])] = data
 
 
 def _native(name: str) -> Callable[..., None] | None:
