@@ -13,6 +13,7 @@ import hashlib
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import grpc
 import numpy as np
@@ -22,7 +23,8 @@ from prometheus_client import CollectorRegistry
 from decode_worker.scheduler import DecodeCore, DecodeLimits
 from decode_worker.service import DecodeService
 from engine.batch import Sampled, Segment
-from engine.cache.pools import PageAllocator
+from engine.cache.pools import KvPools, PageAllocator
+from engine.loop import StepRunner
 from engine.window import first_window_page
 from kvtransfer.loopback import Gate, LoopbackTransport
 from kvtransfer.reader import Reader
@@ -46,6 +48,9 @@ from wire.v1 import worker_pb2, worker_pb2_grpc
 
 VOCAB = 1000
 EOS = 1
+
+P = TypeVar("P", "OraclePools", KvPools)
+R = TypeVar("R", bound=StepRunner)
 
 
 def next_token(tokens: Sequence[int]) -> int:
@@ -101,14 +106,15 @@ class OraclePools:
     def copy_in(self, page_class: PageClass, items: Sequence[int], rows: torch.Tensor) -> None:
         self.memory[page_class][list(items)] = rows.numpy()
 
-    def used(self) -> dict[str, int]:
-        """Pages not free, by pool and state; empty when nothing is held."""
-        pools = {"full": self.full, "swa": self.swa, "slots": self.slots}
-        held = {f"{name} {state}": getattr(a.counts(), state) for name, a in pools.items() for state in STATES}
-        return {name: count for name, count in held.items() if count}
-
 
 STATES = ("used", "quarantined")
+
+
+def used(pools: OraclePools | KvPools) -> dict[str, int]:
+    """Pages not free, by pool and state; empty when nothing is held."""
+    allocators = {"full": pools.full, "swa": pools.swa, "slots": pools.slots}
+    held = {f"{name} {state}": getattr(a.counts(), state) for name, a in allocators.items() for state in STATES}
+    return {name: count for name, count in held.items() if count}
 
 
 class OracleRunner:
@@ -159,21 +165,28 @@ class OracleRunner:
 
 
 @dataclass
-class Pair:
+class Pair(Generic[P, R]):
     """One prefill and one decode worker in this process, each with its own server."""
 
     prefill: PrefillService
-    prefill_pools: OraclePools
-    prefill_runner: OracleRunner
+    prefill_pools: P
+    prefill_runner: R
     decode: DecodeService
-    decode_pools: OraclePools
-    decode_runner: OracleRunner
+    decode_pools: P
+    decode_runner: R
     prefill_info: WorkerInfo
     decode_info: WorkerInfo
+    decode_registry: CollectorRegistry
     gate: Gate
     prefill_channel: grpc.aio.Channel
     decode_channel: grpc.aio.Channel
     stop_prefill: Callable[[], Awaitable[None]] = field(repr=False)
+
+    def metric(self, name: str) -> float:
+        """A metric of the decode worker as it was last published."""
+        value = self.decode_registry.get_sample_value(name)
+        assert value is not None, f"the decode worker has no metric {name}"
+        return value
 
     def start(self, request: StartRequest) -> AsyncIterator[StartEvent]:
         return _events(worker_pb2_grpc.DecodeStub(self.decode_channel), request)
@@ -183,12 +196,15 @@ class Pair:
         return stub.Run(convert.run_request_to_wire(request))  # type: ignore[no-any-return]
 
     def held(self) -> dict[str, int]:
-        prefill = {f"prefill {name}": n for name, n in self.prefill_pools.used().items()}
-        return prefill | {f"decode {name}": n for name, n in self.decode_pools.used().items()}
+        prefill = {f"prefill {name}": n for name, n in used(self.prefill_pools).items()}
+        return prefill | {f"decode {name}": n for name, n in used(self.decode_pools).items()}
 
     async def settle(self) -> None:
         """Wait until neither worker holds anything."""
         await until(lambda: not self.held() and self.prefill.is_idle() and self.decode.is_idle())
+
+
+OraclePair = Pair[OraclePools, OracleRunner]
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -215,9 +231,33 @@ async def pair(
     progress_deadline_s: float = 0.5,
     decode_pools: OraclePools | None = None,
     prefill_pools: OraclePools | None = None,
-) -> AsyncIterator[Pair]:
+) -> AsyncIterator[OraclePair]:
     """Two workers over loopback; `name` makes their transports unique in this process."""
-    ours, theirs, gate = decode_pools or OraclePools(), prefill_pools or OraclePools(), Gate()
+    ours, theirs = decode_pools or OraclePools(), prefill_pools or OraclePools()
+    async with pair_of(
+        name,
+        (theirs, OracleRunner(theirs)),
+        (ours, OracleRunner(ours)),
+        PrefillLimits(chunk_tokens=chunk_tokens, max_batch_tokens=400, max_context=8192, vocab_size=VOCAB),
+        DecodeLimits(max_context=8192, vocab_size=VOCAB, eos_token_id=EOS),
+        progress_deadline_s=progress_deadline_s,
+    ) as workers:
+        yield workers
+
+
+@contextlib.asynccontextmanager
+async def pair_of(
+    name: str,
+    prefill_engine: tuple[P, R],
+    decode_engine: tuple[P, R],
+    prefill_limits: PrefillLimits,
+    decode_limits: DecodeLimits,
+    *,
+    progress_deadline_s: float = 2.0,
+) -> AsyncIterator[Pair[P, R]]:
+    """Two workers around engines of any kind, each given as (pools, runner)."""
+    (theirs, prefill_runner), (ours, decode_runner) = prefill_engine, decode_engine
+    gate, registry = Gate(), CollectorRegistry()
     async with contextlib.AsyncExitStack() as stack:
         owner = LoopbackTransport(f"{name}-prefill")
         owner.register(theirs.classes)
@@ -229,32 +269,27 @@ async def pair(
             transport="loopback",
             agent=agent,
             metadata=metadata,
-            signature="oracle",
+            signature=theirs.signature,
             classes=theirs.classes,
         )
-        prefill_core = PrefillCore(
-            theirs,
-            PrefillLimits(chunk_tokens=chunk_tokens, max_batch_tokens=400, max_context=8192, vocab_size=VOCAB),
-        )
-        prefill_runner, decode_runner = OracleRunner(theirs), OracleRunner(ours)
         prefill = PrefillService(
-            prefill_core,
+            PrefillCore(theirs, prefill_limits),
             prefill_runner,
             card,
             WorkerMetrics(CollectorRegistry()),
             model="m",
-            max_context=8192,
+            max_context=prefill_limits.max_context,
         )
         decode = DecodeService(
-            DecodeCore(ours, DecodeLimits(max_context=8192, vocab_size=VOCAB, eos_token_id=EOS)),
+            DecodeCore(ours, decode_limits),
             decode_runner,
             ours,
-            WorkerMetrics(CollectorRegistry()),
+            WorkerMetrics(registry),
             worker_id="decode-0",
             epoch=22,
             model="m",
-            signature="oracle",
-            max_context=8192,
+            signature=ours.signature,
+            max_context=decode_limits.max_context,
         )
         transport = LoopbackTransport(f"{name}-decode", gate)
         transport.register(ours.classes)
@@ -292,6 +327,7 @@ async def pair(
             decode_runner=decode_runner,
             prefill_info=infos[0],
             decode_info=infos[1],
+            decode_registry=registry,
             gate=gate,
             prefill_channel=channels[0],
             decode_channel=channels[1],

@@ -7,12 +7,13 @@ import contextlib
 import itertools
 import random
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import pytest
 
 from kvtransfer.loopback import Flow
-from tests.decode_worker.oracle import OraclePools, Pair, answer, pair, until
+from tests.decode_worker.oracle import OraclePair, OraclePools, Pair, answer, pair, until
 from wire import convert
 from wire.rpc import error_from_rpc
 from wire.types import (
@@ -35,7 +36,7 @@ names = (f"pair-{n}" for n in itertools.count())
 
 
 @pytest.fixture
-async def workers() -> AsyncIterator[Pair]:
+async def workers() -> AsyncIterator[OraclePair]:
     async with pair(next(names)) as workers:
         yield workers
 
@@ -46,22 +47,32 @@ def prompt_of(n: int, seed: int = 0) -> tuple[int, ...]:
 
 
 def start_request(
-    workers: Pair, request_id: str, prompt: tuple[int, ...], max_tokens: int, attempt: int = 1
+    workers: Pair[Any, Any],
+    request_id: str,
+    prompt: tuple[int, ...],
+    max_tokens: int,
+    attempt: int = 1,
+    sampling: SamplingParams | None = None,
 ) -> StartRequest:
     return StartRequest(
         request_id=request_id,
         attempt=attempt,
         prompt=prompt,
-        sampling=SamplingParams(max_tokens=max_tokens, seed=0),
+        sampling=sampling or SamplingParams(max_tokens=max_tokens, seed=0),
         source=workers.prefill_info.ref,
     )
 
 
 async def request(
-    workers: Pair, request_id: str, prompt: tuple[int, ...], max_tokens: int, attempt: int = 1
+    workers: Pair[Any, Any],
+    request_id: str,
+    prompt: tuple[int, ...],
+    max_tokens: int = 0,
+    attempt: int = 1,
+    sampling: SamplingParams | None = None,
 ) -> tuple[list[int], list[StartEvent]]:
     """One request as the router drives it: start, prefill once admitted. (token ids, all events)"""
-    start = start_request(workers, request_id, prompt, max_tokens, attempt)
+    start = start_request(workers, request_id, prompt, max_tokens, attempt, sampling)
     events: list[StartEvent] = []
     ids: list[int] = []
     async with asyncio.TaskGroup() as tasks, contextlib.aclosing(workers.start(start)) as stream:
@@ -86,7 +97,7 @@ async def request(
     return ids, events
 
 
-async def drain(workers: Pair, run: RunRequest) -> None:
+async def drain(workers: Pair[Any, Any], run: RunRequest) -> None:
     call = workers.run(run)
     try:
         async for _ in call:
@@ -98,7 +109,7 @@ async def drain(workers: Pair, run: RunRequest) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 127, 128, 129, 255, 256, 257, 383, 384, 1100])
-async def test_an_answer_is_the_reference_whatever_the_prompts_length(workers: Pair, n: int) -> None:
+async def test_an_answer_is_the_reference_whatever_the_prompts_length(workers: OraclePair, n: int) -> None:
     prompt = prompt_of(n)
     ids, events = await request(workers, "r", prompt, 40)
     assert ids == answer(prompt, 40)
@@ -107,7 +118,7 @@ async def test_an_answer_is_the_reference_whatever_the_prompts_length(workers: P
     await workers.settle()
 
 
-async def test_many_requests_at_once_each_get_their_own_answer(workers: Pair) -> None:
+async def test_many_requests_at_once_each_get_their_own_answer(workers: OraclePair) -> None:
     prompts = [prompt_of(n, seed=1) for n in (3, 900, 256, 31, 1500, 128, 640, 77, 2000, 5)]
     results = await asyncio.gather(*(request(workers, f"r{i}", prompt, 30 + i) for i, prompt in enumerate(prompts)))
     for i, (prompt, (ids, _)) in enumerate(zip(prompts, results, strict=True)):
@@ -115,7 +126,7 @@ async def test_many_requests_at_once_each_get_their_own_answer(workers: Pair) ->
     await workers.settle()
 
 
-async def test_clients_that_leave_at_any_moment_leave_nothing_behind(workers: Pair) -> None:
+async def test_clients_that_leave_at_any_moment_leave_nothing_behind(workers: OraclePair) -> None:
     rng = random.Random(3)
 
     async def leave_early(i: int) -> None:
@@ -130,7 +141,7 @@ async def test_clients_that_leave_at_any_moment_leave_nothing_behind(workers: Pa
     assert ids == answer(prompt_of(300), 5)
 
 
-async def test_a_bit_that_flips_between_workers_is_caught_and_fails_the_attempt_alone(workers: Pair) -> None:
+async def test_a_bit_that_flips_between_workers_is_caught_and_fails_the_attempt_alone(workers: OraclePair) -> None:
     workers.gate.flow = Flow.HELD
     prompt = prompt_of(300)
     attempt = asyncio.create_task(request(workers, "r", prompt, 5))
@@ -149,7 +160,7 @@ async def test_a_bit_that_flips_between_workers_is_caught_and_fails_the_attempt_
 
 
 async def test_a_frozen_owner_fails_the_attempt_and_its_pages_wait_in_quarantine_until_quiet(
-    workers: Pair,
+    workers: OraclePair,
 ) -> None:
     workers.gate.flow = Flow.HELD
     ids, events = await request(workers, "r", prompt_of(300), 5)
@@ -163,7 +174,7 @@ async def test_a_frozen_owner_fails_the_attempt_and_its_pages_wait_in_quarantine
     await workers.settle()
 
 
-async def test_a_prefill_worker_that_goes_away_in_mid_prompt_fails_the_attempt_at_once(workers: Pair) -> None:
+async def test_a_prefill_worker_that_goes_away_in_mid_prompt_fails_the_attempt_at_once(workers: OraclePair) -> None:
     workers.prefill_runner.pause_after(3)
     attempt = asyncio.create_task(request(workers, "r", prompt_of(2000), 5))
     await until(lambda: 0 < workers.prefill.info("").queued_tokens < 2000 - 400)
@@ -176,7 +187,7 @@ async def test_a_prefill_worker_that_goes_away_in_mid_prompt_fails_the_attempt_a
     await workers.settle()
 
 
-async def test_a_prefill_step_that_raises_fails_the_request_and_marks_the_worker(workers: Pair) -> None:
+async def test_a_prefill_step_that_raises_fails_the_request_and_marks_the_worker(workers: OraclePair) -> None:
     workers.prefill_runner.fail_next.set()
     ids, events = await request(workers, "r", prompt_of(300), 5)
     assert ids == []
@@ -186,7 +197,7 @@ async def test_a_prefill_step_that_raises_fails_the_request_and_marks_the_worker
     await workers.settle()
 
 
-async def test_a_decode_step_that_raises_fails_the_request_and_marks_the_worker(workers: Pair) -> None:
+async def test_a_decode_step_that_raises_fails_the_request_and_marks_the_worker(workers: OraclePair) -> None:
     workers.decode_runner.fail_next.set()
     ids, events = await request(workers, "r", prompt_of(300), 5)
     assert ids == answer(prompt_of(300), 1)
@@ -204,7 +215,9 @@ async def test_a_request_larger_than_the_worker_is_refused_with_its_numbers() ->
         assert "1000 prompt tokens and max_tokens=300 need 6 pages and this worker has 4" in events[0].message
 
 
-async def request_refused(workers: Pair, prompt: tuple[int, ...], max_tokens: int) -> tuple[None, list[StartEvent]]:
+async def request_refused(
+    workers: OraclePair, prompt: tuple[int, ...], max_tokens: int
+) -> tuple[None, list[StartEvent]]:
     stream = workers.start(start_request(workers, "r", prompt, max_tokens))
     return None, [event async for event in stream]
 
@@ -222,7 +235,7 @@ async def test_more_requests_than_fit_take_turns_and_all_are_answered() -> None:
         await workers.settle()
 
 
-async def test_the_same_attempt_twice_is_stale(workers: Pair) -> None:
+async def test_the_same_attempt_twice_is_stale(workers: OraclePair) -> None:
     first = workers.start(start_request(workers, "r", prompt_of(10), 5))
     assert isinstance(await anext(first), Admitted)
     with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -232,7 +245,7 @@ async def test_the_same_attempt_twice_is_stale(workers: Pair) -> None:
     await workers.settle()
 
 
-async def test_a_draining_worker_takes_nothing_new_and_finishes_what_it_has(workers: Pair) -> None:
+async def test_a_draining_worker_takes_nothing_new_and_finishes_what_it_has(workers: OraclePair) -> None:
     prompt = prompt_of(300)
     workers.decode_runner.pause_after(1)
     old = asyncio.create_task(request(workers, "old", prompt, 30))
@@ -247,7 +260,7 @@ async def test_a_draining_worker_takes_nothing_new_and_finishes_what_it_has(work
     assert workers.decode.is_idle()
 
 
-async def test_pages_are_shown_to_nobody_without_the_secret(workers: Pair) -> None:
+async def test_pages_are_shown_to_nobody_without_the_secret(workers: OraclePair) -> None:
     run = RunRequest(
         request_id="r",
         attempt=1,
