@@ -190,7 +190,7 @@ def _measure(
 def _compare(name: str, source: Buffer, target: Buffer, spare: np.ndarray, ours: list[int], theirs: list[int]) -> None:
     if name == "memcpy":
         same = np.array_equal(spare, source.bytes)
-    elif name.startswith("pages"):
+    elif name.startswith("62 regions"):
         same = all(
             np.array_equal(here[ours], there[theirs]) for here, there in zip(target.parts, source.parts, strict=True)
         )
