@@ -147,6 +147,7 @@ class Registry:
                     if not lost:
                         log.warning("registry_lost", worker_id=worker_id, error=str(error))
                     lost = True
+                _honour_cancellation()
                 await asyncio.sleep(HEARTBEAT_S)
         finally:
             await self._forget(worker_id)
@@ -174,6 +175,7 @@ class Registry:
                 self._last = Snapshot(
                     workers=self._last.workers, skipped=self._last.skipped, stale_since=time.monotonic()
                 )
+        _honour_cancellation()
         return self._last
 
     async def _read(self) -> Snapshot:
@@ -207,6 +209,17 @@ class Registry:
             # A worker that beats in between adds itself again a second later.
             await _await(self._reader.srem(self._index, *expired))
         return Snapshot(workers=MappingProxyType(workers), skipped=len(unusable))
+
+
+def _honour_cancellation() -> None:
+    """Raise the CancelledError that redis-py may have lost.
+
+    It sends through asyncio.wait_for, which before Python 3.12 returns normally when a cancellation arrives as the
+    send completes. A loop around such a call would then run for ever.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 async def _await(answer: Any) -> Any:

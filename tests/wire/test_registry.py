@@ -180,3 +180,21 @@ def test_a_url_that_is_none_is_a_config_error() -> None:
 
 def test_a_record_comes_back_as_it_was() -> None:
     assert decode_record("prefill-0", encode_record(INFO)) == INFO
+
+
+async def test_a_poll_that_is_cancelled_at_any_moment_ends(redis_server) -> None:
+    """redis-py may lose a cancellation that arrives as a command is sent; a loop of ours must not."""
+    async with Registry(redis_server.url) as registry:
+
+        async def poll() -> None:
+            while True:
+                await registry.snapshot()
+
+        for steps in range(60):
+            task = asyncio.create_task(poll())
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            task.cancel()
+            done, _ = await asyncio.wait({task}, timeout=5)
+            assert done == {task}
+            assert task.cancelled()
