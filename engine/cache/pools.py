@@ -36,9 +36,13 @@ class OutOfPages(PenumbraError):
 
 @dataclass(frozen=True, slots=True)
 class PoolCounts:
+    """Items of one pool. Of those in use a prefix cache may own some, which are evictable or protected by a lease."""
+
     free: int
     used: int
     quarantined: int
+    evictable: int = 0
+    protected: int = 0
 
 
 class PageAllocator:
@@ -64,6 +68,9 @@ class PageAllocator:
 
     def generation(self, item: int) -> int:
         return self._generation[item]
+
+    def in_use(self, item: int) -> bool:
+        return item in self._used
 
     def allocate(self, n: int) -> list[int]:
         """n items, all or nothing. Raises OutOfPages."""
