@@ -146,6 +146,23 @@ class RouterMetrics:
         self.generation_tokens = Counter("penumbra_generation_tokens_total", "Tokens delivered", registry=registry)
         self.workers = Gauge("penumbra_workers", "Workers known, by role", ["role"], registry=registry)
         self.registry_stale = Gauge("penumbra_registry_stale_seconds", "Age of the worker list", registry=registry)
+        self.prefix_events = Counter(
+            "penumbra_prefix_events_total",
+            "Pages that workers told to have stored or removed, by kind",
+            ["kind"],
+            registry=registry,
+        )
+        self.prefix_gaps = Counter(
+            "penumbra_prefix_gaps_total",
+            "Times a worker's prefix events could not be followed and its snapshot was read",
+            registry=registry,
+        )
+        self.mirror_pages = Gauge(
+            "penumbra_prefix_mirror_pages", "Pages each worker is known to hold", ["worker_id"], registry=registry
+        )
+        self.cached_tokens = Counter(
+            "penumbra_prompt_tokens_cached_total", "Prompt tokens found in a prefix cache", registry=registry
+        )
 
 
 class WorkerMetrics:
