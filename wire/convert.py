@@ -46,6 +46,7 @@ from wire.v1 import kv_pb2, worker_pb2
 
 SECRET_BYTES = 16
 MAX_TOP_LOGPROBS = 20
+MAX_GRAMMAR_CHARS = 256 << 10
 MAX_ID_CHARS = 256
 WORKER_ID = re.compile(r"[a-z0-9-]{1,63}")
 
@@ -128,6 +129,15 @@ def sampling_to_wire(sampling: SamplingParams) -> worker_pb2.Sampling:
         top_logprobs=sampling.top_logprobs,
         stop_token_ids=sampling.stop_token_ids,
         ignore_eos=sampling.ignore_eos,
+        choice=sampling.choice,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias=[worker_pb2.LogitBias(id=token_id, bias=bias) for token_id, bias in sampling.logit_bias],
+        min_tokens=sampling.min_tokens,
+        grammar=sampling.grammar,
     )
 
 
@@ -138,8 +148,19 @@ def sampling_from_wire(message: worker_pb2.Sampling) -> SamplingParams:
         _refuse("temperature", f"must be finite and not negative, got {message.temperature}")
     if not 0 < message.top_p <= 1:
         _refuse("top_p", f"must be above 0 and at most 1, got {message.top_p}")
+    if not 0 <= message.min_p <= 1:
+        _refuse("min_p", f"must be 0 to 1, got {message.min_p}")
+    for name in ("presence_penalty", "frequency_penalty", "repetition_penalty"):
+        if not math.isfinite(getattr(message, name)):
+            _refuse(name, f"must be finite, got {getattr(message, name)}")
+    if message.repetition_penalty < 0:
+        _refuse("repetition_penalty", f"must be above 0, got {message.repetition_penalty}")
+    if not all(math.isfinite(entry.bias) for entry in message.logit_bias):
+        _refuse("logit_bias", "holds a value that is not finite")
     if message.top_logprobs > MAX_TOP_LOGPROBS:
         _refuse("top_logprobs", f"must be at most {MAX_TOP_LOGPROBS}, got {message.top_logprobs}")
+    if len(message.grammar) > MAX_GRAMMAR_CHARS:
+        _refuse("grammar", f"must be at most {MAX_GRAMMAR_CHARS} characters, got {len(message.grammar)}")
     return SamplingParams(
         max_tokens=message.max_tokens,
         seed=message.seed,
@@ -149,6 +170,15 @@ def sampling_from_wire(message: worker_pb2.Sampling) -> SamplingParams:
         top_logprobs=message.top_logprobs,
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
+        choice=message.choice,
+        top_k=message.top_k,
+        min_p=message.min_p,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        repetition_penalty=message.repetition_penalty or 1.0,
+        logit_bias=tuple((entry.id, entry.bias) for entry in message.logit_bias),
+        min_tokens=message.min_tokens,
+        grammar=message.grammar,
     )
 
 

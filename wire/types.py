@@ -46,16 +46,28 @@ class AttemptId(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How tokens of one request are drawn. `seed` is always set: the router draws one when the client gives none."""
+    """How tokens of one request are drawn. `seed` is always set: the router draws one when the client gives none.
+
+    Together with the prompt and the tokens emitted so far this is all that another worker needs to go on.
+    """
 
     max_tokens: int
     seed: int
+    choice: int = 0  # which of the answers to one prompt; part of the key of the noise
     temperature: float = 1.0
+    top_k: int = 0  # 0: all
     top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what to add to its logit)
+    min_tokens: int = 0  # neither EOS nor a stop token before
     logprobs: bool = False
     top_logprobs: int = 0
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    grammar: str = field(default="", repr=False)  # llguidance grammar the answer must follow; empty: none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

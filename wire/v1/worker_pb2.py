@@ -25,43 +25,45 @@ _sym_db = _symbol_database.Default()
 from wire.v1 import kv_pb2 as wire_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14wire/v1/worker.proto\x12\x07wire.v1\x1a\x10wire/v1/kv.proto\"\xa4\x01\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\x04\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\x0c\n\x04seed\x18\x04 \x01(\x06\x12\x10\n\x08logprobs\x18\x05 \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x06 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\">\n\tWorkerRef\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x06\"\x18\n\x06Resume\x12\x0e\n\x06tokens\x18\x01 \x01(\x0c\"\xc0\x01\n\x0cStartRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06prompt\x18\x03 \x01(\x0c\x12#\n\x08sampling\x18\x04 \x01(\x0b\x32\x11.wire.v1.Sampling\x12\"\n\x06source\x18\x05 \x01(\x0b\x32\x12.wire.v1.WorkerRef\x12\x1f\n\x06resume\x18\x06 \x01(\x0b\x32\x0f.wire.v1.Resume\x12\x11\n\tnamespace\x18\x07 \x01(\x0c\"3\n\x08\x41\x64mitted\x12\x17\n\x0fresident_prefix\x18\x01 \x01(\x04\x12\x0e\n\x06secret\x18\x02 \x01(\x0c\"\x19\n\x08\x46\x65tching\x12\r\n\x05pages\x18\x01 \x01(\x04\"9\n\x06Tokens\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\r\x12\x1e\n\x06tokens\x18\x02 \x03(\x0b\x32\x0e.wire.v1.Token\"c\n\x08\x46inished\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\x04\x12\x15\n\rcached_tokens\x18\x03 \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\x04\":\n\x06\x46\x61iled\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\"\xd0\x01\n\nStartEvent\x12%\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x11.wire.v1.AdmittedH\x00\x12%\n\x08\x66\x65tching\x18\x02 \x01(\x0b\x32\x11.wire.v1.FetchingH\x00\x12!\n\x06tokens\x18\x03 \x01(\x0b\x32\x0f.wire.v1.TokensH\x00\x12%\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x11.wire.v1.FinishedH\x00\x12!\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x0f.wire.v1.FailedH\x00\x42\x07\n\x05\x65vent\"\x97\x01\n\nRunRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06prompt\x18\x03 \x01(\x0c\x12#\n\x08sampling\x18\x04 \x01(\x0b\x32\x11.wire.v1.Sampling\x12\x0c\n\x04skip\x18\x05 \x01(\x04\x12\x0e\n\x06secret\x18\x06 \x01(\x0c\x12\x11\n\tnamespace\x18\x07 \x01(\x0c\"7\n\x08Progress\x12\x0c\n\x04\x64one\x18\x01 \x01(\x04\x12\r\n\x05total\x18\x02 \x01(\x04\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\x04\";\n\x0bRunFinished\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x04\x12\x15\n\rcached_tokens\x18\x02 \x01(\x04\"\x87\x01\n\x08RunEvent\x12%\n\x08progress\x18\x01 \x01(\x0b\x32\x11.wire.v1.ProgressH\x00\x12(\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x14.wire.v1.RunFinishedH\x00\x12!\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x0f.wire.v1.FailedH\x00\x42\x07\n\x05\x65vent2?\n\x06\x44\x65\x63ode\x12\x35\n\x05Start\x12\x15.wire.v1.StartRequest\x1a\x13.wire.v1.StartEvent0\x01\x32:\n\x07Prefill\x12/\n\x03Run\x12\x13.wire.v1.RunRequest\x1a\x11.wire.v1.RunEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14wire/v1/worker.proto\x12\x07wire.v1\x1a\x10wire/v1/kv.proto\"%\n\tLogitBias\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01\"\xf0\x02\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\x04\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\x0c\n\x04seed\x18\x04 \x01(\x06\x12\x10\n\x08logprobs\x18\x05 \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x06 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x0e\n\x06\x63hoice\x18\t \x01(\r\x12\r\n\x05top_k\x18\n \x01(\r\x12\r\n\x05min_p\x18\x0b \x01(\x01\x12\x18\n\x10presence_penalty\x18\x0c \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\r \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x0e \x01(\x01\x12&\n\nlogit_bias\x18\x0f \x03(\x0b\x32\x12.wire.v1.LogitBias\x12\x12\n\nmin_tokens\x18\x10 \x01(\x04\x12\x0f\n\x07grammar\x18\x11 \x01(\t\">\n\tWorkerRef\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x06\"\x18\n\x06Resume\x12\x0e\n\x06tokens\x18\x01 \x01(\x0c\"\xc0\x01\n\x0cStartRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06prompt\x18\x03 \x01(\x0c\x12#\n\x08sampling\x18\x04 \x01(\x0b\x32\x11.wire.v1.Sampling\x12\"\n\x06source\x18\x05 \x01(\x0b\x32\x12.wire.v1.WorkerRef\x12\x1f\n\x06resume\x18\x06 \x01(\x0b\x32\x0f.wire.v1.Resume\x12\x11\n\tnamespace\x18\x07 \x01(\x0c\"3\n\x08\x41\x64mitted\x12\x17\n\x0fresident_prefix\x18\x01 \x01(\x04\x12\x0e\n\x06secret\x18\x02 \x01(\x0c\"\x19\n\x08\x46\x65tching\x12\r\n\x05pages\x18\x01 \x01(\x04\"9\n\x06Tokens\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\r\x12\x1e\n\x06tokens\x18\x02 \x03(\x0b\x32\x0e.wire.v1.Token\"c\n\x08\x46inished\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\x04\x12\x15\n\rcached_tokens\x18\x03 \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\x04\":\n\x06\x46\x61iled\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tretryable\x18\x03 \x01(\x08\"\xd0\x01\n\nStartEvent\x12%\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x11.wire.v1.AdmittedH\x00\x12%\n\x08\x66\x65tching\x18\x02 \x01(\x0b\x32\x11.wire.v1.FetchingH\x00\x12!\n\x06tokens\x18\x03 \x01(\x0b\x32\x0f.wire.v1.TokensH\x00\x12%\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x11.wire.v1.FinishedH\x00\x12!\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x0f.wire.v1.FailedH\x00\x42\x07\n\x05\x65vent\"\x97\x01\n\nRunRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06prompt\x18\x03 \x01(\x0c\x12#\n\x08sampling\x18\x04 \x01(\x0b\x32\x11.wire.v1.Sampling\x12\x0c\n\x04skip\x18\x05 \x01(\x04\x12\x0e\n\x06secret\x18\x06 \x01(\x0c\x12\x11\n\tnamespace\x18\x07 \x01(\x0c\"7\n\x08Progress\x12\x0c\n\x04\x64one\x18\x01 \x01(\x04\x12\r\n\x05total\x18\x02 \x01(\x04\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\x04\";\n\x0bRunFinished\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x04\x12\x15\n\rcached_tokens\x18\x02 \x01(\x04\"\x87\x01\n\x08RunEvent\x12%\n\x08progress\x18\x01 \x01(\x0b\x32\x11.wire.v1.ProgressH\x00\x12(\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x14.wire.v1.RunFinishedH\x00\x12!\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x0f.wire.v1.FailedH\x00\x42\x07\n\x05\x65vent2?\n\x06\x44\x65\x63ode\x12\x35\n\x05Start\x12\x15.wire.v1.StartRequest\x1a\x13.wire.v1.StartEvent0\x01\x32:\n\x07Prefill\x12/\n\x03Run\x12\x13.wire.v1.RunRequest\x1a\x11.wire.v1.RunEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'wire.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SAMPLING']._serialized_start=52
-  _globals['_SAMPLING']._serialized_end=216
-  _globals['_WORKERREF']._serialized_start=218
-  _globals['_WORKERREF']._serialized_end=280
-  _globals['_RESUME']._serialized_start=282
-  _globals['_RESUME']._serialized_end=306
-  _globals['_STARTREQUEST']._serialized_start=309
-  _globals['_STARTREQUEST']._serialized_end=501
-  _globals['_ADMITTED']._serialized_start=503
-  _globals['_ADMITTED']._serialized_end=554
-  _globals['_FETCHING']._serialized_start=556
-  _globals['_FETCHING']._serialized_end=581
-  _globals['_TOKENS']._serialized_start=583
-  _globals['_TOKENS']._serialized_end=640
-  _globals['_FINISHED']._serialized_start=642
-  _globals['_FINISHED']._serialized_end=741
-  _globals['_FAILED']._serialized_start=743
-  _globals['_FAILED']._serialized_end=801
-  _globals['_STARTEVENT']._serialized_start=804
-  _globals['_STARTEVENT']._serialized_end=1012
-  _globals['_RUNREQUEST']._serialized_start=1015
-  _globals['_RUNREQUEST']._serialized_end=1166
-  _globals['_PROGRESS']._serialized_start=1168
-  _globals['_PROGRESS']._serialized_end=1223
-  _globals['_RUNFINISHED']._serialized_start=1225
-  _globals['_RUNFINISHED']._serialized_end=1284
-  _globals['_RUNEVENT']._serialized_start=1287
-  _globals['_RUNEVENT']._serialized_end=1422
-  _globals['_DECODE']._serialized_start=1424
-  _globals['_DECODE']._serialized_end=1487
-  _globals['_PREFILL']._serialized_start=1489
-  _globals['_PREFILL']._serialized_end=1547
+  _globals['_LOGITBIAS']._serialized_start=51
+  _globals['_LOGITBIAS']._serialized_end=88
+  _globals['_SAMPLING']._serialized_start=91
+  _globals['_SAMPLING']._serialized_end=459
+  _globals['_WORKERREF']._serialized_start=461
+  _globals['_WORKERREF']._serialized_end=523
+  _globals['_RESUME']._serialized_start=525
+  _globals['_RESUME']._serialized_end=549
+  _globals['_STARTREQUEST']._serialized_start=552
+  _globals['_STARTREQUEST']._serialized_end=744
+  _globals['_ADMITTED']._serialized_start=746
+  _globals['_ADMITTED']._serialized_end=797
+  _globals['_FETCHING']._serialized_start=799
+  _globals['_FETCHING']._serialized_end=824
+  _globals['_TOKENS']._serialized_start=826
+  _globals['_TOKENS']._serialized_end=883
+  _globals['_FINISHED']._serialized_start=885
+  _globals['_FINISHED']._serialized_end=984
+  _globals['_FAILED']._serialized_start=986
+  _globals['_FAILED']._serialized_end=1044
+  _globals['_STARTEVENT']._serialized_start=1047
+  _globals['_STARTEVENT']._serialized_end=1255
+  _globals['_RUNREQUEST']._serialized_start=1258
+  _globals['_RUNREQUEST']._serialized_end=1409
+  _globals['_PROGRESS']._serialized_start=1411
+  _globals['_PROGRESS']._serialized_end=1466
+  _globals['_RUNFINISHED']._serialized_start=1468
+  _globals['_RUNFINISHED']._serialized_end=1527
+  _globals['_RUNEVENT']._serialized_start=1530
+  _globals['_RUNEVENT']._serialized_end=1665
+  _globals['_DECODE']._serialized_start=1667
+  _globals['_DECODE']._serialized_end=1730
+  _globals['_PREFILL']._serialized_start=1732
+  _globals['_PREFILL']._serialized_end=1790
 # @@protoc_insertion_point(module_scope)
