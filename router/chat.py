@@ -188,7 +188,8 @@ class Text:
         except recipe.ConversionError as error:
             raise InvalidRequest(_conversion_message(error)) from error
         except ValueError as error:
-            raise InvalidRequest(str(error), param="messages") from error
+            reason = str(error).removeprefix("invalid request body: ")
+            raise InvalidRequest(f"The conversation can not be read: {reason}.") from error
 
     # Ids to text
 

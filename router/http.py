@@ -332,10 +332,9 @@ class Front:
             raise UnsupportedMedia("Send the body as 'content-type: application/json' in UTF-8.")
         if request.headers.get("content-encoding", "identity") != "identity":
             raise UnsupportedMedia("Compressed bodies are not accepted. Send the JSON as it is.")
-        too_large = BodyTooLarge(
-            f"The body is larger than {limit} bytes, the most this router reads. Send a shorter one."
-        )
-        if int(request.headers.get("content-length", "0")) > limit:
+        too_large = BodyTooLarge(f"The body is larger than {limit} bytes, the most this router reads. Shorten it.")
+        length = request.headers.get("content-length", "0")
+        if not length.isdecimal() or int(length[:20]) > limit:
             raise too_large
         pieces: list[bytes] = []
         size = 0
@@ -660,6 +659,10 @@ class _Door:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             state["client_gone"] = True
+        except asyncio.CancelledError:
+            # The server's grace is over and this task ends here; uvicorn closes the connection of an answer that
+            # was not completed.
+            log.warning("request_cut", client_request_id=request_id, reason="shutdown")
         except Exception:
             # The crash handler has answered; what is left is to say so here, once.
             log.exception("request_crashed", client_request_id=request_id)

@@ -46,17 +46,21 @@ def why_not(fleet: FleetSnapshot, prompt_tokens: int, max_tokens: int) -> Penumb
             "No prefill and decode worker hold the same model in the same page layout, so no pair can serve this "
             "request. Start both pools from one checkpoint with one kv-layout."
         )
+    prompt_room = max(_size(prefill) for prefill, _ in _pairs(fleet, ()))
     return InvalidRequest(
         f"The prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}, together "
-        f"{prompt_tokens + max_tokens}; the largest request a worker pair can hold is {capacity(fleet)} tokens. "
-        "Shorten the prompt or lower max_tokens.",
+        f"{prompt_tokens + max_tokens}; the workers hold prompts of at most {prompt_room} tokens and requests of at "
+        f"most {capacity(fleet)} tokens in all. Shorten the prompt or lower max_tokens.",
         code="context_length_exceeded",
     )
 
 
 def capacity(fleet: FleetSnapshot) -> int | None:
-    """Tokens, prompt and answer together, of the largest request a usable pair could hold; None without a pair."""
-    return max((_size(decode) for prefill, decode in _pairs(fleet, ())), default=None)
+    """Tokens, prompt and answer together, of the largest request a usable pair could hold; None without a pair.
+
+    A prefill worker holds the prompt only, so it does not count here; `choose` looks at it.
+    """
+    return max((_size(decode) for _, decode in _pairs(fleet, ())), default=None)
 
 
 def _pairs(fleet: FleetSnapshot, exclude: Collection[str]) -> Iterator[tuple[WorkerView, WorkerView]]:

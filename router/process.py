@@ -35,22 +35,24 @@ class _Server(uvicorn.Server):
 def run(config: RouterConfig) -> int:
     """Serve until SIGINT or SIGTERM. Returns the exit code; raises ConfigError for what can not run."""
     configure_logging("router", config.router_id, config.log_level, config.log_json)
-    uvloop.run(serve(config))
+    uvloop.run(serve(config, own_signals=True))
     return 0
 
 
-async def serve(config: RouterConfig, *, on_ready: Callable[[str], None] = lambda url: None) -> None:
-    """Serve until cancelled or signalled; `on_ready` gets the URL once the port answers.
+async def serve(
+    config: RouterConfig, *, on_ready: Callable[[str], None] = lambda url: None, own_signals: bool = False
+) -> None:
+    """Serve until cancelled, or with `own_signals` until SIGINT or SIGTERM. `on_ready` gets the URL.
 
     Raises ConfigError before anything is served: an unusable checkpoint directory, Redis URL or address.
     """
     facts = ModelFacts.load(config.model)
     text = Text(config.model, facts, config.model_names, thinking=config.default_thinking)
     metrics = CollectorRegistry()
-    listener = _listen(config)
-    host, port = listener.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     async with Registry(config.redis_url, config.namespace) as registry:
+        listener = _listen(config)
+        host, port = listener.getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         fleet = Fleet(registry, poll_s=config.registry_poll_s)
         front = Front(config, facts, text, fleet, metrics)
         server = _Server(
@@ -66,13 +68,20 @@ async def serve(config: RouterConfig, *, on_ready: Callable[[str], None] = lambd
                 timeout_graceful_shutdown=max(1, round(config.shutdown_grace_s)),
             )
         )
-        with _stop_signals(server, front), contextlib.closing(front):
+        signals = _stop_signals(server, front) if own_signals else contextlib.nullcontext()
+        with listener, signals, contextlib.closing(front):
             async with asyncio.TaskGroup() as tasks:
                 watching = tasks.create_task(fleet.run(), name="fleet")
                 log.info("router_ready", url=url, models=",".join(config.model_names))
                 on_ready(url)
-                await server.serve(sockets=[listener])
-                watching.cancel()
+                try:
+                    await server.serve(sockets=[listener])
+                except asyncio.CancelledError:
+                    front.draining = server.should_exit = True
+                    await server.shutdown([listener])
+                    raise
+                finally:
+                    watching.cancel()
         log.info("router_stopped")
 
 
@@ -85,16 +94,12 @@ def _stop_signals(server: uvicorn.Server, front: Front) -> Iterator[None]:
         front.draining = server.should_exit = True
 
     loop = asyncio.get_running_loop()
-    caught = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        # Only a process's main thread may listen; elsewhere whoever runs us cancels us.
-        with contextlib.suppress(ValueError, RuntimeError):
-            loop.add_signal_handler(number, stop)
-            caught.append(number)
+        loop.add_signal_handler(number, stop)
     try:
         yield
     finally:
-        for number in caught:
+        for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
 
 

@@ -1,0 +1,134 @@
+"""Placement: who may hold a request, who waits least, and what a client is told when nobody can take it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from router.fleet import FleetSnapshot, WorkerView
+from router.placement import capacity, choose, why_not
+from wire.errors import InvalidRequest, LayoutMismatch, NoWorkers
+from wire.types import Role, WorkerInfo
+
+
+def view(worker_id: str, role: Role, *, serving: bool = True, assigned: tuple[int, int] = (0, 0), **info) -> WorkerView:
+    defaults = {"model": "m", "signature": "v4", "free_tokens": 10_240, "total_tokens": 10_240, "max_context": 0}
+    return WorkerView(
+        info=WorkerInfo(worker_id=worker_id, role=role, address="a:1", epoch=1, **(defaults | info)),
+        serving=serving,
+        assigned_requests=assigned[0],
+        assigned_tokens=assigned[1],
+    )
+
+
+def prefill(worker_id: str, **info) -> WorkerView:
+    return view(worker_id, Role.PREFILL, **info)
+
+
+def decode(worker_id: str, **info) -> WorkerView:
+    return view(worker_id, Role.DECODE, **info)
+
+
+def fleet(*views: WorkerView) -> FleetSnapshot:
+    return FleetSnapshot(
+        prefill=tuple(v for v in views if v.info.role is Role.PREFILL),
+        decode=tuple(v for v in views if v.info.role is Role.DECODE),
+    )
+
+
+def chosen(snapshot: FleetSnapshot, prompt: int = 100, answer: int = 10, exclude=()) -> tuple[str, str] | None:
+    placement = choose(snapshot, prompt, answer, exclude)
+    return placement and (placement.prefill.worker_id, placement.decode.worker_id)
+
+
+def test_an_idle_fleet_is_used_from_the_lowest_id():
+    assert chosen(fleet(prefill("p1"), prefill("p0"), decode("d1"), decode("d0"))) == ("p0", "d0")
+
+
+def test_the_prefill_worker_with_fewer_queued_tokens_wins():
+    assert chosen(fleet(prefill("p0", queued_tokens=500), prefill("p1", queued_tokens=10), decode("d0"))) == (
+        "p1",
+        "d0",
+    )
+
+
+def test_the_decode_worker_with_fewer_sequences_wins():
+    snapshot = fleet(prefill("p0"), decode("d0", running=3, waiting=1), decode("d1", running=3))
+    assert chosen(snapshot) == ("p0", "d1")
+
+
+def test_requests_of_our_own_count_before_the_worker_reports_them():
+    snapshot = fleet(prefill("p0", assigned=(1, 800)), prefill("p1"), decode("d0", assigned=(2, 900)), decode("d1"))
+    assert chosen(snapshot) == ("p1", "d1")
+
+
+def test_tokens_that_must_leave_a_full_pool_count_as_wait():
+    snapshot = fleet(prefill("p0"), decode("d0", free_tokens=0), decode("d1", free_tokens=5_000, running=9))
+    assert chosen(snapshot) == ("p0", "d1")
+    # Full is not the same as too small: with nobody else, the full worker it is.
+    assert chosen(fleet(prefill("p0"), decode("d0", free_tokens=0))) == ("p0", "d0")
+
+
+def test_workers_that_drain_or_do_not_serve_get_nothing():
+    assert chosen(fleet(prefill("p0", draining=True), prefill("p1"), decode("d0", serving=False), decode("d1"))) == (
+        "p1",
+        "d1",
+    )
+
+
+def test_excluded_workers_are_passed_over_until_none_is_left():
+    snapshot = fleet(prefill("p0"), decode("d0"), decode("d1"))
+    assert chosen(snapshot, exclude={"d0"}) == ("p0", "d1")
+    assert chosen(snapshot, exclude={"d0", "d1"}) is None
+
+
+def test_a_pair_needs_one_model_one_layout_and_one_protocol():
+    for field, other in (("signature", "exact"), ("model", "n"), ("protocol", 2)):
+        snapshot = fleet(prefill("p0", **{field: other}), decode("d0"), prefill("p1"))
+        assert chosen(snapshot) == ("p1", "d0"), field
+        alone = fleet(prefill("p0", **{field: other}), decode("d0"))
+        assert chosen(alone) is None, field
+        assert isinstance(why_not(alone, 100, 10), LayoutMismatch)
+
+
+def test_a_pool_that_can_never_hold_the_request_is_passed_over():
+    snapshot = fleet(prefill("p0"), decode("d0", total_tokens=256, free_tokens=256), decode("d1", running=50))
+    assert chosen(snapshot, prompt=200, answer=56) == ("p0", "d0")
+    assert chosen(snapshot, prompt=200, answer=57) == ("p0", "d1")
+
+
+def test_a_pool_holds_whole_pages_only_and_a_context_limit_caps_it():
+    assert capacity(fleet(prefill("p0"), decode("d0", total_tokens=1_000))) == 768
+    assert capacity(fleet(prefill("p0"), decode("d0", total_tokens=1_000, max_context=500))) == 500
+    assert capacity(fleet(prefill("p0"))) is None
+
+
+def test_a_prefill_pool_must_hold_the_prompt_but_not_the_answer():
+    small = fleet(prefill("p0", total_tokens=512), decode("d0"))
+    assert chosen(small, prompt=512, answer=100) == ("p0", "d0")
+    assert chosen(small, prompt=513, answer=1) is None
+    error = str(why_not(small, 513, 1))
+    assert "prompts of at most 512 tokens" in error
+    assert "at most 10240 tokens in all" in error
+
+
+def test_the_client_is_told_which_side_is_missing():
+    error = why_not(fleet(decode("d0")), 1, 1)
+    assert isinstance(error, NoWorkers)
+    assert "No prefill worker" in str(error)
+    error = why_not(fleet(prefill("p0"), decode("d0", serving=False)), 1, 1)
+    assert "No decode worker can take this request: 1 known, none of them serving" in str(error)
+
+
+def test_a_request_too_large_for_every_pair_is_refused_with_both_numbers():
+    error = why_not(fleet(prefill("p0"), decode("d0")), 10_000, 500)
+    assert isinstance(error, InvalidRequest)
+    assert error.detail_code == "context_length_exceeded"
+    assert "10500" in str(error)
+    assert "10240" in str(error)
+
+
+def test_the_same_fleet_gives_the_same_answer_in_any_order():
+    views = [prefill("p0", queued_tokens=5), prefill("p1", queued_tokens=5), decode("d0"), decode("d1")]
+    expected = chosen(fleet(*views))
+    assert chosen(fleet(*reversed(views))) == expected == ("p0", "d0")
+    assert replace(views[0], serving=False).usable is False
