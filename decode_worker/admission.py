@@ -4,6 +4,10 @@ everything back when it leaves, whatever happened.
 Prompts say how long they are, answers do not. So a request comes in with the pages of its tokens, while some pages
 stay free for those already in to grow; when that was not enough, the scheduler has somebody make room.
 
+Full pages outlive their request: prompts and answers stay in a prefix tree until their room is needed, and a request
+that begins with the same tokens uses them where they are. The tree here holds no windows. A window serves to resume
+computing behind it, which is prefill's work, and its owner sends the one behind the prompt anyway.
+
 A page that a read may still write is not free when its request is gone. It is quarantined, and comes back
 when the reader says that the read has settled.
 """
@@ -11,10 +15,13 @@ when the reader says that the read has settled.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
 from typing import Protocol
 
 from engine.batch import Sequence
 from engine.cache.pools import PageAllocator, state_item
+from engine.cache.shadow_radix import Lease, ShadowRadix
 from engine.window import WindowPages, first_window_page, most_window_pages, num_pages
 from wire.errors import InvalidRequest
 from wire.types import PAGE_TOKENS, PageClass, RegionClass, StartRequest
@@ -48,13 +55,23 @@ def places_of(sequence: Sequence, num_tokens: int) -> dict[PageClass, dict[int, 
     }
 
 
+@dataclass(slots=True)
+class _Inside:
+    """A request that holds places: its first pages through a lease, the others for itself."""
+
+    sequence: Sequence
+    most_pages: int
+    lease: Lease
+
+
 class Admission:
     """Gives requests their places and takes them back."""
 
     def __init__(self, pools: Pools, growth_tokens: int) -> None:
         self._pools = pools
         self._growth_pages = num_pages(growth_tokens)
-        self._inside: dict[int, tuple[Sequence, int]] = {}  # request slot -> sequence, the most pages it may need
+        self._inside: dict[int, _Inside] = {}  # by request slot
+        self.cache = ShadowRadix(pools.full, pools.swa)
         self.window = WindowPages(pools.swa)
         self.quarantined_total = 0
 
@@ -68,44 +85,61 @@ class Admission:
                 param="max_tokens",
             )
 
-    def admit(self, request: StartRequest, num_tokens: int) -> Sequence | None:
+    @property
+    def free_pages(self) -> int:
+        """Full pages that nobody holds, those of resident prefixes included."""
+        counts = self.cache.counts(PageClass.FULL)
+        return counts.free + counts.evictable
+
+    def admit(self, request: StartRequest, num_tokens: int, digests: Items[bytes]) -> tuple[Sequence, int] | None:
         """Places for the request's first `num_tokens` tokens: full pages, the window before the next one, and a
-        slot; or None.
+        slot; and how many pages, of those that `digests` name, are resident and need not be fetched. Or None.
 
         Behind its pages a request finds room to grow, unless it has the worker to itself and needs nobody's leave.
         """
         pools, most = self._pools, _most_pages(request)
-        now, window = num_pages(num_tokens), most_window_pages(1)
-        growth = sum(self._growth_of(sequence, limit) for sequence, limit in self._inside.values())
+        total, window = num_pages(num_tokens), most_window_pages(1)
+        if self.window.available < window or not pools.slots.free:
+            return None
+        growth = sum(self._growth_of(len(one.sequence.pages), one.most_pages) for one in self._inside.values())
         if self._inside:
-            growth += min(self._growth_pages, most - now)
-        if pools.full.free < now + growth or self.window.available < window or not pools.slots.free:
+            growth += self._growth_of(total, most)
+        lease = self.cache.lease(digests, window=False)
+        resident = lease.pages
+        if self.free_pages < total - resident + growth:
+            lease.release()
             return None
         sequence = Sequence(
             request_id=request.request_id,
             sampling=request.sampling,
             slot=pools.slots.allocate(1)[0],
-            pages=pools.full.allocate(now),
+            pages=lease.items() + self._allocate(total - resident),
         )
-        self._inside[sequence.slot] = sequence, most
+        self._inside[sequence.slot] = _Inside(sequence, most, lease)
         self.window.reserve(sequence, window)
         self.window.cover(sequence, first_window_page(num_tokens) * PAGE_TOKENS, num_tokens)
-        return sequence
+        return sequence, resident
 
     def grow(self, sequence: Sequence) -> bool:
         """See to a full page for the sequence's next token; False when there is none."""
         if not has_room(sequence):
-            if not self._pools.full.free:
+            if not self.free_pages:
                 return False
-            sequence.pages += self._pools.full.allocate(1)
+            sequence.pages += self._allocate(1)
         return True
+
+    def share(self, sequence: Sequence, digests: Items[bytes]) -> None:
+        """Let others that begin with the same tokens use the sequence's first pages: complete ones, and verified."""
+        inside, n = self._inside[sequence.slot], len(digests)
+        self.cache.insert(digests, sequence.pages[:n], lease=inside.lease)
+        sequence.pages[:n] = inside.lease.items()
 
     def leave(self, sequence: Sequence, unsettled: Iterable[Place] = ()) -> None:
         """Everything back. `unsettled` are those of the sequence's items that a read may still write."""
-        del self._inside[sequence.slot]
+        lease = self._inside.pop(sequence.slot).lease
         slots = [sequence.slot]
         held = {
-            PageClass.FULL: (self._pools.full, sequence.pages),
+            PageClass.FULL: (self._pools.full, sequence.pages[lease.pages :]),
             PageClass.SWA: (self._pools.swa, self.window.drop(sequence)),
             PageClass.STATE: (self._pools.slots, slots),
         }
@@ -114,6 +148,7 @@ class Admission:
             allocator.quarantine(busy[page_class])
             self.quarantined_total += len(busy[page_class])
             allocator.release(item for item in items if item not in busy[page_class])
+        lease.release()
 
     def settle(self, places: Iterable[Place]) -> None:
         """These items' reads have settled after their sequence left."""
@@ -122,9 +157,15 @@ class Admission:
         self._pools.swa.settle(settled[PageClass.SWA])
         self._pools.slots.settle(settled[PageClass.STATE])
 
-    def _growth_of(self, sequence: Sequence, limit: int) -> int:
-        """Pages kept free for this sequence to grow into."""
-        return min(self._growth_pages, limit - len(sequence.pages))
+    def _allocate(self, num_pages: int) -> list[int]:
+        """Full pages, at the expense of prefixes that nobody has used for longest."""
+        if (missing := num_pages - self._pools.full.free) > 0:
+            self.cache.evict(PageClass.FULL, missing)
+        return self._pools.full.allocate(num_pages)
+
+    def _growth_of(self, pages: int, most_pages: int) -> int:
+        """Pages kept free for a sequence of so many to grow into."""
+        return max(0, min(self._growth_pages, most_pages - pages))
 
     def _by_class(self, places: Iterable[Place]) -> dict[PageClass, dict[int, None]]:
         """Items by class, in order; a STATE item is half a request slot and counts as the slot."""

@@ -32,6 +32,7 @@ class Fetch:
         self,
         request: StartRequest,
         sequence: Sequence,
+        resident_pages: int = 0,
         *,
         classes: Iterable[RegionClass],
         signature: str,
@@ -43,6 +44,8 @@ class Fetch:
         self._vocab_size = vocab_size
         moving = {cls.name for cls in classes if cls.regions}
         wanted = places_of(sequence, len(request.prompt))
+        for position in range(resident_pages):
+            del wanted[PageClass.FULL][position]
         # class -> position -> our own item, for what has not been offered yet
         self._wanted = {cls: places for cls, places in wanted.items() if cls in moving}
         self.total_pages = sum(len(places) for places in self._wanted.values())

@@ -1,9 +1,10 @@
 """Continuous batching of requests whose pages come from elsewhere. Pure: events in, actions and batches out.
 
 A request waits for room, fetches its pages while prefill still computes, then joins the batch that advances
-by one token a step. When answers outgrow the pages there are, the request that came last makes room: its bytes
-move to host memory and back once there is room again, and it goes on where it was. However a request ends, it
-holds nothing afterwards, except pages that a read has not let go of yet.
+by one token a step. Pages of earlier requests that begin alike are not fetched again. When answers outgrow the
+pages there are, the request that came last makes room: its bytes move to host memory and back once there is room
+again, and it goes on where it was. However a request ends, it holds nothing afterwards, except pages that a read
+has not let go of yet.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from wire.errors import (
     TransferFailed,
     WorkerLost,
 )
+from wire.prefix import page_hashes
 from wire.types import (
     PAGE_TOKENS,
     Admitted,
@@ -40,6 +42,7 @@ from wire.types import (
     FinishReason,
     PageClass,
     PageOffer,
+    PrefixEvent,
     StartEvent,
     StartRequest,
     TokenEvent,
@@ -167,7 +170,14 @@ class Restore:
     pages: HostPages
 
 
-DecodeAction = Emit | OpenClaim | CloseClaim | SubmitRead | CancelRead | Save | Restore
+@dataclass(frozen=True, slots=True)
+class PrefixesChanged:
+    """What the prefix tree stored and removed, in order."""
+
+    events: tuple[PrefixEvent, ...]
+
+
+DecodeAction = Emit | OpenClaim | CloseClaim | SubmitRead | CancelRead | Save | Restore | PrefixesChanged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +187,7 @@ class DecodeLimits:
     offer_timeout_s: float = 300.0  # between two offers; a dead owner is noticed by its broken stream long before
     growth_tokens: int = 512  # kept free behind each request when another one comes in
     host_memory_bytes: int = 1 << 30  # for preempted requests
+    prefix_cache: bool = True
     max_context: int
     vocab_size: int
     eos_token_id: int
@@ -205,9 +216,13 @@ class _Run:
     fetch: Fetch | None = None  # while fetching
     saved: HostPages | None = None  # while preempted
     host_bytes: int = 0  # set aside for `saved`
-    num_tokens: int = 0  # generated so far
-    last_token: int = 0
+    digests: list[bytes] = field(default_factory=list, repr=False)  # of the prompt's whole pages
+    answer: list[int] = field(default_factory=list, repr=False)  # generated so far
     cached_tokens: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.answer)
 
     @property
     def length(self) -> int:
@@ -239,6 +254,8 @@ class DecodeCore:
                 actions = self._start(now_s, request, secret)
             case Cancel(run_id):
                 run = self._runs.get(run_id)
+                if run is not None:
+                    self._share_answer(run)
                 actions = [] if run is None else self._leave(run)
             case OfferArrived(run_id, offer):
                 actions = self._offer(now_s, run_id, offer)
@@ -280,7 +297,7 @@ class DecodeCore:
                 Segment(
                     sequence=sequence,
                     start=sequence.length,
-                    tokens=[run.last_token],
+                    tokens=[run.answer[-1]],
                     sample=True,
                     index=run.num_tokens,
                 )
@@ -314,9 +331,9 @@ class DecodeCore:
             running=len(self._runs) - len(self._waiting),
             waiting=len(self._waiting),
             queued_tokens=sum(len(run.request.prompt) for run in (*self._waiting, *fetching)),
-            free_tokens=pools.full.free * PAGE_TOKENS,
+            free_tokens=self._admission.free_pages * PAGE_TOKENS,
             pages={
-                PageClass.FULL: pools.full.counts(),
+                PageClass.FULL: self._admission.cache.counts(PageClass.FULL),
                 PageClass.SWA: pools.swa.counts(),
                 PageClass.STATE: pools.slots.counts(),
             },
@@ -337,6 +354,8 @@ class DecodeCore:
         for older in [run for run in self._runs.values() if run.id.request_id == request.request_id]:
             actions += self._fail(older, StaleAttempt(f"run {older.id} was overtaken by attempt {request.attempt}"))
         run = _Run(run_id, request, secret, now_s + self._limits.queue_timeout_s)
+        if self._limits.prefix_cache:
+            run.digests = page_hashes(request.prompt, request.namespace)
         self._runs[run_id] = run
         self._waiting.append(run)
         return actions
@@ -373,9 +392,15 @@ class DecodeCore:
         new ones.
         """
         actions = self._grow(now_s)
+        actions += self._let_in(now_s)
+        if events := self._admission.cache.drain_events():
+            actions.append(PrefixesChanged(tuple(events)))
+        return actions
+
+    def _let_in(self, now_s: float) -> list[DecodeAction]:
         if any(not has_room(run.sequence) for run in self._running.values() if run.sequence is not None):
-            return actions
-        actions += self._resume()
+            return []
+        actions = self._resume()
         if any(run.state in (_State.SAVING, _State.PREEMPTED) for run in self._runs.values()):
             return actions
         return actions + self._admit(now_s)
@@ -431,12 +456,13 @@ class DecodeCore:
         """Preempted -> restoring, in the order they were admitted."""
         actions: list[DecodeAction] = []
         for run in self._by_order(_State.PREEMPTED):
-            sequence = self._admission.admit(run.request, run.length)
-            if sequence is None:
+            admitted = self._admission.admit(run.request, run.length, run.digests)
+            if admitted is None:
                 break
             assert run.saved is not None
-            run.state, run.sequence = _State.RESTORING, sequence
-            items = {cls: list(places.values()) for cls, places in places_of(sequence, run.length).items()}
+            run.state, (run.sequence, resident) = _State.RESTORING, admitted
+            items = {cls: list(places.values()) for cls, places in places_of(run.sequence, run.length).items()}
+            del items[PageClass.FULL][:resident]
             actions.append(Restore(run.id, items, run.saved))
         return actions
 
@@ -466,24 +492,28 @@ class DecodeCore:
         actions: list[DecodeAction] = []
         while self._waiting:
             run = self._waiting[0]
-            sequence = self._admission.admit(run.request, len(run.request.prompt))
-            if sequence is None:
+            # At least one token is prefill's to compute, so that there is a first one to answer with.
+            n = len(run.request.prompt)
+            admitted = self._admission.admit(run.request, n, run.digests[: (n - 1) // PAGE_TOKENS])
+            if admitted is None:
                 break
+            sequence, resident = admitted
             self._waiting.popleft()
             self._num_admitted += 1
             run.state, run.sequence, run.order = _State.FETCHING, sequence, self._num_admitted
             run.fetch = Fetch(
                 run.request,
                 sequence,
+                resident,
                 classes=self._pools.classes,
                 signature=self._pools.signature,
                 vocab_size=self._limits.vocab_size,
             )
             run.deadline = now_s + self._limits.offer_timeout_s
             actions += [
-                Emit(run.id, Admitted(resident_prefix=0, secret=run.secret)),
+                Emit(run.id, Admitted(resident_prefix=resident * PAGE_TOKENS, secret=run.secret)),
                 Emit(run.id, Fetching(pages=run.fetch.total_pages)),
-                OpenClaim(run.id, run.request.source, 0, run.secret),
+                OpenClaim(run.id, run.request.source, resident * PAGE_TOKENS, run.secret),
             ]
         return actions
 
@@ -529,13 +559,14 @@ class DecodeCore:
         run.cached_tokens = fetch.tail.cached_tokens
         sequence.length = len(run.request.prompt)
         self._running[run.id] = run
+        # Now, not at the end: requests that begin alike often come together.
+        self._admission.share(sequence, run.digests)
         return [*self._advance(run, fetch.tail.first), closed]
 
     def _advance(self, run: _Run, token: TokenEvent) -> list[DecodeAction]:
         """One more token; the last one ends the request."""
         sampling = run.request.sampling
-        run.last_token = token.token_id
-        run.num_tokens += 1
+        run.answer.append(token.token_id)
         actions: list[DecodeAction] = [Emit(run.id, Tokens(attempt=run.id.attempt, tokens=(token,)))]
         is_eos = token.token_id == self._limits.eos_token_id and not sampling.ignore_eos
         if is_eos or token.token_id in sampling.stop_token_ids:
@@ -550,7 +581,15 @@ class DecodeCore:
             cached_tokens=run.cached_tokens,
             completion_tokens=run.num_tokens,
         )
+        self._share_answer(run)
         return [*actions, *self._leave(run), Emit(run.id, done)]
+
+    def _share_answer(self, run: _Run) -> None:
+        """Keep what a running request has computed: the next turn of its conversation begins with it."""
+        if run.state is _State.RUNNING and self._limits.prefix_cache:
+            assert run.sequence is not None
+            tokens = (*run.request.prompt, *run.answer)[: run.length]
+            self._admission.share(run.sequence, page_hashes(tokens, run.request.namespace, run.digests))
 
     def _expire(self, now_s: float) -> list[DecodeAction]:
         actions: list[DecodeAction] = []

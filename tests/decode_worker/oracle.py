@@ -107,14 +107,13 @@ class OraclePools:
         self.memory[page_class][list(items)] = rows.numpy()
 
 
-STATES = ("used", "quarantined")
-
-
-def used(pools: OraclePools | KvPools) -> dict[str, int]:
-    """Pages not free, by pool and state; empty when nothing is held."""
-    allocators = {"full": pools.full, "swa": pools.swa, "slots": pools.slots}
-    held = {f"{name} {state}": getattr(a.counts(), state) for name, a in allocators.items() for state in STATES}
-    return {name: count for name, count in held.items() if count}
+def held(service: PrefillService | DecodeService) -> dict[str, int]:
+    """Pages that are neither free nor a prefix nobody uses, by class and state; empty when nothing is held."""
+    found = {}
+    for page_class, counts in service._engine.load.pages.items():
+        found[f"{page_class} used"] = counts.used - counts.evictable
+        found[f"{page_class} quarantined"] = counts.quarantined
+    return {name: count for name, count in found.items() if count}
 
 
 class OracleRunner:
@@ -196,8 +195,8 @@ class Pair(Generic[P, R]):
         return stub.Run(convert.run_request_to_wire(request))  # type: ignore[no-any-return]
 
     def held(self) -> dict[str, int]:
-        prefill = {f"prefill {name}": n for name, n in used(self.prefill_pools).items()}
-        return prefill | {f"decode {name}": n for name, n in used(self.decode_pools).items()}
+        prefill = {f"prefill {name}": n for name, n in held(self.prefill).items()}
+        return prefill | {f"decode {name}": n for name, n in held(self.decode).items()}
 
     async def settle(self) -> None:
         """Wait until neither worker holds anything."""

@@ -22,6 +22,7 @@ from decode_worker.scheduler import (
     Emit,
     OfferArrived,
     OpenClaim,
+    PrefixesChanged,
     ReadEnded,
     Restore,
     Restored,
@@ -52,6 +53,7 @@ from wire.types import (
     SamplingParams,
     StartEvent,
     StartRequest,
+    Stored,
     Tail,
     TokenEvent,
     Tokens,
@@ -98,7 +100,7 @@ class Pools:
 
 
 def limits(**changes: float) -> DecodeLimits:
-    values = {"max_context": 8192, "vocab_size": 1000, "eos_token_id": EOS, **changes}
+    values = {"max_context": 8192, "vocab_size": 1000, "eos_token_id": EOS, "prefix_cache": False, **changes}
     return DecodeLimits(**values)  # type: ignore[arg-type]
 
 
@@ -738,11 +740,13 @@ PROMPT_LENGTHS = st.integers(1, 900) | st.sampled_from([250, 255, 256, 500, 511,
 class AnyOrder(RuleBasedStateMachine):
     """Small pools; offers, reads, steps, cancels and faults in any order: no page is lost, doubled or kept."""
 
+    prefix_cache = False
+
     def __init__(self) -> None:
         super().__init__()
         self.pools = Pools(full=9, swa=6, slots=3)
         some = limits(queue_timeout_s=5.0, offer_timeout_s=20.0, growth_tokens=0, host_memory_bytes=120)
-        self.core = DecodeCore(self.pools, some)
+        self.core = DecodeCore(self.pools, replace(some, prefix_cache=self.prefix_cache))
         self.now = 0.0
         self.attempt = 0
         self.live: dict[AttemptId, StartRequest] = {}
@@ -752,19 +756,32 @@ class AnyOrder(RuleBasedStateMachine):
         self.tokens: dict[AttemptId, int] = {}
         self.batch: list[Segment] = []
         self.saved: dict[AttemptId, HostPages] = {}
+        self.resident: dict[AttemptId, int] = {}
+        self.known: set[bytes] = set()  # as a listener to the events believes
 
     def see(self, actions: list[DecodeAction]) -> None:
         for action in actions:
             match action:
-                case OpenClaim(run):
+                case OpenClaim(run, _, from_token):
                     assert run in self.live
+                    assert from_token % 256 == 0
+                    assert from_token < len(self.live[run].prompt)
                     self.claims[run] = 0
+                    self.resident[run] = from_token // 256
                 case CloseClaim(run):
                     del self.claims[run]
                 case SubmitRead(job):
                     self.jobs[job.job_id] = job
                 case CancelRead(job_id):
                     assert job_id in self.jobs
+                case PrefixesChanged(events):
+                    for event in events:
+                        if isinstance(event, Stored):
+                            assert not self.known.intersection(event.digests)
+                            self.known.update(event.digests)
+                        else:
+                            assert self.known.issuperset(event.digests)
+                            self.known.difference_update(event.digests)
                 case Save(run, items):
                     assert run in self.live
                     self.saved[run] = HostPages({}, {})
@@ -794,10 +811,13 @@ class AnyOrder(RuleBasedStateMachine):
         return not self.batch
 
     @precondition(idle)
-    @rule(name=st.sampled_from("abcd"), n=PROMPT_LENGTHS, max_tokens=st.integers(1, 300))
-    def start(self, name: str, n: int, max_tokens: int) -> None:
+    @rule(name=st.sampled_from("abcd"), n=PROMPT_LENGTHS, max_tokens=st.integers(1, 300), fork=st.integers(0, 4))
+    def start(self, name: str, n: int, max_tokens: int, fork: int) -> None:
         self.attempt += 1
         req = request(name, n, self.attempt, max_tokens=max_tokens)
+        # One prompt begins like another up to a fork; some namespaces are closed to each other.
+        prompt = tuple(id if at < 200 * fork else id + 1 for at, id in enumerate(req.prompt))
+        req = replace(req, prompt=prompt, namespace=b"ns" if fork == 3 else b"")
         self.live[AttemptId(name, self.attempt)] = req
         self.see(self.core.step(self.now, Start(req, SECRET)))
 
@@ -807,13 +827,14 @@ class AnyOrder(RuleBasedStateMachine):
         run = data.draw(st.sampled_from(sorted(self.claims)))
         seq, n = self.claims[run], len(self.live[run].prompt)
         self.claims[run] += 1
-        parts = {1: everything(n)[:1], 2: everything(n)[1:]}
+        pages = full_pages(n)[self.resident[run] :]
+        parts = {1: (group(PageClass.FULL, pages),), 2: everything(n)[1:]}
         if seq == 0:
             offer = meeting()
         elif seq == 1:
             offer = PageOffer(seq=1, claim_id="c", groups=parts[1])
         else:
-            offer = last_offer(n, seq, parts[2])
+            offer = last_offer(n, seq, parts[2], total=needed(n) - self.resident[run])
         if fault == "gap":
             offer = replace(offer, seq=offer.seq + 1)
         elif fault == "foreign":
@@ -886,10 +907,20 @@ class AnyOrder(RuleBasedStateMachine):
         assert deadline is None or deadline > self.now
 
     @invariant()
-    def every_page_is_free_used_or_quarantined(self) -> None:
-        for allocator in (self.pools.full, self.pools.swa, self.pools.slots):
-            counts = allocator.counts()
-            assert counts.free + counts.used + counts.quarantined == allocator.capacity
+    def every_page_has_one_owner(self) -> None:
+        """Free, quarantined, the tree's, or one request's: nothing else, and never two of them."""
+        inside = self.core._admission._inside.values()
+        cache = self.core._admission.cache
+        private = [item for one in inside for item in one.sequence.pages[one.lease.pages :]]
+        windows = [item for one in inside for item in one.sequence.swa_pages if item]
+        cache.check({PageClass.FULL: private, PageClass.SWA: windows})
+        counts = cache.counts(PageClass.FULL)
+        owned = counts.evictable + counts.protected + len(private)
+        assert counts.free + counts.quarantined + owned == self.pools.full.capacity
+        assert self.pools.slots.counts().used == len(inside)
+        for one in inside:
+            assert one.lease.items() == one.sequence.pages[: one.lease.pages]
+        assert {digest for _, digest in cache.digests()} == self.known
 
     def teardown(self) -> None:
         if self.batch:
@@ -897,14 +928,23 @@ class AnyOrder(RuleBasedStateMachine):
         for run in sorted(self.live):
             self.see(self.core.step(self.now, Cancel(run)))
         assert not self.claims
-        assert self.pools.counts("used") == (0, 0, 0)
+        cached = self.core.load().pages[PageClass.FULL].evictable
+        assert self.pools.counts("used") == (cached, 0, 0)
         for job_id in sorted(self.jobs):
             self.core.step(self.now, landed(job_id))
         self.core.step(self.now, Settled(tuple(self.unsettled)))
-        assert self.pools.counts("free") == (9, 6, 3)
+        assert self.pools.counts("free") == (9 - cached, 6, 3)
         load = self.core.load()
         assert (load.running, load.waiting, load.queued_tokens) == (0, 0, 0)
 
 
+class AnyOrderSharing(AnyOrder):
+    """The same while prompts and answers stay, are shared, and give way."""
+
+    prefix_cache = True
+
+
+TestAnyOrderSharing = AnyOrderSharing.TestCase
+TestAnyOrderSharing.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
