@@ -208,11 +208,21 @@ class Fleet:
         self._registry = registry
         self._poll_s = poll_s
         self._core = FleetCore()
+        self._models: frozenset[str] = frozenset()
         self._watches: dict[WorkerRef, asyncio.Task[None]] = {}
         self._connections: dict[WorkerRef, _Connection] = {}
 
     def snapshot(self) -> FleetSnapshot:
         return self._core.snapshot(time.monotonic())
+
+    def epochs(self) -> dict[str, int]:
+        """Which life of each known worker is the current one."""
+        fleet = self.snapshot()
+        return {view.info.worker_id: view.info.epoch for view in (*fleet.prefill, *fleet.decode)}
+
+    def models(self) -> frozenset[str]:
+        """Fingerprints of the models that workers serve right now. From any thread."""
+        return self._models
 
     async def run(self) -> None:
         """Poll and watch until cancelled."""
@@ -228,6 +238,8 @@ class Fleet:
                         case StopWatch(ref):
                             log.info("worker_gone", worker_id=ref.worker_id, address=ref.address)
                             self._watches.pop(ref).cancel()
+                fleet = self.snapshot()
+                self._models = frozenset(view.info.model for view in (*fleet.prefill, *fleet.decode))
                 await asyncio.sleep(self._poll_s)
 
     async def _watch(self, ref: WorkerRef) -> None:

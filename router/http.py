@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from router.chat import Answer, ChatPrompt, Header, Text, Usage, draw_seed
 from router.config import ModelFacts, RouterConfig
 from router.fleet import Fleet, WorkerView
+from router.mirror import PrefixMirror
 from router.placement import capacity, choose
 from router.relay import RelayLimits, RelayRequest, relay
 from router.schema import (
@@ -43,6 +44,7 @@ from router.schema import (
     token_ids,
 )
 from wire.errors import BodyTooLarge, Draining, InvalidRequest, ModelNotFound, Overloaded, PenumbraError
+from wire.prefix import namespace, page_hashes
 from wire.telemetry import RouterMetrics
 from wire.types import FinishReason, SamplingParams, TokenEvent
 
@@ -95,15 +97,18 @@ class Front:
         facts: ModelFacts,
         text: Text,
         fleet: Fleet,
+        mirror: PrefixMirror,
+        metrics: RouterMetrics,
         registry: CollectorRegistry,
     ) -> None:
         self._config = config
         self._facts = facts
         self._text = text
         self._fleet = fleet
+        self._mirror = mirror
         self._limits = RelayLimits.of(config)
         self._registry = registry
-        self._metrics = RouterMetrics(registry)
+        self._metrics = metrics
         self._lanes = {
             long: ThreadPoolExecutor(2, thread_name_prefix="prepare-long" if long else "prepare")
             for long in (False, True)
@@ -184,7 +189,7 @@ class Front:
             top_logprobs=body.logprobs or 0,
             ignore_eos=bool(body.ignore_eos),
         )
-        relayed = self._relay_request(prompt, sampling)
+        relayed = self._relay_request(prompt, sampling, body.cache_salt)
         header = Header(
             answer_id=f"cmpl-{relayed.request_id}",
             model=body.model,
@@ -204,7 +209,7 @@ class Front:
         prompt = self._text.convert_chat(body.for_recipe())
         sampling = prompt.sampling(self._chat_tokens(prompt, context), ignore_eos=bool(body.ignore_eos))
         ids = tuple(prompt.ids)
-        relayed = self._relay_request(ids, sampling)
+        relayed = self._relay_request(ids, sampling, body.cache_salt)
         header = Header(
             answer_id=f"chatcmpl-{relayed.request_id}",
             model=body.model,
@@ -222,10 +227,17 @@ class Front:
         _fit(len(prompt.ids), None, context, default=1)
         return _fit(len(prompt.ids), prompt.max_tokens(context), context, default=1)
 
-    def _relay_request(self, prompt: tuple[int, ...], sampling: SamplingParams) -> RelayRequest:
-        # An id of our own: two clients may well send the same x-request-id at the same time.
+    def _relay_request(self, prompt: tuple[int, ...], sampling: SamplingParams, cache_salt: str | None) -> RelayRequest:
+        salt = cache_salt or ""
         return RelayRequest(
-            request_id=uuid.uuid4().hex, prompt=prompt, sampling=sampling, vocab_size=self._facts.vocab_size
+            # An id of our own: two clients may well send the same x-request-id at the same time.
+            request_id=uuid.uuid4().hex,
+            prompt=prompt,
+            sampling=sampling,
+            vocab_size=self._facts.vocab_size,
+            cache_salt=salt,
+            # As a rule there is one model; there are two while a fleet changes from one to the next.
+            digests={model: page_hashes(prompt, namespace(model, cache_salt=salt)) for model in self._fleet.models()},
         )
 
     def _check_model(self, name: str | None) -> None:
@@ -305,7 +317,11 @@ class Front:
 
     async def _workers(self, _: Request) -> Response:
         fleet = self._fleet.snapshot()
-        workers = [_worker_card(view) for view in (*fleet.prefill, *fleet.decode)]
+        mirrored = self._mirror.num_pages()
+        workers = [
+            _worker_card(view) | {"mirrored_pages": mirrored.get(view.info.worker_id, 0)}
+            for view in (*fleet.prefill, *fleet.decode)
+        ]
         return _json({"workers": workers, "registry_stale_s": round(fleet.registry_stale_s, 3)})
 
     async def _show_metrics(self, _: Request) -> Response:
@@ -313,6 +329,9 @@ class Front:
         for role, views in (("prefill", fleet.prefill), ("decode", fleet.decode)):
             self._metrics.workers.labels(role).set(sum(view.usable for view in views))
         self._metrics.registry_stale.set(fleet.registry_stale_s)
+        self._metrics.mirror_pages.clear()  # nobody sums up workers that are gone
+        for worker_id, num_pages in self._mirror.num_pages().items():
+            self._metrics.mirror_pages.labels(worker_id).set(num_pages)
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
 
     async def _version(self, _: Request) -> Response:
@@ -422,7 +441,9 @@ class _Generation(Response):
         front, prepared, answer = self._front, self._prepared, self._prepared.answer
         metrics = front._metrics
         metrics.prompt_tokens.inc(len(prepared.request.prompt))
-        async with relay(front._fleet, prepared.request, front._limits, on_retry=self._on_retry) as tokens:
+        async with relay(
+            front._fleet, prepared.request, front._limits, front._mirror, on_retry=self._on_retry
+        ) as tokens:
             async for batch in tokens:
                 self._measure(batch)
                 opening = answer.opening() if answer.num_tokens == 0 else []
@@ -435,10 +456,11 @@ class _Generation(Response):
         usage = Usage(
             prompt_tokens=len(prepared.request.prompt),
             completion_tokens=answer.num_tokens,
-            cached_tokens=0 if finished is None else min(finished.cached_tokens, len(prepared.request.prompt)),
+            cached_tokens=min(tokens.cached_tokens, len(prepared.request.prompt)),
         )
         reason = FinishReason.STOP if finished is None else finished.reason
         last = answer.close(reason, usage)
+        metrics.cached_tokens.inc(usage.cached_tokens)
         metrics.e2e.observe(time.monotonic() - self._timing.arrived)
         placed = tokens.placement
         self._log(

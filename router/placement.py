@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from router.fleet import FleetSnapshot, WorkerView
 from wire.errors import InvalidRequest, LayoutMismatch, NoWorkers, PenumbraError
 from wire.types import PAGE_TOKENS, WorkerInfo
 
+MOVED_TOKEN_COST = 1 / 32
+"""What moving a token's pages costs, where computing the token costs 1. Even far off, it tells a decode worker that
+holds a long prefix from one that does not."""
+
+ROOM_COST = 64
+"""What a token costs that a full pool has no room for: others have to finish first, one decode step at a time."""
+
+SEQUENCE_COST = 256
+"""What each sequence costs that shares decode steps with this one."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
+    """A pair, and how many of the prompt's tokens each of the two was believed to hold."""
+
     prefill: WorkerInfo
     decode: WorkerInfo
+    prefill_resident: int = 0
+    decode_resident: int = 0
 
 
 def choose(
-    fleet: FleetSnapshot, prompt_tokens: int, max_tokens: int, exclude: Collection[str] = ()
+    fleet: FleetSnapshot,
+    prompt_tokens: int,
+    max_tokens: int,
+    exclude: Collection[str] = (),
+    resident: Mapping[str, int] = MappingProxyType({}),
 ) -> Placement | None:
-    """The compatible pair with the least expected wait, or None when there is none.
+    """The compatible pair with the least expected cost, or None when there is none.
+
+    resident  prompt tokens that a worker already holds, by worker id; a worker not named holds none
 
     A worker that could never hold the request is passed over; one that is merely full is not, its tokens that
-    have to leave first count as wait. Ties go to the lower worker ids.
+    have to leave first count as cost. Ties go to the lower worker ids.
     """
     pairs = [
         (prefill, decode)
@@ -31,8 +52,30 @@ def choose(
     ]
     if not pairs:
         return None
-    prefill, decode = min(pairs, key=lambda pair: _wait(pair[0], pair[1], prompt_tokens, max_tokens))
-    return Placement(prefill=prefill.info, decode=decode.info)
+
+    def held(worker: WorkerView) -> int:
+        # The last token is always computed: it is what the first answer token is drawn from.
+        return min(resident.get(worker.info.worker_id, 0), prompt_tokens - 1)
+
+    def cost(pair: tuple[WorkerView, WorkerView]) -> tuple[float, str, str]:
+        """In prompt tokens to compute, and then by ids."""
+        prefill, decode = pair
+        compute, move = prompt_tokens - held(prefill), prompt_tokens - held(decode)
+        return (
+            prefill.pending_tokens
+            + compute
+            + ROOM_COST * max(0, compute - prefill.free_tokens)
+            + MOVED_TOKEN_COST * move
+            + ROOM_COST * max(0, move + max_tokens - decode.free_tokens)
+            + SEQUENCE_COST * decode.num_requests,
+            prefill.info.worker_id,
+            decode.info.worker_id,
+        )
+
+    prefill, decode = min(pairs, key=cost)
+    return Placement(
+        prefill=prefill.info, decode=decode.info, prefill_resident=held(prefill), decode_resident=held(decode)
+    )
 
 
 def why_not(fleet: FleetSnapshot, prompt_tokens: int, max_tokens: int) -> PenumbraError:
@@ -89,15 +132,3 @@ def _size(worker: WorkerView) -> int:
 
 def _holds(worker: WorkerView, tokens: int) -> bool:
     return tokens <= _size(worker)
-
-
-def _wait(prefill: WorkerView, decode: WorkerView, prompt_tokens: int, max_tokens: int) -> tuple[int, int, str, str]:
-    """Tokens in the way of this request, then sequences it would share decode steps with, then ids."""
-    prefill_room = max(0, prompt_tokens - prefill.free_tokens)
-    decode_room = max(0, prompt_tokens + max_tokens - decode.free_tokens)
-    return (
-        prefill.pending_tokens + prefill_room + decode_room,
-        decode.num_requests,
-        prefill.info.worker_id,
-        decode.info.worker_id,
-    )

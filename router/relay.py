@@ -18,17 +18,20 @@ import random
 import statistics
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import grpc
 
 from router.config import RouterConfig
-from router.fleet import Fleet
+from router.fleet import Fleet, FleetSnapshot
+from router.mirror import PrefixMirror
 from router.placement import Placement, choose, why_not
 from wire import convert
 from wire.errors import Cancelled, DeadlineExceeded, InvalidRequest, PenumbraError, WorkerLost
+from wire.prefix import DEFAULT_TENANT, namespace
 from wire.rpc import error_from_code, error_from_rpc
 from wire.types import (
     Admitted,
@@ -58,12 +61,22 @@ RETRY_PAUSE_S = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RelayRequest:
-    """A request as the workers see it: ids only. `prompt` has at least one id, all below `vocab_size`."""
+    """A request as the workers see it: ids only. `prompt` has at least one id, all below `vocab_size`.
+
+    Prefixes are shared among requests of one `cache_salt`. `digests` are those of the prompt's pages, by the model
+    fingerprint they were computed for; a worker of another model is taken to hold nothing of the prompt.
+    """
 
     request_id: str
     prompt: tuple[int, ...] = field(repr=False)
     sampling: SamplingParams
     vocab_size: int
+    cache_salt: str = field(default="", repr=False)
+    digests: Mapping[str, Sequence[bytes]] = field(default_factory=lambda: MappingProxyType({}), repr=False)
+
+    def namespace(self, fingerprint: str) -> bytes:
+        """Within which a worker with this model may reuse pages for the request."""
+        return namespace(fingerprint, DEFAULT_TENANT, self.cache_salt)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +223,7 @@ class RelayCore:
         self._admitted = False
         self._prefill_done = False
         self._next_index = 0
+        self.cached_tokens = 0  # of the prompt, as the current attempt's prefill worker last said
         self._avoid: set[str] = set()
         self._gaps: deque[float] = deque(maxlen=GAP_WINDOW)
         self._last_token_at = 0.0
@@ -275,6 +289,10 @@ class RelayCore:
                 return self._lied(f"{type(said).__name__} out of turn")
 
     def _prefill_said(self, now: float, said: StartEvent | RunEvent) -> list[RelayAction]:
+        if isinstance(said, Progress):
+            self.cached_tokens = said.cached
+        elif isinstance(said, RunFinished):
+            self.cached_tokens = said.cached_tokens
         if self._next_index:
             return []  # decoding needs nothing more of the prefill worker; its stream ends by itself
         match said:
@@ -342,6 +360,7 @@ class RelayCore:
         self._attempt += 1
         self._placement = None
         self._admitted = self._prefill_done = False
+        self.cached_tokens = 0
         self._deadline = None
         pause = self._random.uniform(0, RETRY_PAUSE_S * 2 ** (given_up - 1))
         return [Drop(given_up), Retry(given_up, error), Place(self._attempt, pause, frozenset(self._avoid))]
@@ -365,6 +384,7 @@ class Relay:
         self._queue: asyncio.Queue[tuple[TokenEvent, ...] | Finished | PenumbraError] = asyncio.Queue()
         self.put = self._queue.put_nowait
         self.finished: Finished | None = None
+        self.cached_tokens = 0  # of the prompt; certain once `finished` is set
         self.attempts = 0
         self.placement: Placement | None = None
 
@@ -376,7 +396,7 @@ class Relay:
             raise StopAsyncIteration
         match await self._queue.get():
             case Finished() as finished:
-                self.finished = finished
+                self.finished, self.cached_tokens = finished, finished.cached_tokens
                 raise StopAsyncIteration
             case PenumbraError() as error:
                 raise error
@@ -389,6 +409,7 @@ async def relay(
     fleet: Fleet,
     request: RelayRequest,
     limits: RelayLimits,
+    mirror: PrefixMirror,
     *,
     on_retry: Callable[[int, PenumbraError], None] = lambda attempt, error: None,
 ) -> AsyncIterator[Relay]:
@@ -399,7 +420,7 @@ async def relay(
     feed = Relay()
     failure: Exception | None = None
     async with asyncio.TaskGroup() as tasks:
-        shell = _Shell(fleet, request, limits, feed, tasks, on_retry)
+        shell = _Shell(fleet, request, limits, mirror, feed, tasks, on_retry)
         driver = tasks.create_task(shell.run(), name=f"relay {request.request_id}")
         try:
             yield feed
@@ -437,12 +458,14 @@ class _Shell:
         fleet: Fleet,
         request: RelayRequest,
         limits: RelayLimits,
+        mirror: PrefixMirror,
         feed: Relay,
         tasks: asyncio.TaskGroup,
         on_retry: Callable[[int, PenumbraError], None],
     ) -> None:
         self._fleet = fleet
         self._request = request
+        self._mirror = mirror
         self._core = RelayCore(request, limits)
         self._feed = feed
         self._tasks = tasks
@@ -489,6 +512,7 @@ class _Shell:
                 case Retry(attempt, error):
                     self._on_retry(attempt, error)
                 case Deliver(tokens):
+                    self._feed.cached_tokens = self._core.cached_tokens
                     self._feed.put(tokens)
                 case Complete(finished):
                     self._feed.put(finished)
@@ -500,15 +524,27 @@ class _Shell:
         fleet = self._fleet.snapshot()
         # A worker that failed us once is better than none: on a cluster of one pair it is the only one there is,
         # and a dead one is out of the snapshot by its own health.
-        placement = choose(fleet, prompt_tokens, max_tokens, avoid) or choose(fleet, prompt_tokens, max_tokens)
+        resident = self._resident(fleet)
+        placement = choose(fleet, prompt_tokens, max_tokens, avoid, resident) or choose(
+            fleet, prompt_tokens, max_tokens, resident=resident
+        )
         if placement is None:
             return NotPlaced(attempt, why_not(fleet, prompt_tokens, max_tokens))
         self._feed.attempts, self._feed.placement = attempt, placement
         # Counted at once, before the next placement looks, not when a task gets to run.
         holds = self._attempts.setdefault(attempt, _Attempt()).holds
-        holds[Role.PREFILL].enter_context(self._fleet.assigned(placement.prefill.ref, prompt_tokens))
+        to_compute = prompt_tokens - placement.prefill_resident
+        holds[Role.PREFILL].enter_context(self._fleet.assigned(placement.prefill.ref, to_compute))
         holds[Role.DECODE].enter_context(self._fleet.assigned(placement.decode.ref, prompt_tokens + max_tokens))
         return Placed(attempt, placement)
+
+    def _resident(self, fleet: FleetSnapshot) -> dict[str, int]:
+        """Prompt tokens that each worker is believed to hold."""
+        digests = self._request.digests
+        return {
+            view.info.worker_id: self._mirror.resident_tokens(view.info.worker_id, digests.get(view.info.model, ()))
+            for view in (*fleet.prefill, *fleet.decode)
+        }
 
     async def _run(self, attempt: int, role: Role, events: AsyncIterator[StartEvent | RunEvent]) -> None:
         """Turn one stream into events, its end included."""
@@ -534,6 +570,7 @@ class _Shell:
             prompt=self._request.prompt,
             sampling=self._request.sampling,
             source=placement.prefill.ref,
+            namespace=self._request.namespace(placement.decode.model),
         )
         async with self._fleet.channel(placement.decode.ref) as channel:
             call = _decode_stub(channel).Start(convert.start_request_to_wire(request))
@@ -551,6 +588,7 @@ class _Shell:
             sampling=self._request.sampling,
             skip=skip,
             secret=secret,
+            namespace=self._request.namespace(placement.prefill.model),
         )
         async with self._fleet.channel(placement.prefill.ref) as channel:
             call = _prefill_stub(channel).Run(convert.run_request_to_wire(request))

@@ -17,6 +17,7 @@ MAX_NUMBER_CHARS = 400
 MAX_STOPS = 4
 MAX_STOP_BYTES = 256
 MAX_TOP_LOGPROBS = 20
+MAX_SALT_BYTES = 256
 
 Json = dict[str, Any]
 
@@ -162,6 +163,7 @@ class _Generation(_Body):
     seed: int | None = Field(default=None, ge=0, lt=1 << 63)
     stop: list[str] | None = None
     ignore_eos: bool | None = None
+    cache_salt: str | None = None  # prefixes are shared only among requests that say the same
     return_token_ids: bool | None = None
 
     @field_validator("stop", mode="before")
@@ -177,6 +179,13 @@ class _Generation(_Body):
         if any(not 0 < len(stop.encode()) <= MAX_STOP_BYTES for stop in stops):
             raise ValueError(f"strings must have 1 to {MAX_STOP_BYTES} bytes")
         return stops
+
+    @field_validator("cache_salt")
+    @classmethod
+    def _salt(cls, value: str | None) -> str | None:
+        if value is not None and not 0 < len(value.encode()) <= MAX_SALT_BYTES:
+            raise ValueError(f"must have 1 to {MAX_SALT_BYTES} bytes; leave it out to share with everyone")
+        return value
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> _Generation:

@@ -28,7 +28,7 @@ from redis.exceptions import RedisError
 
 from wire.convert import WORKER_ID
 from wire.errors import ConfigError
-from wire.registry import connect
+from wire.registry import connect, honour_cancellation
 from wire.types import PrefixEvent, Removed, Stored
 
 KEY_BYTES = 8
@@ -203,6 +203,7 @@ class PrefixPublisher:
                     log.warning("prefix_events_lost", worker_id=self._worker_id, error=str(error))
                 self._lost = self._dropped = True
                 await asyncio.sleep(RETRY_S)
+            honour_cancellation()
             self._wake.clear()
             if not self._pending and not self._dropped:
                 with contextlib.suppress(TimeoutError):
@@ -259,13 +260,21 @@ class PrefixPublisher:
 
 
 class PrefixReader:
-    """Reads what publishers wrote. Its calls raise RedisError, OSError or TimeoutError when Redis does not answer."""
+    """Reads what publishers wrote. Use it as `async with`; it owns its connections.
+
+    Its calls raise RedisError, OSError or TimeoutError when Redis does not answer.
+    """
 
     def __init__(self, redis_url: str, namespace: str = "penumbra") -> None:
         self._namespace = namespace
         self._redis = connect(redis_url, TIMEOUT_S, Retry(NoBackoff(), retries=0))
 
-    async def close(self) -> None:
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         await self._redis.aclose()
 
     async def snapshot(self, worker_id: str) -> PageSnapshot | None:
@@ -273,6 +282,7 @@ class PrefixReader:
         _, key = _redis_keys(self._namespace, worker_id)
         async with asyncio.timeout(TIMEOUT_S):
             data: Any = await self._redis.getrange(key, 0, _HEAD.size + MAX_PAGES * KEY_BYTES)
+        honour_cancellation()
         try:
             return decode_snapshot(data) if data else None
         except ValueError as error:
@@ -291,6 +301,7 @@ class PrefixReader:
         positions: Any = {stream: f"{after[worker_id]}-0" for stream, worker_id in names.items()}
         async with asyncio.timeout(BLOCK_S + TIMEOUT_S):
             answer: Any = await self._redis.xread(positions, count=64, block=_ms(BLOCK_S))
+        honour_cancellation()
         pairs = answer.items() if isinstance(answer, dict) else answer
         found = []
         for stream, entries in pairs:

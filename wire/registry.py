@@ -147,7 +147,7 @@ class Registry:
                     if not lost:
                         log.warning("registry_lost", worker_id=worker_id, error=str(error))
                     lost = True
-                _honour_cancellation()
+                honour_cancellation()
                 await asyncio.sleep(HEARTBEAT_S)
         finally:
             await self._forget(worker_id)
@@ -175,7 +175,7 @@ class Registry:
                 self._last = Snapshot(
                     workers=self._last.workers, skipped=self._last.skipped, stale_since=time.monotonic()
                 )
-        _honour_cancellation()
+        honour_cancellation()
         return self._last
 
     async def _read(self) -> Snapshot:
@@ -211,7 +211,7 @@ class Registry:
         return Snapshot(workers=MappingProxyType(workers), skipped=len(unusable))
 
 
-def _honour_cancellation() -> None:
+def honour_cancellation() -> None:
     """Raise the CancelledError that redis-py may have lost.
 
     It sends through asyncio.wait_for, which before Python 3.12 returns normally when a cancellation arrives as the

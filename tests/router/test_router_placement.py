@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from router.fleet import FleetSnapshot, WorkerView
 from router.placement import capacity, choose, why_not
 from wire.errors import InvalidRequest, LayoutMismatch, NoWorkers
@@ -132,3 +134,85 @@ def test_the_same_fleet_gives_the_same_answer_in_any_order():
     expected = chosen(fleet(*views))
     assert chosen(fleet(*reversed(views))) == expected == ("p0", "d0")
     assert replace(views[0], serving=False).usable is False
+
+
+# What workers already hold
+
+
+PREFIX_ROWS: dict[str, tuple[FleetSnapshot, dict[str, int], tuple[str, str]]] = {
+    "nobody holds anything": (fleet(prefill("p0"), prefill("p1"), decode("d0")), {}, ("p0", "d0")),
+    "one prefill worker holds most of it": (
+        fleet(prefill("p0"), prefill("p1"), decode("d0")),
+        {"p1": 3_840},
+        ("p1", "d0"),
+    ),
+    "a queue shorter than what is held is worth the wait": (
+        fleet(prefill("p0"), prefill("p1", queued_tokens=3_500), decode("d0")),
+        {"p1": 3_840},
+        ("p1", "d0"),
+    ),
+    "a longer queue is not": (
+        fleet(prefill("p0"), prefill("p1", queued_tokens=3_900), decode("d0")),
+        {"p1": 3_840},
+        ("p0", "d0"),
+    ),
+    "our own requests there count as a queue": (
+        fleet(prefill("p0"), prefill("p1", assigned=(1, 3_900)), decode("d0")),
+        {"p1": 3_840},
+        ("p0", "d0"),
+    ),
+    "the longer of two prefixes": (
+        fleet(prefill("p0"), prefill("p1"), decode("d0")),
+        {"p0": 512, "p1": 768},
+        ("p1", "d0"),
+    ),
+    "a decode worker that holds it need not fetch it": (
+        fleet(prefill("p0"), decode("d0"), decode("d1")),
+        {"d1": 3_840},
+        ("p0", "d1"),
+    ),
+    "but not at any number of neighbours": (
+        fleet(prefill("p0"), decode("d0"), decode("d1", running=2)),
+        {"d1": 3_840},
+        ("p0", "d0"),
+    ),
+    "each side on its own": (
+        fleet(prefill("p0"), prefill("p1"), decode("d0"), decode("d1")),
+        {"p1": 2_048, "d1": 1_024},
+        ("p1", "d1"),
+    ),
+    "pages that are there need no room": (
+        fleet(prefill("p0", free_tokens=3_000), prefill("p1", free_tokens=200), decode("d0")),
+        {"p1": 3_840},
+        ("p1", "d0"),
+    ),
+    "a holder that does not serve is no holder": (
+        fleet(prefill("p0"), prefill("p1", serving=False), decode("d0")),
+        {"p1": 3_840},
+        ("p0", "d0"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PREFIX_ROWS)
+def test_what_workers_hold_counts_against_what_keeps_them_busy(name: str):
+    snapshot, resident, expected = PREFIX_ROWS[name]
+    placement = choose(snapshot, 4_000, 10, resident=resident)
+    assert placement is not None
+    assert (placement.prefill.worker_id, placement.decode.worker_id) == expected
+    assert placement.prefill_resident == resident.get(expected[0], 0)
+    assert placement.decode_resident == resident.get(expected[1], 0)
+
+
+def test_a_prompt_that_is_held_whole_still_has_one_token_to_compute():
+    placement = choose(fleet(prefill("p0"), decode("d0")), 512, 10, resident={"p0": 512, "d0": 512})
+    assert placement is not None
+    assert (placement.prefill_resident, placement.decode_resident) == (511, 511)
+
+
+def test_a_prompt_larger_than_every_pool_is_refused_with_both_numbers():
+    error = why_not(fleet(prefill("p0", total_tokens=1_024), prefill("p1", total_tokens=2_048), decode("d0")), 3_000, 5)
+    assert isinstance(error, InvalidRequest)
+    assert error.detail_code == "context_length_exceeded"
+    assert "3000 tokens" in str(error)
+    assert "prompts of at most 2048 tokens" in str(error)

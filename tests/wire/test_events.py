@@ -34,12 +34,9 @@ def cut(digests: list[bytes]) -> set[bytes]:
 
 
 @asynccontextmanager
-async def reading(url: str) -> AsyncIterator[PrefixReader]:
-    reader = PrefixReader(url)
-    try:
-        yield reader
-    finally:
-        await reader.close()
+async def publishing_and_reading(url: str) -> AsyncIterator[tuple[PrefixPublisher, PrefixReader]]:
+    async with PrefixReader(url) as reader, PrefixPublisher(url, "prefill-0", EPOCH) as publisher:
+        yield publisher, reader
 
 
 async def held(reader: PrefixReader) -> tuple[set[bytes], int]:
@@ -101,7 +98,7 @@ def test_bytes_that_are_no_events_are_refused(data: bytes) -> None:
 
 
 async def test_a_late_reader_finds_all_pages_and_an_early_one_each_change(redis_server) -> None:
-    async with reading(redis_server.url) as reader:
+    async with PrefixReader(redis_server.url) as reader:
         async with PrefixPublisher(redis_server.url, "prefill-0", EPOCH) as publisher:
             publisher.publish([Stored(tuple(PAGES[:5]), SPACE)])
             await until_held(reader, cut(PAGES[:5]))
@@ -117,7 +114,10 @@ async def test_a_late_reader_finds_all_pages_and_an_early_one_each_change(redis_
 
 
 async def test_both_keys_go_by_themselves_when_the_worker_dies(redis_server) -> None:
-    async with PrefixPublisher(redis_server.url, "prefill-0", EPOCH) as publisher, reading(redis_server.url) as reader:
+    async with (
+        PrefixPublisher(redis_server.url, "prefill-0", EPOCH) as publisher,
+        PrefixReader(redis_server.url) as reader,
+    ):
         publisher.publish([Stored((PAGES[0],))])
         await until_held(reader, cut(PAGES[:1]))
         client = redis_server.client()
@@ -129,13 +129,19 @@ async def test_what_an_earlier_life_left_behind_goes_first(redis_server) -> None
     client = redis_server.client()
     client.set(SNAPSHOT, events.encode_snapshot(PageSnapshot(7, 900, frozenset(cut(PAGES)))))
     client.xadd(STREAM, {"epoch": "7", "events": b""}, id="900-0")
-    async with PrefixPublisher(redis_server.url, "prefill-0", EPOCH) as publisher, reading(redis_server.url) as reader:
+    async with (
+        PrefixPublisher(redis_server.url, "prefill-0", EPOCH) as publisher,
+        PrefixReader(redis_server.url) as reader,
+    ):
         publisher.publish([Stored((PAGES[0],))])
         await until_held(reader, cut(PAGES[:1]))
 
 
 async def test_events_that_redis_missed_leave_a_gap_and_a_snapshot_fills_it(redis_server) -> None:
-    async with PrefixPublisher(redis_server.url, "prefill-0", EPOCH) as publisher, reading(redis_server.url) as reader:
+    async with (
+        PrefixPublisher(redis_server.url, "prefill-0", EPOCH) as publisher,
+        PrefixReader(redis_server.url) as reader,
+    ):
         publisher.publish([Stored(tuple(PAGES[:5]))])
         await until_held(reader, cut(PAGES[:5]))
         _, number = await held(reader)
@@ -151,7 +157,10 @@ async def test_events_that_redis_missed_leave_a_gap_and_a_snapshot_fills_it(redi
 
 async def test_a_flushed_redis_gets_its_snapshot_back(redis_server, monkeypatch) -> None:
     monkeypatch.setattr(events, "REFRESH_S", 0.1)
-    async with PrefixPublisher(redis_server.url, "prefill-0", EPOCH) as publisher, reading(redis_server.url) as reader:
+    async with (
+        PrefixPublisher(redis_server.url, "prefill-0", EPOCH) as publisher,
+        PrefixReader(redis_server.url) as reader,
+    ):
         publisher.publish([Stored(tuple(PAGES[:5]))])
         await until_held(reader, cut(PAGES[:5]))
         _, number = await held(reader)
@@ -163,7 +172,10 @@ async def test_a_flushed_redis_gets_its_snapshot_back(redis_server, monkeypatch)
 
 async def test_more_events_than_can_wait_become_a_snapshot(redis_server, monkeypatch) -> None:
     monkeypatch.setattr(events, "MAX_PENDING_PAGES", 10)
-    async with PrefixPublisher(redis_server.url, "prefill-0", EPOCH) as publisher, reading(redis_server.url) as reader:
+    async with (
+        PrefixPublisher(redis_server.url, "prefill-0", EPOCH) as publisher,
+        PrefixReader(redis_server.url) as reader,
+    ):
         publisher.publish([Stored((PAGES[0],))])
         await until_held(reader, cut(PAGES[:1]))
         _, number = await held(reader)
@@ -178,7 +190,10 @@ async def test_the_stream_stays_bounded_and_a_snapshot_covers_what_left_it(redis
     monkeypatch.setattr(events, "MAX_STREAM_ENTRIES", 8)
     monkeypatch.setattr(events, "SNAPSHOT_ENTRIES", 4)
     monkeypatch.setattr(events, "BATCH_S", 0.0)
-    async with PrefixPublisher(redis_server.url, "prefill-0", EPOCH) as publisher, reading(redis_server.url) as reader:
+    async with (
+        PrefixPublisher(redis_server.url, "prefill-0", EPOCH) as publisher,
+        PrefixReader(redis_server.url) as reader,
+    ):
         for i, page in enumerate(PAGES):
             publisher.publish([Stored((page,))])
             await until_held(reader, cut(PAGES[: i + 1]))
@@ -200,7 +215,7 @@ async def test_entries_and_snapshots_nobody_wrote_are_told_apart(redis_server) -
     client.xadd(STREAM, {"x": "y"}, id="1-0")
     client.xadd(STREAM, {"epoch": "zz", "events": b""}, id="2-0")
     client.xadd(STREAM, {"epoch": "7", "events": b"S"}, id="3-0")
-    async with reading(redis_server.url) as reader:
+    async with PrefixReader(redis_server.url) as reader:
         assert await reader.snapshot("prefill-0") is None
         assert await reader.entries({"prefill-0": 0}) == [("prefill-0", Entry(0, 0))] * 3
 
