@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from engine.config import WINDOW
 from wire.types import PAGE_TOKENS, SamplingParams
 
 
@@ -31,6 +32,9 @@ class Segment:
 
     The pages covering those positions and the 128-token window before them must be mapped.
     With `sample`, one token is drawn from the last position's logits; it is generated token `index`.
+
+    With `rebuild`, the sequence's full pages hold these tokens' compressed rows already and are only read: the step
+    writes window rows and rings. What it computes is right from `rebuild_tokens` behind `start` on.
     """
 
     sequence: Sequence
@@ -38,6 +42,17 @@ class Segment:
     tokens: list[int]
     sample: bool
     index: int = 0
+    rebuild: bool = False
+
+
+def rebuild_tokens(num_layers: int) -> int:
+    """Tokens to compute again so that the page before a boundary gets its window back, bit for bit.
+
+    The first layer's rows need nothing but the tokens. Each further layer's need the layer before over another window,
+    and compressed rows, which are still there. Whole pages, so that the computation starts on one.
+    """
+    tokens = PAGE_TOKENS + (num_layers - 1) * WINDOW
+    return -(-tokens // PAGE_TOKENS) * PAGE_TOKENS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +79,8 @@ class StepMeta:
     page_table: Tensor  # [B, P] int32 full page of each page index
     swa_table: Tensor  # [B, P] int32 SWA page of each page index, 0 where not mapped
     slots: Tensor  # [B] int32    request slot
+    write_table: Tensor | None = None  # [B, P] int32 where compressed rows go, if not all to page_table
+    oldest: Tensor | None = None  # [B] int64    first position whose window row may be read, if not 0
 
     @classmethod
     def of(cls, batch: list[Segment]) -> StepMeta:
@@ -72,6 +89,10 @@ class StepMeta:
         width = max(-(-(start + n) // PAGE_TOKENS) for start, n in zip(starts, lengths, strict=True))
         pages = [(s.sequence.pages + [0] * width)[:width] for s in batch]
         swa_pages = [(s.sequence.swa_pages + [0] * width)[:width] for s in batch]
+        page_table, write_table = torch.tensor(pages, dtype=torch.int32), None
+        if any(segment.rebuild for segment in batch):
+            # To the sink, so that pages others are reading stay as they are.
+            write_table = page_table * torch.tensor([[not segment.rebuild] for segment in batch], dtype=torch.int32)
         starts_t = torch.tensor(starts, dtype=torch.int64)
         lengths_t = torch.tensor(lengths, dtype=torch.int64)
         ends = lengths_t.cumsum(0)
@@ -82,7 +103,8 @@ class StepMeta:
             segment=segment.int(),
             offsets=first_row.int(),
             starts=starts_t,
-            page_table=torch.tensor(pages, dtype=torch.int32),
+            page_table=page_table,
             swa_table=torch.tensor(swa_pages, dtype=torch.int32),
             slots=torch.tensor([s.sequence.slot for s in batch], dtype=torch.int32),
+            write_table=write_table,
         )

@@ -7,7 +7,7 @@ and decode alike, so both see the same (quantised) values.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -100,27 +100,28 @@ class Attention:
         kv = latent(linear(x, self.wkv), self.kv_norm, meta.positions, self.freqs, self.eps)
         window = pools.window[self.layer]
         write_rows(window, window_rows, kv)
+        writing = meta if meta.write_table is None else replace(meta, page_table=meta.write_table)
         # A row closed by a token is visible to that very token: compress before attending.
         compressed, selected = None, None
         if self.ratio == C4_RATIO:
-            compressed, selected = pools.c4[self.layer], self._compress_c4(x, q_low, meta, pools)
+            compressed, selected = pools.c4[self.layer], self._compress_c4(x, q_low, meta, writing, pools)
         elif self.ratio == C128_RATIO:
             compressed = pools.c128[self.layer]
             c, ring = self.compressor, pools.c128_ring[self.layer]
             u, g = linear(x, c.wkv), linear(x, c.wgate)
-            compress_c128(u, g, c.ape, c.norm, ring, meta, self.freqs, self.eps, compressed)
+            compress_c128(u, g, c.ape, c.norm, ring, writing, self.freqs, self.eps, compressed)
         out = sparse_attention(q, self.sink, meta, window, compressed, self.ratio, selected, self.head_dim**-0.5)
         # The value carries its key's rotation; turning back by the query's position leaves the distance only.
         out = rotate(out, meta.positions, self.freqs, inverse=True)
         out = out.view(out.shape[0], self.groups, -1)
         return linear(grouped_linear(out, self.wo_a, self.groups), self.wo_b)
 
-    def _compress_c4(self, x: Tensor, q_low: Tensor, meta: StepMeta, pools: KvPools) -> Tensor:
+    def _compress_c4(self, x: Tensor, q_low: Tensor, meta: StepMeta, writing: StepMeta, pools: KvPools) -> Tensor:
         quantised = pools.layout == "v4"
         for c, ring, out, rotate_keys in (
             (self.compressor, pools.c4_ring[self.layer], pools.c4[self.layer], False),
             (self.indexer.compressor, pools.index_ring[self.layer], pools.index[self.layer], quantised),
         ):
             u, g = linear(x, c.wkv), linear(x, c.wgate)
-            compress_c4(u, g, c.ape, c.norm, ring, meta, self.freqs, self.eps, out, rotate_keys)
+            compress_c4(u, g, c.ape, c.norm, ring, writing, self.freqs, self.eps, out, rotate_keys)
         return self.indexer.select(x, q_low, meta, self.freqs, pools, self.layer)
