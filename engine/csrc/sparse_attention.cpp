@@ -150,6 +150,7 @@ struct Attention {
     const int64_t* positions;
     const int32_t* page_table;  // [B, P]
     const int32_t* swa_table;
+    const int64_t* oldest;  // [B] or null: no window row before this position
     int64_t pages, heads, dim;
     const Pool* window;
     const Pool* compressed;
@@ -227,10 +228,10 @@ void Attention::tile(int64_t segment, int64_t first, int64_t count) const {
         }
     };
 
-    const int64_t position = positions[first];
+    const int64_t position = positions[first], floor = oldest ? oldest[segment] : 0;
     attend_ranges(
         Rows{*window, swa_table + segment * pages},
-        [&](int64_t token) { return std::max(position + token - kWindow + 1, (int64_t)0); },
+        [&](int64_t token) { return std::max(position + token - kWindow + 1, floor); },
         [&](int64_t token) { return position + token + 1; });
 
     if (ratio == 128) {
@@ -283,13 +284,13 @@ struct Tile {
 
 extern "C" void penumbra_sparse_attention(const float* q, const float* sink, float* out, const int64_t* positions,
                                           const int32_t* offsets, const int32_t* page_table, const int32_t* swa_table,
-                                          int64_t segments, int64_t pages, int64_t heads, int64_t dim,
-                                          const penumbra::Pool* window, const penumbra::Pool* compressed,
-                                          int64_t ratio, const int32_t* selected, int64_t num_selected, float scale,
-                                          int64_t threads) {
+                                          const int64_t* oldest, int64_t segments, int64_t pages, int64_t heads,
+                                          int64_t dim, const penumbra::Pool* window,
+                                          const penumbra::Pool* compressed, int64_t ratio, const int32_t* selected,
+                                          int64_t num_selected, float scale, int64_t threads) {
     using namespace penumbra;
-    const Attention attention{q,   sink,   out,        positions, page_table, swa_table,    pages, heads,
-                              dim, window, compressed, ratio,     selected,   num_selected, scale};
+    const Attention attention{q,     sink, out,    positions,  page_table, swa_table, oldest,       pages,
+                              heads, dim,  window, compressed, ratio,      selected,  num_selected, scale};
     // About 32 rows a tile: a decoded key is then used often enough that decoding hardly shows, and queries and
     // outputs stay in the L2. With several threads, no more than a thread's share.
     const int64_t share = (offsets[segments] + threads - 1) / threads;

@@ -16,7 +16,7 @@ from engine.kernels import native
 from engine.kernels.rows import RowPool, read_rows
 
 _SIGNATURE = (
-    *[native.POINTER] * 7,  # q, sink, out, positions, offsets, page_table, swa_table
+    *[native.POINTER] * 8,  # q, sink, out, positions, offsets, page_table, swa_table, oldest
     *[native.INT] * 4,  # segments, pages, heads, dim
     *[native.POINTER] * 2,  # window, compressed
     native.INT,  # ratio
@@ -47,9 +47,9 @@ def sparse_attention(
     scale       multiplies q . key, not the sink
     ->          [T, H, D] float32   still rotated like the keys
 
-    The keys of a token at position p are the window rows of [max(0, p - 127), p] and the blocks `selected`
-    (ratio 4) or every finished block b < (p + 1) // 128 (ratio 128). A key is its own value. One softmax.
-    All of it in float32. The native engine gives a (token, head) the same bits whatever else is in the step,
+    The keys of a token at position p are the window rows of [max(0, p - 127), p], from `meta.oldest` on, and the
+    blocks `selected` (ratio 4) or every finished block b < (p + 1) // 128 (ratio 128). A key is its own value. One
+    softmax. All of it in float32. The native engine gives a (token, head) the same bits whatever else is in the step,
     however a prompt was cut into chunks, and on any number of threads.
     """
     _check_ratio(ratio, compressed, selected)
@@ -68,6 +68,7 @@ def sparse_attention(
             meta.offsets.data_ptr(),
             meta.page_table.data_ptr(),
             meta.swa_table.data_ptr(),
+            None if meta.oldest is None else meta.oldest.data_ptr(),
             *meta.page_table.shape,
             num_heads,
             dim,
@@ -84,14 +85,15 @@ def sparse_attention(
     for segment, (start, end) in enumerate(itertools.pairwise(meta.offsets.tolist())):
         pages = meta.page_table[segment].long()
         swa_pages = meta.swa_table[segment].long()
-        first = max(0, positions[start] - WINDOW + 1)
+        floor = 0 if meta.oldest is None else int(meta.oldest[segment])
+        first = max(floor, positions[start] - WINDOW + 1)
         raw = read_rows(window, _rows(window, swa_pages, torch.arange(first, positions[end - 1] + 1)))
         if compressed is not None and ratio == C128_RATIO:
             finished = torch.arange((positions[end - 1] + 1) // C128_RATIO)
             pooled = read_rows(compressed, _rows(compressed, pages, finished))
         for token in range(start, end):
             p = positions[token]
-            keys = raw[max(0, p - WINDOW + 1) - first : p + 1 - first]
+            keys = raw[max(floor, p - WINDOW + 1) - first : p + 1 - first]
             if ratio == C128_RATIO:
                 keys = torch.cat([keys, pooled[: (p + 1) // C128_RATIO]])
             elif compressed is not None and selected is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,6 +82,19 @@ def test_it_is_the_softmax_over_window_blocks_and_sink(engine, step, pools, rati
     got = attend(q, sink, meta, pools, ratio, selected)
     expected = by_definition(q, sink, meta, pools, ratio, selected)
     assert torch.allclose(got.double(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_a_window_may_begin_later_than_its_128_tokens(engine, step, pools):
+    """Rows before `oldest` are as if they were not there: a draft layer's first ones were never written."""
+    meta = step([(1, 6), (130, 9), (700, 2)], pages=PAGES)
+    q, sink = random_queries(17, 4)
+    oldest = [1, 100, 0]
+    got = attend(q, sink, replace(meta, oldest=torch.tensor(oldest)), pools, 0)
+    for token, (p, segment) in enumerate(zip(meta.positions.tolist(), meta.segment.tolist(), strict=True)):
+        rows = torch.arange(max(oldest[segment], p - 127), p + 1)
+        keys = read_rows(pools[256], meta.swa_table[segment].long()[rows // 256] * 256 + rows % 256).double()
+        logits = torch.cat([q[token].double() @ keys.T * SCALE, sink[:, None].double()], dim=1)
+        assert torch.allclose(got[token].double(), logits.softmax(1)[:, :-1] @ keys, rtol=0, atol=2e-5)
 
 
 def test_the_first_token_of_a_prompt_sees_itself_and_the_sink(engine, step, pools):
