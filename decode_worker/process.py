@@ -16,6 +16,7 @@ from kvtransfer.loopback import LoopbackTransport
 from kvtransfer.nixl import NixlTransport
 from kvtransfer.reader import Reader
 from kvtransfer.transport import Transport
+from wire.events import PrefixPublisher
 from wire.telemetry import WorkerMetrics, configure_logging
 from wire.worker import DoorConfig, serve
 
@@ -49,12 +50,14 @@ async def _serve(config: DecodeConfig, runner: Runner, transport: Transport, epo
             offer_timeout_s=config.offer_timeout_s,
             growth_tokens=config.growth_tokens,
             host_memory_bytes=config.host_memory_bytes,
+            prefix_cache=config.prefix_cache,
             max_context=runner.max_context,
             vocab_size=runner.model_config.vocab_size,
             eos_token_id=runner.model_config.eos_token_id,
         ),
     )
     registry = CollectorRegistry()
+    publisher = PrefixPublisher(config.redis_url, config.worker_id, epoch)
     service = DecodeService(
         core,
         runner,
@@ -65,6 +68,7 @@ async def _serve(config: DecodeConfig, runner: Runner, transport: Transport, epo
         model=runner.fingerprint,
         signature=pools.signature,
         max_context=runner.max_context,
+        publish=publisher.publish,
     )
     reader = Reader(transport, pools.classes, pools.import_pages, service.reader_results, service.reader_settled)
     service.attach(reader)
@@ -79,7 +83,8 @@ async def _serve(config: DecodeConfig, runner: Runner, transport: Transport, epo
     )
     reader.start()
     try:
-        return await serve(service, door, registry)
+        async with publisher:
+            return await serve(service, door, registry)
     finally:
         if unsettled := await asyncio.to_thread(reader.stop, READER_STOP_S):
             log.warning("reads_unsettled_at_exit", num_items=len(unsettled))

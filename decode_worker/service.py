@@ -11,7 +11,7 @@ import contextlib
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -30,6 +30,7 @@ from decode_worker.scheduler import (
     Emit,
     OfferArrived,
     OpenClaim,
+    PrefixesChanged,
     ReadEnded,
     Restore,
     Restored,
@@ -51,6 +52,7 @@ from wire.types import (
     ClaimRequest,
     Failed,
     Finished,
+    PrefixEvent,
     Role,
     StartEvent,
     Tokens,
@@ -71,7 +73,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
     """Owns the engine thread of a decode worker and its claims; implements `wire.worker.WorkerService`.
 
     `reader_results` and `reader_settled` are the reader's callbacks; `attach` gives it the reader that calls
-    them.
+    them. `publish` is called on the event loop with what the prefix tree stored and removed, and must not block.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         model: str,
         signature: str,
         max_context: int,
+        publish: Callable[[Sequence[PrefixEvent]], None] = lambda events: None,
     ) -> None:
         self.draining = False
         self._broken: str | None = None
@@ -95,6 +98,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._signature = signature
         self._max_context = max_context
         self._memory = memory
+        self._publish_prefixes = publish
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._engine: EngineLoop[DecodeEvent, DecodeAction] = EngineLoop(
@@ -181,6 +185,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                     ended = isinstance(event, Finished | Failed)
                     if isinstance(event, Admitted):
                         self._metrics.queue_time.observe(time.monotonic() - arrived)
+                        self._metrics.prefix_queries.inc(len(start.prompt))
+                        self._metrics.prefix_hits.inc(event.resident_prefix)
                     elif isinstance(event, Tokens):
                         self._metrics.generation_tokens.inc(len(event.tokens))
                     yield convert.start_event_to_wire(event)
@@ -245,6 +251,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                     self._spawn(run, self._follow_claim(action))
                 case CloseClaim(run):
                     self._close_claim(action)
+                case PrefixesChanged(events):
+                    self._publish_prefixes(events)
 
     def _spawn(self, run: AttemptId, work: Any) -> None:
         if self._tasks is None:  # stopping: the frame has ended every call already
@@ -320,7 +328,13 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._preemptions_total = load.preemptions_total
         metrics.host_bytes.set(load.host_bytes)
         for page_class, counts in load.pages.items():
-            metrics.set_pages(page_class, free=counts.free, used=counts.used, quarantined=counts.quarantined)
+            metrics.set_pages(
+                page_class,
+                free=counts.free,
+                used=counts.used - counts.evictable,
+                quarantined=counts.quarantined,
+                cached=counts.evictable,
+            )
 
 
 def _pages(channel: grpc.aio.Channel) -> Any:

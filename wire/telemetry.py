@@ -42,7 +42,8 @@ ITL_BUCKETS_S = (
 )
 TRANSFER_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
-PAGE_STATES = ("free", "used", "quarantined")
+PAGE_STATES = ("free", "used", "cached", "quarantined")
+"""Cached pages hold prefixes that no request uses: as good as free to whoever needs room."""
 
 
 # Logs
@@ -172,7 +173,7 @@ class WorkerMetrics:
         self.running = Gauge("penumbra_num_requests_running", "Requests in the current batch", registry=registry)
         self.waiting = Gauge("penumbra_num_requests_waiting", "Requests not yet computed on", registry=registry)
         self.kv_cache_usage = Gauge(
-            "penumbra_kv_cache_usage_perc", "Share of full pages that are not free, 0 to 1", registry=registry
+            "penumbra_kv_cache_usage_perc", "Share of full pages in use, 0 to 1", registry=registry
         )
         self.pages = Gauge(
             "penumbra_pages",
@@ -183,6 +184,14 @@ class WorkerMetrics:
         self.quarantined = Counter(
             "penumbra_pages_quarantined_total",
             "Destination pages set aside because a read had not settled",
+            registry=registry,
+        )
+        self.prefix_queries = Counter(
+            "penumbra_prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache", registry=registry
+        )
+        self.prefix_hits = Counter(
+            "penumbra_prefix_cache_hits_total",
+            "Prompt tokens found there: not computed again by prefill, not fetched again by decode",
             registry=registry,
         )
         self.preemptions = Counter(
@@ -221,13 +230,13 @@ class WorkerMetrics:
         self.prompt_tokens = Counter("penumbra_prompt_tokens_total", "Prompt tokens computed", registry=registry)
         self.generation_tokens = Counter("penumbra_generation_tokens_total", "Tokens generated", registry=registry)
 
-    def set_pages(self, page_class: PageClass, *, free: int, used: int, quarantined: int) -> None:
+    def set_pages(self, page_class: PageClass, *, free: int, used: int, quarantined: int, cached: int = 0) -> None:
         """Publish one pool's page counts, and the usage when it is the full pool."""
-        for state, count in zip(PAGE_STATES, (free, used, quarantined), strict=True):
+        for state, count in zip(PAGE_STATES, (free, used, cached, quarantined), strict=True):
             self.pages.labels(page_class, state).set(count)
-        total = free + used + quarantined
+        total = free + used + cached + quarantined
         if page_class is PageClass.FULL and total:
-            self.kv_cache_usage.set((total - free) / total)
+            self.kv_cache_usage.set((used + quarantined) / total)
 
 
 # The HTTP door
