@@ -20,7 +20,7 @@ from torch import Tensor
 from engine.config import C4_RATIO, C4_RING, C128_RATIO, C128_RING, EngineConfig, KvLayout, ModelConfig
 from engine.kernels.checksum import item_checksums
 from engine.kernels.rows import RowPool
-from wire.errors import ConfigError, PenumbraError
+from wire.errors import ConfigError
 from wire.types import PAGE_TOKENS, PageClass, Region, RegionClass
 
 LAYOUT_VERSION = 2
@@ -30,7 +30,7 @@ STATE_ROWS = 128
 """Raw rows in one STATE item: a request slot's ring of 256 is two items."""
 
 
-class OutOfPages(PenumbraError):
+class OutOfPages(Exception):
     """An allocator has fewer free items than asked for; nothing was taken."""
 
 
@@ -126,6 +126,8 @@ def _regions(model: ModelConfig, layout: KvLayout) -> dict[PageClass, list[tuple
 
     index = RowPool.item_bytes_for(PAGE_TOKENS // C4_RATIO, "index", layout, model.index_head_dim, model.rope_dim)
     c4_ring, index_ring = (C4_RING * 4 * dim * 4 for dim in (model.head_dim, model.index_head_dim))
+    # Also on a worker that does not run the draft layer, so that it pairs with one that does.
+    draft = [("window.draft", latent(PAGE_TOKENS)), ("draft_state", 4 * draft_state_floats(model))]
     return {
         PageClass.FULL: [
             *((f"c4.{layer}", latent(PAGE_TOKENS // C4_RATIO)) for layer in c4),
@@ -136,9 +138,15 @@ def _regions(model: ModelConfig, layout: KvLayout) -> dict[PageClass, list[tuple
             *((f"window.{layer}", latent(PAGE_TOKENS)) for layer in range(model.num_layers)),
             *((f"c4_ring.{layer}", c4_ring) for layer in c4),
             *((f"index_ring.{layer}", index_ring) for layer in c4),
+            *(draft if model.draft_layer else []),
         ],
         PageClass.STATE: [(f"c128_ring.{layer}", STATE_ROWS * 2 * model.head_dim * 4) for layer in c128],
     }
+
+
+def draft_state_floats(model: ModelConfig) -> int:
+    """Float32 values of one SWA item's `draft_state`: four numbers, then the residual streams of one token."""
+    return 4 + model.hc_mult * model.hidden_size
 
 
 def plan_sizes(model: ModelConfig, config: EngineConfig) -> PoolSizes:
@@ -230,6 +238,11 @@ class KvPools:
         c4, c128 = model.layers_of(C4_RATIO), model.layers_of(C128_RATIO)
         head, index = model.head_dim, model.index_head_dim
         self.window = {n: rows(f"window.{n}", PAGE_TOKENS, "latent", head) for n in range(model.num_layers)}
+        self.draft_state: Tensor | None = None  # [items, 4 + 4D] float32; engine/model/mtp.py says what
+        if model.draft_layer:
+            # The draft layer counts as the one above the last.
+            self.window[model.num_layers] = rows("window.draft", PAGE_TOKENS, "latent", head)
+            self.draft_state = self._floats("draft_state")
         self.c4 = {n: rows(f"c4.{n}", PAGE_TOKENS // C4_RATIO, "latent", head) for n in c4}
         self.index = {n: rows(f"index.{n}", PAGE_TOKENS // C4_RATIO, "index", index) for n in c4}
         self.c128 = {n: rows(f"c128.{n}", PAGE_TOKENS // C128_RATIO, "latent", head) for n in c128}

@@ -157,7 +157,7 @@ def standard(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def test_a_random_model_behaves_like_a_model(standard: Checkpoint) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 271, (300,), generator=generator)
-    logits, _ = dense_forward(standard.config, standard.tensors, ids, quantise=False)
+    logits, _ = dense_forward(standard.config, standard.tensors, ids)
     probabilities = logits.softmax(-1)
     entropy = -(probabilities * probabilities.clamp(min=1e-30).log()).sum(-1)
     assert 1.0 < entropy.mean() < 4.0  # the 320 tokens are neither equally likely nor decided; uniform is 5.8
@@ -168,11 +168,11 @@ def test_a_random_model_behaves_like_a_model(standard: Checkpoint) -> None:
     # What came before matters: another context before the same token, and one early token far away.
     other = torch.randint(0, 271, (300,), generator=generator)
     other[-1] = ids[-1]
-    elsewhere, _ = dense_forward(standard.config, standard.tensors, other, quantise=False)
+    elsewhere, _ = dense_forward(standard.config, standard.tensors, other)
     assert torch.corrcoef(torch.stack([logits[-1], elsewhere[-1]]))[0, 1] < 0.8
     nudged = ids.clone()
     nudged[10] = (nudged[10] + 7) % 271
-    echo, _ = dense_forward(standard.config, standard.tensors, nudged, quantise=False)
+    echo, _ = dense_forward(standard.config, standard.tensors, nudged)
     assert (echo - logits)[:10].abs().max() < 1e-4  # only rounding: nobody sees the future
     assert (echo - logits)[299].abs().max() > 0.01  # 289 tokens on, past the window
 
