@@ -17,11 +17,9 @@ from router.chat import Text
 from router.config import ModelFacts, RouterConfig
 from router.fleet import Fleet
 from router.http import Front
-from router.mirror import PrefixMirror, follow
 from wire.errors import ConfigError
-from wire.events import PrefixReader
 from wire.registry import Registry
-from wire.telemetry import RouterMetrics, configure_logging
+from wire.telemetry import configure_logging
 
 log = structlog.get_logger()
 
@@ -50,17 +48,13 @@ async def serve(
     """
     facts = ModelFacts.load(config.model)
     text = Text(config.model, facts, config.model_names, thinking=config.default_thinking)
-    collectors = CollectorRegistry()
-    async with (
-        Registry(config.redis_url, config.namespace) as registry,
-        PrefixReader(config.redis_url, config.namespace) as prefixes,
-    ):
-        listener = _listen(config)
+    metrics = CollectorRegistry()
+    async with Registry(config.redis_url, config.namespace) as registry:
+        listener = listen(config)
         host, port = listener.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        fleet, mirror = Fleet(registry, poll_s=config.registry_poll_s), PrefixMirror()
-        metrics = RouterMetrics(collectors)
-        front = Front(config, facts, text, fleet, mirror, metrics, collectors)
+        fleet = Fleet(registry, poll_s=config.registry_poll_s)
+        front = Front(config, facts, text, fleet, metrics)
         server = _Server(
             uvicorn.Config(
                 front.app,
@@ -77,10 +71,7 @@ async def serve(
         signals = _stop_signals(server, front) if own_signals else contextlib.nullcontext()
         with listener, signals, contextlib.closing(front):
             async with asyncio.TaskGroup() as tasks:
-                watches = [
-                    tasks.create_task(fleet.run(), name="fleet"),
-                    tasks.create_task(follow(mirror, prefixes, fleet.epochs, metrics), name="prefix-mirror"),
-                ]
+                watching = tasks.create_task(fleet.run(), name="fleet")
                 log.info("router_ready", url=url, models=",".join(config.model_names))
                 on_ready(url)
                 try:
@@ -90,8 +81,7 @@ async def serve(
                     await server.shutdown([listener])
                     raise
                 finally:
-                    for watch in watches:
-                        watch.cancel()
+                    watching.cancel()
         log.info("router_stopped")
 
 
@@ -113,11 +103,19 @@ def _stop_signals(server: uvicorn.Server, front: Front) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-def _listen(config: RouterConfig) -> socket.socket:
+def listen(config: RouterConfig) -> socket.socket:
+    """The listening socket. Raises ConfigError when the address can not be bound."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    # With the protocol spelled out: asyncio turns Nagle's algorithm off only on such sockets, and with it on, an
+    # answer's last bytes wait 40 ms for the client's delayed acknowledgement.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        return socket.create_server((config.host, config.port), family=family, backlog=1024)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((config.host, config.port))
+        listener.listen(1024)
+        return listener
     except OSError as error:
+        listener.close()
         raise ConfigError(
             f"Cannot listen on {config.host}:{config.port}: {error.strerror or error}. Choose another port, "
             "or 0 for a free one."
