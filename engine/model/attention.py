@@ -19,7 +19,7 @@ from engine.kernels.compress import compress_c4, compress_c128
 from engine.kernels.index_topk import index_topk
 from engine.kernels.linear import Matrix, grouped_linear, linear
 from engine.kernels.norm_rope import hadamard, latent, query, rms_norm, rope_frequencies, rotate
-from engine.kernels.rows import write_rows
+from engine.kernels.rows import RowPool, write_rows
 from engine.kernels.sparse_attention import sparse_attention
 
 
@@ -97,9 +97,8 @@ class Attention:
         """x [T, D] (site-normed) -> [T, D]. Writes this step's rows and rings; window_rows [T] are the tokens' own."""
         q_low = rms_norm(linear(x, self.wq_a), self.q_norm, self.eps)
         q = query(linear(q_low, self.wq_b).view(-1, self.heads, self.head_dim), meta.positions, self.freqs, self.eps)
-        kv = latent(linear(x, self.wkv), self.kv_norm, meta.positions, self.freqs, self.eps)
         window = pools.window[self.layer]
-        write_rows(window, window_rows, kv)
+        self.write_window(x, meta.positions, window_rows, window)
         writing = meta if meta.write_table is None else replace(meta, page_table=meta.write_table)
         # A row closed by a token is visible to that very token: compress before attending.
         compressed, selected = None, None
@@ -108,6 +107,7 @@ class Attention:
         elif self.ratio == C128_RATIO:
             compressed = pools.c128[self.layer]
             c, ring = self.compressor, pools.c128_ring[self.layer]
+            assert c is not None
             u, g = linear(x, c.wkv), linear(x, c.wgate)
             compress_c128(u, g, c.ape, c.norm, ring, writing, self.freqs, self.eps, compressed)
         out = sparse_attention(q, self.sink, meta, window, compressed, self.ratio, selected, self.head_dim**-0.5)
@@ -116,8 +116,14 @@ class Attention:
         out = out.view(out.shape[0], self.groups, -1)
         return linear(grouped_linear(out, self.wo_a, self.groups), self.wo_b)
 
+    def write_window(self, x: Tensor, positions: Tensor, rows: Tensor, window: RowPool) -> None:
+        """Write the keys of tokens x [T, D] at `positions` [T] to `rows` [T] of the layer's window."""
+        write_rows(window, rows, latent(linear(x, self.wkv), self.kv_norm, positions, self.freqs, self.eps))
+
     def _compress_c4(self, x: Tensor, q_low: Tensor, meta: StepMeta, writing: StepMeta, pools: KvPools) -> Tensor:
         quantised = pools.layout == "v4"
+        assert self.compressor is not None
+        assert self.indexer is not None
         for c, ring, out, rotate_keys in (
             (self.compressor, pools.c4_ring[self.layer], pools.c4[self.layer], False),
             (self.indexer.compressor, pools.index_ring[self.layer], pools.index[self.layer], quantised),

@@ -18,18 +18,20 @@ class MixtureOfExperts:
             config.swiglu_limit,
         )
         self.gate = Matrix.prepare(tensors("ffn.gate.weight"))
-        self.table = self.bias = None
-        if layer < config.num_hash_layers:
-            self.table = tensors("ffn.gate.tid2eid").long()
-        else:
-            self.bias = tensors("ffn.gate.bias").float()
+        hashed = layer < config.num_hash_layers
+        self.table = tensors("ffn.gate.tid2eid").long() if hashed else None
+        self.bias = None if hashed else tensors("ffn.gate.bias").float()
         self.experts = Experts.prepare(*(tensors(f"ffn.experts.{w}") for w in ("w1", "w3", "w2")))
-        self.shared = [Matrix.prepare(tensors(f"ffn.shared_experts.{w}.weight")) for w in ("w1", "w3", "w2")]
+        self.shared_gate, self.shared_up, self.shared_down = (
+            Matrix.prepare(tensors(f"ffn.shared_experts.{w}.weight")) for w in ("w1", "w3", "w2")
+        )
 
     def __call__(self, x: Tensor, token_ids: Tensor) -> Tensor:
         """x [T, D], token_ids [T] int64 (the input tokens: hash layers route by them) -> [T, D]."""
         if self.table is not None:
             picks, weights = route_hashed(x, self.gate, self.table, token_ids, self.scaling)
         else:
+            assert self.bias is not None
             picks, weights = route_scored(x, self.gate, self.bias, self.k, self.scaling)
-        return routed_experts(x, picks, weights, self.experts, self.limit) + mlp(x, *self.shared, self.limit)
+        shared = mlp(x, self.shared_gate, self.shared_up, self.shared_down, self.limit)
+        return routed_experts(x, picks, weights, self.experts, self.limit) + shared
