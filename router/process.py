@@ -17,9 +17,11 @@ from router.chat import Text
 from router.config import ModelFacts, RouterConfig
 from router.fleet import Fleet
 from router.http import Front
+from router.mirror import PrefixMirror, follow
 from wire.errors import ConfigError
+from wire.events import PrefixReader
 from wire.registry import Registry
-from wire.telemetry import configure_logging
+from wire.telemetry import RouterMetrics, configure_logging
 
 log = structlog.get_logger()
 
@@ -48,13 +50,17 @@ async def serve(
     """
     facts = ModelFacts.load(config.model)
     text = Text(config.model, facts, config.model_names, thinking=config.default_thinking)
-    metrics = CollectorRegistry()
-    async with Registry(config.redis_url, config.namespace) as registry:
+    collectors = CollectorRegistry()
+    async with (
+        Registry(config.redis_url, config.namespace) as registry,
+        PrefixReader(config.redis_url, config.namespace) as prefixes,
+    ):
         listener = listen(config)
         host, port = listener.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        fleet = Fleet(registry, poll_s=config.registry_poll_s)
-        front = Front(config, facts, text, fleet, metrics)
+        fleet, mirror = Fleet(registry, poll_s=config.registry_poll_s), PrefixMirror()
+        metrics = RouterMetrics(collectors)
+        front = Front(config, facts, text, fleet, mirror, metrics, collectors)
         server = _Server(
             uvicorn.Config(
                 front.app,
@@ -71,7 +77,10 @@ async def serve(
         signals = _stop_signals(server, front) if own_signals else contextlib.nullcontext()
         with listener, signals, contextlib.closing(front):
             async with asyncio.TaskGroup() as tasks:
-                watching = tasks.create_task(fleet.run(), name="fleet")
+                watches = [
+                    tasks.create_task(fleet.run(), name="fleet"),
+                    tasks.create_task(follow(mirror, prefixes, fleet.epochs, metrics), name="prefix-mirror"),
+                ]
                 log.info("router_ready", url=url, models=",".join(config.model_names))
                 on_ready(url)
                 try:
@@ -81,7 +90,8 @@ async def serve(
                     await server.shutdown([listener])
                     raise
                 finally:
-                    watching.cancel()
+                    for watch in watches:
+                        watch.cancel()
         log.info("router_stopped")
 
 
