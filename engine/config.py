@@ -61,6 +61,7 @@ class ModelConfig:
     max_positions: int
     bos_token_id: int
     eos_token_id: int
+    draft_layer: bool = False  # the checkpoint has a complete `mtp.0`; config.json does not tell, its tensors do
 
     @property
     def num_layers(self) -> int:
@@ -286,3 +287,4 @@ class EngineConfig:
     max_requests: int = 64
     max_context: int = 0  # 0: what the checkpoint allows
     threads: int = 1
+    draft: bool = True  # run the draft layer of a checkpoint that has one

@@ -17,6 +17,7 @@ from engine.config import ModelConfig
 from engine.kernels.hyper_connections import HyperSite, collapse, mix_in, mix_out
 from engine.kernels.linear import Matrix, linear
 from engine.kernels.norm_rope import rms_norm
+from engine.kernels.rows import RowPool
 from engine.model.attention import Attention, LayerTensors
 from engine.model.moe import MixtureOfExperts
 from wire.types import PAGE_TOKENS
@@ -47,6 +48,13 @@ class Layer:
         return mix_out(y, streams, post, comb)
 
 
+    def write_window(self, streams: Tensor, positions: Tensor, rows: Tensor, window: RowPool) -> None:
+        """Write the keys of tokens with `streams` [T, 4, D], and nothing else of what the layer does."""
+        c = self.config
+        x, _, _ = mix_in(streams, self.attn_site, c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters)
+        self.attention.write_window(rms_norm(x, self.attn_norm, c.rms_norm_eps), positions, rows, window)
+
+
 class DeepseekV4:
     """The model, without any state of its own: rows and rings live in the pools it is given."""
 
@@ -59,8 +67,10 @@ class DeepseekV4:
         self.embedding = tensors.pop("embed.weight")
         self.layers = []
         for n in range(config.num_layers):
-            self.layers.append(Layer(config, n, partial(_take, tensors, f"layers.{n}.")))
-        self.head_mix = [tensors.pop(f"hc_head_{part}").float() for part in ("fn", "base", "scale")]
+            self.layers.append(Layer(config, n, partial(take, tensors, f"layers.{n}.")))
+        self.head_fn, self.head_base, self.head_scale = (
+            tensors.pop(f"hc_head_{part}").float() for part in ("fn", "base", "scale")
+        )
         self.norm = tensors.pop("norm.weight").float()
         self.head = Matrix.prepare(tensors.pop("head.weight"))
 
@@ -70,15 +80,31 @@ class DeepseekV4:
 
         Row by row, the bits do not depend on the other rows, on where a prompt was cut into steps, or on threads.
         """
-        page = meta.swa_table[meta.segment.long(), meta.positions // PAGE_TOKENS].long()
-        window_rows = page * PAGE_TOKENS + meta.positions % PAGE_TOKENS
+        return self.read_out(self.streams(token_ids, meta, pools)[wanted])
+
+    @torch.inference_mode()
+    def streams(self, token_ids: Tensor, meta: StepMeta, pools: KvPools) -> Tensor:
+        """token_ids [T] int64 -> [T, 4, D], the residual streams behind the last layer: what a draft layer reads."""
+        rows = window_rows(meta)
         streams = self.embedding[token_ids].float()[:, None, :].repeat(1, self.config.hc_mult, 1)
         for layer in self.layers:
-            streams = layer(streams, token_ids, meta, window_rows, pools)
+            streams = layer(streams, token_ids, meta, rows, pools)
+        return streams
+
+    @torch.inference_mode()
+    def read_out(self, streams: Tensor) -> Tensor:
+        """streams [S, 4, D] -> logits [S, V]."""
         c = self.config
-        hidden = collapse(streams[wanted], *self.head_mix, c.rms_norm_eps, c.hc_eps)
+        hidden = collapse(streams, self.head_fn, self.head_base, self.head_scale, c.rms_norm_eps, c.hc_eps)
         return linear(rms_norm(hidden, self.norm, c.rms_norm_eps), self.head)
 
 
-def _take(tensors: dict[str, Tensor], prefix: str, name: str) -> Tensor:
+def window_rows(meta: StepMeta) -> Tensor:
+    """[T] int64: each token's own row in a window pool; a row of the sink where its page is not mapped."""
+    page = meta.swa_table[meta.segment.long(), meta.positions // PAGE_TOKENS].long()
+    return page * PAGE_TOKENS + meta.positions % PAGE_TOKENS
+
+
+def take(tensors: dict[str, Tensor], prefix: str, name: str) -> Tensor:
+    """Remove and return the tensor `prefix` + `name`."""
     return tensors.pop(prefix + name)

@@ -16,7 +16,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Checkpoint:
 
     tensors      by official name, without the `.scale` siblings, which are already multiplied in. Routed experts
                  are stacked: `layers.{n}.ffn.experts.w1` and `.w3` [E, I, D], `.w2` [E, D, I]. Nobody else holds
-                 them: a consumer may pop what it has copied.
+                 them: a consumer may pop what it has copied. With `mtp.0.*` if the draft layer was asked for.
     fingerprint  hex; two workers with the same one hold the same weights and may exchange pages
     """
 
@@ -52,10 +52,11 @@ class Checkpoint:
     tokenizer: Path
 
 
-def load_checkpoint(directory: Path) -> Checkpoint:
+def load_checkpoint(directory: Path, *, draft: bool = False) -> Checkpoint:
     """Read a checkpoint in the official layout.
 
-    Draft layers (`mtp.*`, block drafters) are left out, with one warning. Files of other formats are never opened.
+    With `draft`, the draft layer `mtp.0` too. One that is incomplete, and block drafters, which are another model, are
+    left out with one warning. Files of other formats are never opened.
     Raises CheckpointError, on one line naming file and tensor, for anything that is missing, superfluous, of
     another shape or type, out of range or not finite; and when the tensors would not fit into memory.
     """
@@ -66,13 +67,14 @@ def load_checkpoint(directory: Path) -> Checkpoint:
         raise CheckpointError(found.problems[0] + more)
     assert found.config is not None
     assert found.tokenizer is not None
-    table = tensor_table(found.config, found.formats)
+    config = replace(found.config, draft_layer=has_draft_layer(found))
+    table = tensor_table(config, found.formats, mtp=draft and config.draft_layer)
     _require_memory(directory, table)
     if found.ignored:
         log.warning("%s: ignoring %s: only the safetensors of the index are read", directory, ", ".join(found.ignored))
-    if found.draft:
+    if found.draft and not config.draft_layer:
         log.warning(
-            "%s: ignoring %d tensors of its draft layer (%s, ...): decoding without a draft",
+            "%s: ignoring %d tensors of a draft layer that is not a whole mtp.0 (%s, ...): decoding without a draft",
             directory,
             len(found.draft),
             found.draft[0],
@@ -80,8 +82,16 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     fingerprint = _fingerprint(found)
     with ExitStack() as files:
         reader = _Reader(found, files)
-        tensors = _read_all(reader, found.config, table)
-    return Checkpoint(found.config, tensors, fingerprint, found.tokenizer)
+        tensors = _read_all(reader, config, table)
+    return Checkpoint(config, tensors, fingerprint, found.tokenizer)
+
+
+def has_draft_layer(found: Survey) -> bool:
+    """Whether the checkpoint holds `mtp.0`, whole and of the right shapes, and no other drafter."""
+    assert found.config is not None
+    main, both = (tensor_table(found.config, found.formats, mtp=mtp) for mtp in (False, True))
+    layer = {name: spec for name, spec in both.items() if name not in main}
+    return layer.keys() == set(found.draft) and all(found.spec(name) == spec for name, spec in layer.items())
 
 
 def dequantise_fp8(weight: Tensor, scale: Tensor) -> Tensor:
@@ -200,9 +210,10 @@ def _read_all(reader: _Reader, config: ModelConfig, table: dict[str, TensorSpec]
         )
         if spec.dtype == "I64" and not ((tensors[name] >= 0) & (tensors[name] < config.num_experts)).all():
             raise reader.refuse(name, f"names an expert outside 0 to {config.num_experts - 1}")
-    for layer in range(config.num_layers):
+    blocks = [f"layers.{layer}" for layer in range(config.num_layers)]
+    for block in blocks + ["mtp.0"] * ("mtp.0.norm.weight" in table):
         for matrix in ("w1", "w2", "w3"):
-            at = f"layers.{layer}.ffn.experts"
+            at = f"{block}.ffn.experts"
             tensors[f"{at}.{matrix}"] = _stack_experts(reader, at, matrix, config)
     return tensors
 

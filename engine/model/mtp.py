@@ -1,0 +1,115 @@
+"""The draft layer (multi-token prediction): guesses the token behind the next one, which the model then verifies.
+
+At position p it mixes the model's residual streams of token p with the embedding of token p + 1, runs one plain layer
+over a window of 128 such mixtures, and guesses token p + 2 with the model's own head. Its own output streams stand in
+for the model's when it guesses on.
+
+The mixture needs token p + 1, so its row is kept at that token's place, p + 1: then a page's rows depend on nothing
+behind the page, and a page may be shared by prompts that go on differently. Position 0 has no row. Only differences of
+positions count in this layer, so it rotates by the place of the row.
+
+Everything the layer needs to go on travels in the SWA pages: its rows, and beside them each page's `draft_state`
+
+    [n, oldest, 0, 0, streams of token n - 1...]    float32
+
+for the last n that was computed while n - 1 lay in this page. Rows from `oldest` to n - 1 are there. Where n is not the
+sequence's length the state belongs to another time, because a worker without the draft layer went on from there; the
+rows then begin anew. A state that is wrong costs accepted drafts, never a token.
+
+Shapes: T tokens of B segments, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from engine.batch import StepMeta
+from engine.cache.pools import KvPools
+from engine.config import ModelConfig
+from engine.kernels.hyper_connections import collapse
+from engine.kernels.linear import Matrix, linear
+from engine.kernels.norm_rope import rms_norm
+from engine.model.deepseek_v4 import DeepseekV4, Layer, take, window_rows
+from wire.types import PAGE_TOKENS
+
+HEADER = 4
+"""Numbers before the streams in a `draft_state`; float32 holds positions exactly."""
+
+
+class DraftLayer:
+    """`mtp.0`, over the embedding and the head of the model it drafts for."""
+
+    def __init__(self, model: DeepseekV4, tensors: dict[str, Tensor]) -> None:
+        """Takes the layer's tensors by official name and removes them from the dict."""
+        self.config: ModelConfig = model.config
+        self.embedding, self.head = model.embedding, model.head
+        named = partial(take, tensors, "mtp.0.")
+        plain = replace(self.config, compress_ratios=(*self.config.compress_ratios, 0))
+        self.layer = Layer(plain, self.config.num_layers, named)
+        self.e_proj, self.h_proj = Matrix.prepare(named("e_proj.weight")), Matrix.prepare(named("h_proj.weight"))
+        self.enorm, self.hnorm, self.norm = (named(f"{name}.weight").float() for name in ("enorm", "hnorm", "norm"))
+        self.head_mix = [named(f"hc_head_{part}").float() for part in ("fn", "base", "scale")]
+
+    @torch.inference_mode()
+    def remember(
+        self, streams: Tensor, token_ids: Tensor, meta: StepMeta, kept: Tensor, pools: KvPools
+    ) -> tuple[Tensor, Tensor]:
+        """Write the rows and states of a step's tokens: cheap, for a row needs neither attention nor experts.
+
+        streams [T, 4, D], token_ids [T] int64   the step's
+        kept    [B] int64                        tokens of each segment, from its start, that stay; at least 1
+        ->      streams [B, 4, D] behind each segment's last kept token, and `oldest` [B] int64
+        """
+        before, oldest = self._resume(streams, meta, pools)
+        last = meta.offsets[:-1].long() + kept - 1
+        stays = torch.arange(len(token_ids)) <= last[meta.segment.long()]
+        rows = window_rows(meta)
+        written = (stays & (meta.positions >= oldest[meta.segment.long()])).nonzero()[:, 0]
+        if len(written):
+            mixed = self._mix(token_ids[written], before[written])
+            window = pools.window[self.config.num_layers]
+            self.layer.write_window(mixed, meta.positions[written], rows[written], window)
+        assert pools.draft_state is not None
+        ends = meta.positions % PAGE_TOKENS == PAGE_TOKENS - 1
+        ends[last] = True
+        told = (stays & ends & (rows >= PAGE_TOKENS)).nonzero()[:, 0]
+        header = torch.zeros(len(told), HEADER)
+        header[:, 0] = meta.positions[told] + 1
+        header[:, 1] = oldest[meta.segment[told].long()]
+        pools.draft_state[rows[told] // PAGE_TOKENS] = torch.cat([header, streams[told].flatten(1)], dim=1)
+        return streams[last], oldest
+
+    def _resume(self, streams: Tensor, meta: StepMeta, pools: KvPools) -> tuple[Tensor, Tensor]:
+        """The streams [T, 4, D] of the token before each, and the first position [B] with a row in each segment."""
+        assert pools.draft_state is not None
+        before = streams.roll(1, 0)
+        first = meta.offsets[:-1].long()
+        page = (meta.starts - 1).clamp(min=0) // PAGE_TOKENS
+        held = pools.draft_state[meta.swa_table.gather(1, page[:, None])[:, 0].long()]
+        known = (meta.starts > 0) & (held[:, 0] == meta.starts)
+        before[first] = torch.where(known[:, None], held[:, HEADER:], 0.0).view(-1, *streams.shape[1:])
+        return before, torch.where(known, held[:, 1].long(), meta.starts + 1)
+
+    @torch.inference_mode()
+    def guess(self, token_ids: Tensor, before: Tensor, meta: StepMeta, pools: KvPools) -> tuple[Tensor, Tensor]:
+        """One guess for each of T sequences, behind a token that has one place more than `before`.
+
+        token_ids [T] int64   at meta.positions, which are mapped; `meta.oldest` is set
+        before    [T, 4, D]   the model's streams of the token before, or this layer's when it guesses on
+        ->        logits [T, V] of the token after, and this layer's streams [T, 4, D]
+        """
+        c = self.config
+        streams = self.layer(self._mix(token_ids, before), token_ids, meta, window_rows(meta), pools)
+        hidden = collapse(streams, *self.head_mix, c.rms_norm_eps, c.hc_eps)
+        return linear(rms_norm(hidden, self.norm, c.rms_norm_eps), self.head), streams
+
+    def _mix(self, token_ids: Tensor, before: Tensor) -> Tensor:
+        """[T, 4, D]: the embedding of a token added to each stream of the token before, both normed and projected."""
+        eps = self.config.rms_norm_eps
+        e = linear(rms_norm(self.embedding[token_ids].float(), self.enorm, eps), self.e_proj)
+        h = linear(rms_norm(before.flatten(0, 1), self.hnorm, eps), self.h_proj)
+        return e[:, None, :] + h.view(before.shape)
