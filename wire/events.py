@@ -2,7 +2,7 @@
 
 Every life (epoch) of a worker numbers its entries 1, 2, 3, ... in the stream `<namespace>:prefix:<id>`; the entry's
 id carries the number. `<namespace>:prefix:<id>:pages` holds a snapshot: all pages after one of those numbers. It is
-written again long before the stream is trimmed past it, so snapshot and stream together are always complete: a
+written again whenever the stream is trimmed, so snapshot and stream together are always complete: a
 router that starts late, or finds a number missing, reads the snapshot and goes on from there. A publisher that had
 to drop events (Redis was away, or slower than the cache) writes a snapshot and leaves a number out.
 
@@ -43,9 +43,10 @@ RETRY_S = 0.5
 
 MAX_PENDING_PAGES = 1 << 17
 """Pages in events not yet sent; beyond, a snapshot is shorter than the history."""
-MAX_STREAM_ENTRIES = 1024
-SNAPSHOT_ENTRIES = 256  # a quarter of the stream: whoever is slower than that starts from a snapshot
-SNAPSHOT_PAGES = 1 << 16
+SNAPSHOT_ENTRIES, SNAPSHOT_PAGES = 256, 1 << 16
+"""After so many entries, or pages in them, the snapshot is written again and the stream trimmed."""
+KEPT_ENTRIES = 32
+"""Entries from before a snapshot that stay, some two seconds of them: who is slower reads the snapshot."""
 MAX_PAGES = 1 << 22
 """Pages of one worker a router remembers: a billion tokens."""
 
@@ -247,12 +248,14 @@ class PrefixPublisher:
     async def _write_snapshot(self) -> None:
         # Events still pending are in `_keys` already; applying them once more, in order, changes nothing.
         snapshot = PageSnapshot(self._epoch, self._number, frozenset(self._keys))
-        await self._redis.set(self._snapshot_key, encode_snapshot(snapshot), px=_ms(KEY_TTL_S))
+        async with self._redis.pipeline(transaction=True) as batch:
+            batch.set(self._snapshot_key, encode_snapshot(snapshot), px=_ms(KEY_TTL_S))
+            batch.xtrim(self._stream, maxlen=KEPT_ENTRIES, approximate=False)
+            await batch.execute()
         self._since_snapshot = [0, 0]
 
     def _add(self, batch: Any, data: bytes) -> None:
-        fields = {"epoch": f"{self._epoch:016x}", "events": data}
-        batch.xadd(self._stream, fields, id=f"{self._number}-0", maxlen=MAX_STREAM_ENTRIES, approximate=False)
+        batch.xadd(self._stream, {"epoch": f"{self._epoch:016x}", "events": data}, id=f"{self._number}-0")
         batch.pexpire(self._stream, _ms(KEY_TTL_S))
 
 
