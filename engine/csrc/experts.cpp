@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "kernels.h"
 #include "linear.h"
 #include "simd.h"
 

@@ -2,6 +2,7 @@
 // torch operators, whose cost in a decode step is all in the calling.
 #include <cstdint>
 
+#include "kernels.h"
 #include "simd.h"
 
 using namespace penumbra;
@@ -189,7 +190,7 @@ extern "C" void penumbra_norm_rotate(const float* x, int64_t x_stride, int64_t r
             float* out = y + row * size;
             if (norm) {
                 norm_row(in, weight, size, eps, out);
-            } else {
+            } else if (out != in) {
                 std::memcpy(out, in, size * sizeof(float));
             }
             if (positions) rotate_row(out + size - 2 * pairs, turn, 2 * pairs);
@@ -201,7 +202,7 @@ extern "C" void penumbra_norm_rotate(const float* x, int64_t x_stride, int64_t r
 extern "C" void penumbra_hadamard(const float* x, int64_t rows, int64_t size, float* y, int64_t threads) {
 #pragma omp parallel for num_threads((int)threads) if (threads > 1 && rows >= kAlone)
     for (int64_t t = 0; t < rows; ++t) {
-        std::memcpy(y + t * size, x + t * size, size * sizeof(float));
+        if (y != x) std::memcpy(y + t * size, x + t * size, size * sizeof(float));
         hadamard_row(y + t * size, size);
     }
 }

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels.h"
 #include "rows.h"
 
 namespace penumbra {

@@ -6,6 +6,7 @@
 //
 // An output is one chain of fused multiply-adds over k from zero. Tiles only choose how many chains run side by side,
 // so neither the number of rows nor the number of threads can reach a bit of the result.
+#include "kernels.h"
 #include "linear.h"
 
 #include <omp.h>

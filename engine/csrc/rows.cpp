@@ -1,4 +1,5 @@
 // Many rows at once through the codec of rows.h.
+#include "kernels.h"
 #include "rows.h"
 
 using penumbra::Pool;

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <vector>
 
+#include "kernels.h"
 #include "rows.h"
 
 namespace penumbra {

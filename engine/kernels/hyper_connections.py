@@ -31,7 +31,7 @@ class HyperSite:
     mix the streams ([from, to], row-major); `scale` has one number for each of the three kinds.
     """
 
-    __slots__ = ("_fn", "base", "packed", "scale", "width")
+    __slots__ = ("base", "packed", "packed_fn", "scale", "width")
 
     def __init__(self, fn: Tensor, base: Tensor, scale: Tensor) -> None:
         rows = 2 * STREAMS + STREAMS * STREAMS
@@ -45,12 +45,12 @@ class HyperSite:
         self.base, self.scale = (t.detach().float().contiguous() for t in (base, scale))
         fn = fn.detach().float()
         # The C++ twin reads [4D / 16, 24, 16]: sixteen inputs of every row side by side.
-        self._fn = (fn.unflatten(1, (-1, _LANES)).transpose(0, 1) if self.packed else fn).contiguous()
+        self.packed_fn = (fn.unflatten(1, (-1, _LANES)).transpose(0, 1) if self.packed else fn).contiguous()
 
     @property
     def fn(self) -> Tensor:
         """[24, 4D] fp32."""
-        return self._fn.transpose(0, 1).flatten(1) if self.packed else self._fn
+        return self.packed_fn.transpose(0, 1).flatten(1) if self.packed else self.packed_fn
 
 
 def mix_in(
@@ -69,7 +69,7 @@ def mix_in(
         x, post = streams.new_empty(tokens, size), streams.new_empty(tokens, STREAMS)
         comb = streams.new_empty(tokens, STREAMS, STREAMS)
         twin(
-            streams.data_ptr(), tokens, size, site._fn.data_ptr(), site.base.data_ptr(), site.scale.data_ptr(),
+            streams.data_ptr(), tokens, size, site.packed_fn.data_ptr(), site.base.data_ptr(), site.scale.data_ptr(),
             rms_eps, hc_eps, iters, x.data_ptr(), post.data_ptr(), comb.data_ptr(), native.threads(),
         )  # fmt: skip
         return x, post, comb

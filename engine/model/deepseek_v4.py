@@ -14,11 +14,13 @@ from torch import Tensor
 from engine.batch import StepMeta
 from engine.cache.pools import KvPools
 from engine.config import ModelConfig
+from engine.kernels import native
 from engine.kernels.hyper_connections import HyperSite, collapse, mix_in, mix_out
 from engine.kernels.linear import Matrix, linear
 from engine.kernels.norm_rope import rms_norm
 from engine.kernels.rows import RowPool
 from engine.model.attention import Attention, LayerTensors
+from engine.model.fused import FusedForward
 from engine.model.moe import MixtureOfExperts
 from wire.types import PAGE_TOKENS
 
@@ -73,18 +75,24 @@ class DeepseekV4:
         )
         self.norm = tensors.pop("norm.weight").float()
         self.head = Matrix.prepare(tensors.pop("head.weight"))
+        self.fused = FusedForward.of(self)  # None: every step is composed of single kernels
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, meta: StepMeta, wanted: Tensor, pools: KvPools) -> Tensor:
         """token_ids [T] int64, wanted [S] int64 token rows -> logits [S, V] float32.
 
-        Row by row, the bits do not depend on the other rows, on where a prompt was cut into steps, or on threads.
+        `wanted` ascends and names no row twice. Row by row, the bits do not depend on the other rows, on where a
+        prompt was cut into steps, or on threads.
         """
+        if self.fused is not None and native.library() is not None:
+            return self.fused.forward(token_ids, meta, wanted, pools)
         return self.read_out(self.streams(token_ids, meta, pools)[wanted])
 
     @torch.inference_mode()
     def streams(self, token_ids: Tensor, meta: StepMeta, pools: KvPools) -> Tensor:
         """token_ids [T] int64 -> [T, 4, D], the residual streams behind the last layer: what a draft layer reads."""
+        if self.fused is not None and native.library() is not None:
+            return self.fused.streams(token_ids, meta, pools)
         rows = window_rows(meta)
         streams = self.embedding[token_ids].float()[:, None, :].repeat(1, self.config.hc_mult, 1)
         for layer in self.layers:

@@ -28,6 +28,8 @@ class JudgedPicks:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, paged: Paged) -> None:
         self.paged, self.picks, self.ties = paged, {}, 0
+        # Choices are judged between the kernels; test_fused.py shows that the one call makes the same.
+        paged.model.fused = None
         monkeypatch.setattr(attention, "index_topk", self)
 
     def judge_by(self, picks: dict[int, Tensor]) -> None:
@@ -173,6 +175,7 @@ def check_against_dense(monkeypatch: pytest.MonkeyPatch, seed: int, pattern: str
         picks.setdefault(layer, []).append(chosen)
         return chosen
 
+    paged.model.fused = None
     monkeypatch.setattr(attention, "index_topk", recording)
     sequence = paged.sequence()
     got = torch.cat([paged.step((sequence, part))[0] for part in prompt.split(chunk)])
