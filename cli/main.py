@@ -48,6 +48,18 @@ KvLayout = Annotated[
 KvMemory = Annotated[
     int, flag("kv-memory", "Memory for KV pages of one worker, such as 512MiB.", parser=parse_bytes, metavar="BYTES")
 ]
+HostMemory = Annotated[
+    int,
+    flag(
+        "host-memory",
+        "Memory for requests that made room for others on a decode worker, such as 2GiB.",
+        parser=parse_bytes,
+        metavar="BYTES",
+    ),
+]
+PrefixCache = Annotated[
+    bool, flag("prefix-cache", "Keep prompts and answers for requests that begin with them.", switch=True)
+]
 MaxRequests = Annotated[int, flag("max-requests", "Requests one worker holds at once.", min=1)]
 MaxContext = Annotated[int, flag("max-context", "Longest request in tokens; 0: what the checkpoint allows.", min=0)]
 Threads = Annotated[int, flag("threads", "Compute threads of one worker.", min=1)]
@@ -245,6 +257,8 @@ def decode(
     dtype: Dtype = "float32",
     kv_layout: KvLayout = "v4",
     kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]
+    host_memory: HostMemory = "1GiB",  # type: ignore[assignment]
+    prefix_cache: PrefixCache = True,
     max_requests: MaxRequests = 64,
     max_context: MaxContext = 0,
     threads: Threads = 1,
@@ -276,6 +290,8 @@ def decode(
             redis_url=redis,
             worker_id=worker_id or _made_up_name("decode"),
             transport=transport,
+            host_memory_bytes=host_memory,
+            prefix_cache=prefix_cache,
             drain_s=grace_s,
             log_level=log_level,
         )

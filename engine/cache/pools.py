@@ -269,26 +269,21 @@ class KvPools:
     def copy_out(self, page_class: PageClass, items: Sequence[int]) -> Tensor:
         """The bytes now at these items, in host memory. [len(items), bytes of one item] uint8, regions in order."""
         tensors = [tensor for _, tensor in self._moved[page_class]]
-        index = torch.tensor(items, dtype=torch.int64)
-        out = torch.empty(len(items), sum(tensor.shape[1] for tensor in tensors), dtype=torch.uint8)
-        start = 0
-        for tensor in tensors:
-            end = start + tensor.shape[1]
-            out[:, start:end] = tensor[index.to(tensor.device)]
-            start = end
-        return out
+        rows = torch.empty(len(items), sum(tensor.shape[1] for tensor in tensors), dtype=torch.uint8)
+        # Item by item: an item's part of a region is one range, and gathering many would need room for them twice.
+        for item, row in zip(items, rows, strict=True):
+            for tensor, part in zip(tensors, row.split([tensor.shape[1] for tensor in tensors]), strict=True):
+                part.copy_(tensor[item])
+        return rows
 
     def copy_in(self, page_class: PageClass, items: Sequence[int], rows: Tensor) -> None:
         """Write what `copy_out` returned, row i to items[i]."""
         tensors = [tensor for _, tensor in self._moved[page_class]]
         expected = (len(items), sum(tensor.shape[1] for tensor in tensors))
         assert tuple(rows.shape) == expected, f"{page_class} rows of shape {tuple(rows.shape)}, expected {expected}"
-        index = torch.tensor(items, dtype=torch.int64)
-        start = 0
-        for tensor in tensors:
-            end = start + tensor.shape[1]
-            tensor[index.to(tensor.device)] = rows[:, start:end].to(tensor.device)
-            start = end
+        for item, row in zip(items, rows, strict=True):
+            for tensor, part in zip(tensors, row.split([tensor.shape[1] for tensor in tensors]), strict=True):
+                tensor[item].copy_(part)
 
 
 def _zeroed(num_bytes: int, device: str) -> Tensor:

@@ -946,5 +946,13 @@ class AnyOrderSharing(AnyOrder):
 
 TestAnyOrderSharing = AnyOrderSharing.TestCase
 TestAnyOrderSharing.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+class TestAnyOrderSharingForLong(AnyOrderSharing.TestCase):
+    settings = settings(max_examples=5000, stateful_step_count=200, deadline=None)
+
+
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
