@@ -17,6 +17,7 @@ import contextlib
 import struct
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -72,7 +73,7 @@ class PageSnapshot:
 
     epoch: int
     number: int
-    keys: frozenset[bytes] = field(repr=False)
+    keys: AbstractSet[bytes] = field(repr=False)
 
 
 # Bytes
@@ -166,6 +167,8 @@ class PrefixPublisher:
         assert self._task is not None
         self._task.cancel()
         await asyncio.wait({self._task})
+        if not self._task.cancelled() and (fault := self._task.exception()):
+            log.error("prefix_events_crashed", worker_id=self._worker_id, exc_info=fault)
         with contextlib.suppress(RedisError, OSError, TimeoutError):
             async with asyncio.timeout(TIMEOUT_S):
                 await self._redis.delete(self._stream, self._snapshot_key)
@@ -216,10 +219,10 @@ class PrefixPublisher:
         """A snapshot, and behind it an entry whose number shows everyone that one was left out."""
         self._pending, self._num_pending = [], 0
         self._number += 2
-        snapshot = PageSnapshot(self._epoch, self._number - 1, frozenset(self._keys))
+        snapshot = encode_snapshot(PageSnapshot(self._epoch, self._number - 1, self._keys))
         self._dropped = False
         async with self._redis.pipeline(transaction=True) as batch:
-            batch.set(self._snapshot_key, encode_snapshot(snapshot), px=_ms(KEY_TTL_S))
+            batch.set(self._snapshot_key, snapshot, px=_ms(KEY_TTL_S))
             batch.delete(self._stream)
             self._add(batch, b"")
             await batch.execute()
@@ -247,9 +250,9 @@ class PrefixPublisher:
 
     async def _write_snapshot(self) -> None:
         # Events still pending are in `_keys` already; applying them once more, in order, changes nothing.
-        snapshot = PageSnapshot(self._epoch, self._number, frozenset(self._keys))
+        snapshot = encode_snapshot(PageSnapshot(self._epoch, self._number, self._keys))
         async with self._redis.pipeline(transaction=True) as batch:
-            batch.set(self._snapshot_key, encode_snapshot(snapshot), px=_ms(KEY_TTL_S))
+            batch.set(self._snapshot_key, snapshot, px=_ms(KEY_TTL_S))
             batch.xtrim(self._stream, maxlen=KEPT_ENTRIES, approximate=False)
             await batch.execute()
         self._since_snapshot = [0, 0]
