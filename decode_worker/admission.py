@@ -114,6 +114,7 @@ class Admission:
             sampling=request.sampling,
             slot=pools.slots.allocate(1)[0],
             pages=lease.items() + self._allocate(total - resident),
+            prompt=request.prompt,
         )
         self._inside[sequence.slot] = _Inside(sequence, most, lease)
         self.window.reserve(sequence, window)

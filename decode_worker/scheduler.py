@@ -16,7 +16,7 @@ from enum import Enum, auto
 from decode_worker.admission import Admission, Place, Pools, has_room, places_of
 from decode_worker.fetch import Fetch
 from decode_worker.preemption import HostPages
-from engine.batch import Sampled, Segment, Sequence
+from engine.batch import Sampled, Segment, Sequence, not_drawn
 from engine.loop import Load, StepFailed, Tick
 from kvtransfer.plan import item_bytes
 from kvtransfer.reader import ReadJob, ReadResult
@@ -24,7 +24,6 @@ from wire.convert import failed_from_error
 from wire.errors import (
     DeadlineExceeded,
     InvalidRequest,
-    NumericalError,
     Overloaded,
     PenumbraError,
     StaleAttempt,
@@ -314,8 +313,7 @@ class DecodeCore:
             sequence.length += 1
             self._admission.window.trim(sequence)
             if not result.ok:
-                error = NumericalError(f"the model's output for token {run.num_tokens} of {run.id} is not finite")
-                actions += self._fail(run, error)
+                actions += self._fail(run, not_drawn(result, f"token {run.num_tokens} of {run.id}"))
                 continue
             token = TokenEvent(index=run.num_tokens, token_id=result.token_id, logprob=result.logprob, top=result.top)
             actions += self._advance(run, token)
@@ -461,6 +459,7 @@ class DecodeCore:
                 break
             assert run.saved is not None
             run.state, (run.sequence, resident) = _State.RESTORING, admitted
+            run.sequence.answer = run.answer
             items = {cls: list(places.values()) for cls, places in places_of(run.sequence, run.length).items()}
             del items[PageClass.FULL][:resident]
             actions.append(Restore(run.id, items, run.saved))
@@ -501,6 +500,7 @@ class DecodeCore:
             self._waiting.popleft()
             self._num_admitted += 1
             run.state, run.sequence, run.order = _State.FETCHING, sequence, self._num_admitted
+            sequence.answer = run.answer
             run.fetch = Fetch(
                 run.request,
                 sequence,

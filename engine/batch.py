@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import collections.abc
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from engine.config import WINDOW
+from wire.errors import GrammarFailed, NumericalError, PenumbraError
 from wire.types import PAGE_TOKENS, SamplingParams
+
+if TYPE_CHECKING:
+    from engine.sampler import Draws
 
 
 @dataclass(slots=True, kw_only=True)
@@ -24,6 +30,10 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     swa_pages: list[int] = field(default_factory=list)
     length: int = 0  # tokens whose KV is in the pools
+    # What draws depend on besides logits. The scheduler's own sequences, not copies: `answer` grows as tokens come.
+    prompt: collections.abc.Sequence[int] = field(default=(), repr=False)
+    answer: collections.abc.Sequence[int] = field(default=(), repr=False)
+    draws: Draws | None = field(default=None, repr=False)  # the runner's, derived from the two above
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +67,22 @@ def rebuild_tokens(num_layers: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """A drawn token. `ok` is False when the logits were not finite; the token then means nothing."""
+    """A drawn token. `ok` is False when none could be drawn, because the logits were not finite or as `problem` says;
+    the token then means nothing.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
     ok: bool = True
+    problem: str = ""
+
+
+def not_drawn(sampled: Sampled, what: str) -> PenumbraError:
+    """Why a token that is not `ok` could not be drawn for `what`."""
+    if sampled.problem:
+        return GrammarFailed(f"{what} can not be drawn: {sampled.problem}")
+    return NumericalError(f"the model's output for {what} is not finite")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,26 +18,31 @@ def generate(runner: Runner, prompt: Seq[int], sampling: SamplingParams, chunk_t
     """
     pools = runner.pools
     window = WindowPages(pools.swa)
-    sequence = Sequence(request_id="colocated", sampling=sampling, slot=pools.slots.allocate(1)[0])
+    answer: list[int] = []
+    sequence = Sequence(
+        request_id="colocated", sampling=sampling, slot=pools.slots.allocate(1)[0], prompt=prompt, answer=answer
+    )
     window.reserve(sequence, most_window_pages(chunk_tokens))
     stops = set(sampling.stop_token_ids)
     if not sampling.ignore_eos:
         stops.add(runner.model_config.eos_token_id)
     try:
-        tokens, index = list(prompt), 0
+        tokens = list(prompt)
         while True:
             part, tokens = tokens[:chunk_tokens], tokens[chunk_tokens:]
             end = sequence.length + len(part)
             sequence.pages += pools.full.allocate(num_pages(end) - len(sequence.pages))
             window.cover(sequence, sequence.length, end)
-            segment = Segment(sequence=sequence, start=sequence.length, tokens=part, sample=not tokens, index=index)
+            segment = Segment(
+                sequence=sequence, start=sequence.length, tokens=part, sample=not tokens, index=len(answer)
+            )
             (sampled,) = runner.run([segment])
             sequence.length = end
             window.trim(sequence)
             if sampled is not None:
                 yield sampled
-                index += 1
-                if index == sampling.max_tokens or sampled.token_id in stops:
+                answer.append(sampled.token_id)
+                if len(answer) == sampling.max_tokens or sampled.token_id in stops:
                     return
                 tokens = [sampled.token_id]
     finally:

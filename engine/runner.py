@@ -11,6 +11,7 @@ from engine.config import C4_RATIO, EngineConfig, KvLayout, ModelConfig
 from engine.kernels.sample import sample
 from engine.model.deepseek_v4 import DeepseekV4
 from engine.model.weights import load_checkpoint
+from engine.sampler import Draws
 from wire.errors import ConfigError
 from wire.types import PAGE_TOKENS, SamplingParams
 
@@ -61,17 +62,22 @@ class Runner:
 
     def run(self, batch: list[Segment]) -> list[Sampled | None]:
         """Compute every segment; one result per segment, None where no token was asked for."""
-        rows, params, positions = [], [], []
-        row = -1
+        wanted, rows = [], []
+        last = -1
         for segment in batch:
-            row += len(segment.tokens)
+            last += len(segment.tokens)
             if segment.sample:
-                rows.append(row)
-                params.append(segment.sequence.sampling)
-                positions.append(segment.start + len(segment.tokens))
-        logits = self.logits(batch, torch.tensor(rows, dtype=torch.int64))
-        drawn = iter(sample(logits.numpy(), params, positions))
+                wanted.append(last)
+                rows.append(self.draws_of(segment.sequence).row(segment.start + len(segment.tokens), segment.index))
+        logits = self.logits(batch, torch.tensor(wanted, dtype=torch.int64))
+        drawn = iter(sample(logits.numpy(), rows))
         return [next(drawn) if segment.sample else None for segment in batch]
+
+    def draws_of(self, sequence: Sequence) -> Draws:
+        """The sequence's part of the sampler, made when it is first asked for."""
+        if sequence.draws is None:
+            sequence.draws = Draws(sequence, (self.model_config.eos_token_id,))
+        return sequence.draws
 
     def logits(self, batch: list[Segment], wanted: Tensor) -> Tensor:
         """[S, V] float32 logits of the `wanted` [S] int64 token rows, counted over the whole batch."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from engine.batch import Sampled, Segment, Sequence
+from engine.batch import Sampled, Segment, Sequence, not_drawn
 from engine.loop import Load, StepFailed, Tick
 from engine.window import WindowPages, most_window_pages, num_pages
 from prefill_worker.offers import Offers, Pools
 from wire.convert import failed_from_error
-from wire.errors import ConfigError, InvalidRequest, NumericalError, Overloaded, PenumbraError, WorkerLost
+from wire.errors import ConfigError, InvalidRequest, Overloaded, PenumbraError, WorkerLost
 from wire.types import (
     PAGE_TOKENS,
     AttemptId,
@@ -172,8 +172,7 @@ class PrefillCore:
             assert result is not None, f"run {run.id} asked for a token and got none"
             self._rest(run)
             if not result.ok:
-                error = NumericalError(f"the model's output for prompt {run.id} is not finite; nothing was sampled")
-                actions.append(_failed(run.id, error))
+                actions.append(_failed(run.id, not_drawn(result, f"prompt {run.id}")))
                 continue
             first = TokenEvent(index=0, token_id=result.token_id, logprob=result.logprob, top=result.top)
             groups, tail = offers.last(first, cached_tokens=0)
@@ -258,6 +257,7 @@ class PrefillCore:
                 sampling=run.request.sampling,
                 slot=pools.slots.allocate(1)[0],
                 pages=pools.full.allocate(num_pages(run.total)),
+                prompt=run.request.prompt,
             )
             self._window.reserve(run.sequence, window)
             run.offers = Offers(pools, run.sequence, run.total, run.request.skip)

@@ -133,6 +133,12 @@ class NumericalError(PenumbraError):
     retryable = True
 
 
+class GrammarFailed(PenumbraError):
+    """The grammar that an answer must follow can not be followed any further, on any worker."""
+
+    code = "grammar_failed"
+
+
 class DeadlineExceeded(PenumbraError):
     code = "deadline_exceeded"
     http_status = 504

@@ -1,10 +1,31 @@
 """Draw one token per row of logits, reproducibly.
 
-Noise is a pure function of (seed, position, token id), so a request draws the same tokens on any worker, in any batch
-and after any migration. A draw is argmax(logits / temperature + Gumbel noise), which samples the softmax.
+Noise is a pure function of (seed, choice, position, token id), so a request draws the same tokens on any worker, in any
+batch and after any migration. A draw is argmax(logits / temperature + Gumbel noise), which samples the softmax.
+
+What is done to a row's logits, in this order; each part only where it was asked for:
+
+1. penalties   repetition (prompt and answer: divide a positive logit, multiply a negative one), then
+               frequency (times in the answer) and presence (is in the answer), subtracted
+2. logit_bias  added
+3. min_tokens  EOS and stop tokens ruled out before the answer has that many tokens
+4. the grammar's mask
+   temperature 0 takes the most likely token here
+5. temperature
+6. top_k       the k most likely
+7. top_p       of what is left, renormalised, the smallest set of most likely tokens that reaches top_p
+8. min_p       of what is left, those at least min_p times as likely as the most likely
+
+Equally likely tokens rank by id, the lower first. Log probabilities are those of the logits as the model gave them,
+before any of this.
+
+S rows, V tokens in the vocabulary, K candidates.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +33,237 @@ from numpy.typing import NDArray
 from engine.batch import Sampled
 from wire.types import SamplingParams
 
+CANDIDATES = 1024
+"""The most likely tokens that filters look at first: what they keep is nearly always among these, and to find these
+in a vocabulary of 129,280 costs a tenth of sorting it."""
+
+BLOCK_LOGITS = 1 << 19
+"""Logits worked on at once: 4 MiB of them as doubles."""
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+F64 = NDArray[np.float64]
+Ids = NDArray[np.int64]
+
+
+class History:
+    """How often each token occurs in one sequence: what penalties are computed from. Grows with the sequence."""
+
+    def __init__(self, prompt: Iterable[int] = ()) -> None:
+        prompt_ids = np.unique(np.fromiter(prompt, dtype=np.int64))
+        self._place: dict[int, int] = {int(token): i for i, token in enumerate(prompt_ids)}
+        self._ids = np.concatenate([prompt_ids, np.zeros(64, dtype=np.int64)])
+        self._counts = np.zeros(len(self._ids), dtype=np.int64)
+
+    def push(self, tokens: Iterable[int]) -> None:
+        """These tokens were added to the answer."""
+        for token in tokens:
+            at = self._place.setdefault(token, len(self._place))
+            if at == len(self._ids):
+                self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+                self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+            self._ids[at] = token
+            self._counts[at] += 1
+
+    def counts(self, drafts: Iterable[int] = ()) -> tuple[Ids, Ids]:
+        """(distinct ids, times each is in the answer), with `drafts` at its end; prompt tokens count 0 times."""
+        n = len(self._place)
+        ids, counts = self._ids[:n], self._counts[:n]
+        more: dict[int, int] = {}
+        for token in drafts:
+            more[token] = more.get(token, 0) + 1
+        if not more:
+            return ids, counts
+        counts = counts.copy()
+        for token in [token for token in more if token in self._place]:
+            counts[self._place[token]] += more.pop(token)
+        return np.append(ids, list(more)).astype(np.int64), np.append(counts, list(more.values())).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One row of logits and what its draw depends on.
+
+    position  of the token to draw, in its sequence
+    index     of the token to draw, in the answer
+    history   the sequence's tokens before `drafts`; only needed with penalties
+    drafts    tokens drafted between those and this position, which this draw takes as given
+    banned    token ids that end the answer, ruled out while `index` is less than min_tokens
+    mask      [V] bool, the tokens that a grammar allows here
+    """
+
+    params: SamplingParams
+    position: int
+    index: int = 0
+    history: History | None = None
+    drafts: tuple[int, ...] = ()
+    banned: tuple[int, ...] = ()
+    mask: NDArray[np.bool_] | None = None
+
+
+def sample(logits: NDArray[np.float32], rows: Sequence[Row]) -> list[Sampled]:
+    """logits [S, V], left as they are. A row whose logits are not all finite is answered with `ok` False."""
+    # Rows know nothing of each other, so they are taken as many at a time as stay in the processor's caches.
+    step = max(1, BLOCK_LOGITS // logits.shape[-1])
+    blocks = range(0, len(rows), step)
+    return [sampled for i in blocks for sampled in _sample(logits[i : i + step], rows[i : i + step])]
+
+
+def _sample(logits: NDArray[np.float32], rows: Sequence[Row]) -> list[Sampled]:
+    finite: NDArray[np.bool_] = np.asarray(np.isfinite(logits).all(axis=-1))
+    shaped = np.array([_is_shaped(row) for row in rows])
+    values = _shape(logits[shaped], [row for row, touched in zip(rows, shaped.tolist(), strict=True) if touched])
+    temperatures = _column(rows, "temperature")
+    chosen = np.zeros(len(rows), dtype=np.int64)
+    greedy = finite & (temperatures == 0)
+    if greedy.any():
+        chosen[greedy] = logits[greedy].argmax(axis=-1)
+        chosen[greedy & shaped] = values[greedy[shaped]].argmax(axis=-1)
+    drawn = finite & (temperatures != 0)
+    if drawn.any():
+        scores = logits[drawn] / temperatures[drawn, None]
+        scores[shaped[drawn]] = values[drawn[shaped]] / temperatures[drawn & shaped, None]
+        chosen[drawn] = _draw(scores, [rows[int(i)] for i in np.flatnonzero(drawn)])
+    answers = [
+        Sampled(token_id=int(token), logprob=0.0, ok=bool(ok))
+        for token, ok in zip(chosen, finite.tolist(), strict=True)
+    ]
+    asked = [i for i in np.flatnonzero(finite).tolist() if rows[i].params.logprobs]
+    if asked:
+        told = _with_logprobs(logits[asked], [rows[i] for i in asked], chosen[asked])
+        for i, sampled in zip(asked, told, strict=True):
+            answers[i] = sampled
+    return answers
+
+
+def _column(rows: Sequence[Row], name: str) -> F64:
+    return np.array([getattr(row.params, name) for row in rows], dtype=np.float64)
+
+
+# 1 to 4: what changes logits
+
+
+def needs_history(params: SamplingParams) -> bool:
+    """Whether rows with these options need a `History`."""
+    return params.repetition_penalty != 1 or params.frequency_penalty != 0 or params.presence_penalty != 0
+
+
+def _is_short(row: Row) -> bool:
+    return bool(row.banned) and row.index < row.params.min_tokens
+
+
+def _is_shaped(row: Row) -> bool:
+    return bool(row.params.logit_bias) or needs_history(row.params) or row.mask is not None or _is_short(row)
+
+
+def _shape(logits: NDArray[np.float32], rows: Sequence[Row]) -> F64:
+    """[S, V] logits after penalties, bias, min_tokens and mask."""
+    shaped = logits.astype(np.float64)
+    vocab_size = logits.shape[-1]
+    if penalised := [i for i, row in enumerate(rows) if row.history is not None and needs_history(row.params)]:
+        _penalise(shaped, rows, penalised)
+    if biased := [i for i, row in enumerate(rows) if row.params.logit_bias]:
+        at = np.concatenate([np.full(len(rows[i].params.logit_bias), i) for i in biased])
+        ids = np.array([token for i in biased for token, _ in rows[i].params.logit_bias])
+        bias = np.array([value for i in biased for _, value in rows[i].params.logit_bias])
+        known = ids < vocab_size
+        np.add.at(shaped, (at[known], ids[known]), bias[known])
+    for i, row in enumerate(rows):
+        if row.mask is not None:
+            shaped[i, ~row.mask] = -np.inf
+        if _is_short(row):
+            before = shaped[i].copy()
+            shaped[i, [token for token in row.banned if token < vocab_size]] = -np.inf
+            if not np.isfinite(shaped[i]).any():
+                shaped[i] = before  # a grammar that is complete allows nothing but the end
+    return shaped
+
+
+def _penalise(shaped: F64, rows: Sequence[Row], penalised: list[int]) -> None:
+    """In place, on the tokens that occur: one gather and one scatter for all rows."""
+    histories = [rows[i].history for i in penalised]
+    counted = [h.counts(rows[i].drafts) for i, h in zip(penalised, histories, strict=True) if h is not None]
+    lengths = [len(ids) for ids, _ in counted]
+    at = np.repeat(np.array(penalised), lengths)
+    ids = np.concatenate([ids for ids, _ in counted])
+    counts = np.concatenate([counts for _, counts in counted])
+
+    def per_token(name: str) -> F64:
+        return np.repeat(_column([rows[i] for i in penalised], name), lengths)
+
+    values = shaped[at, ids]
+    repetition = per_token("repetition_penalty")
+    values = np.where(values > 0, values / repetition, values * repetition)
+    values -= per_token("frequency_penalty") * counts
+    values -= per_token("presence_penalty") * (counts > 0)
+    shaped[at, ids] = values
+
+
+# 5 to 8: what is drawn from
+
+
+def _draw(scores: F64, rows: list[Row]) -> Ids:
+    """scores [S, V], logits over temperature -> [S] tokens."""
+    chosen = np.zeros(len(rows), dtype=np.int64)
+    filtered = np.array([row.params.top_k > 0 or row.params.top_p < 1 or row.params.min_p > 0 for row in rows])
+    free = np.flatnonzero(~filtered)
+    if len(free):
+        everything = np.arange(scores.shape[-1])
+        chosen[free] = (scores[free] + _noise([rows[i] for i in free], everything)).argmax(axis=-1)
+    left = np.flatnonzero(filtered)
+    for width in (CANDIDATES, scores.shape[-1]):
+        if len(left):
+            tokens, sure = _draw_filtered(scores[left], [rows[i] for i in left], width)
+            chosen[left[sure]] = tokens[sure]
+            left = left[~sure]
+    return chosen
+
+
+def _draw_filtered(scores: F64, rows: list[Row], width: int) -> tuple[Ids, NDArray[np.bool_]]:
+    """([S] tokens, [S] whether the `width` most likely tokens were enough to tell)."""
+    ids, candidates, sure = _most_likely(scores, width)
+    whole = candidates.shape[-1] == scores.shape[-1]
+    rank = np.arange(candidates.shape[-1])
+    top_k = np.array([row.params.top_k or scores.shape[-1] for row in rows])[:, None]
+    top_p = _column(rows, "top_p")[:, None]
+    min_p = _column(rows, "min_p")[:, None]
+    weights = np.exp(candidates - candidates[:, :1])
+    within = np.where(rank < top_k, weights, 0.0)
+    # Summed over the whole row where top_k leaves it whole, in one order whatever the width.
+    total = np.where(
+        (top_k >= scores.shape[-1])[:, 0], np.exp(scores - candidates[:, :1]).sum(axis=-1), within.sum(axis=-1)
+    )
+    before = np.cumsum(within, axis=-1) - within
+    keep = rank < top_k
+    keep &= (before < top_p * total[:, None]) | (top_p >= 1)
+    keep &= weights >= min_p
+    keep[:, 0] = True
+    keep &= np.isfinite(candidates)
+    if not whole:
+        # The filters keep the first so many; had they kept the last candidate, they might keep one we have not seen.
+        sure &= ~keep[:, -1]
+    noisy = np.where(keep, candidates + _noise(rows, ids), -np.inf)
+    return np.take_along_axis(ids, noisy.argmax(axis=-1)[:, None], axis=-1)[:, 0], sure
+
+
+def _most_likely(scores: F64, width: int) -> tuple[Ids, F64, NDArray[np.bool_]]:
+    """The `width` highest scores of each row, highest first, the lower id first among equals.
+
+    -> [S, K] ids, [S, K] scores, [S] whether no equal of the last one was left out
+    """
+    size = scores.shape[-1]
+    if width >= size:
+        ids = np.argsort(-scores, axis=-1, kind="stable")
+        return ids, np.take_along_axis(scores, ids, axis=-1), np.ones(len(scores), dtype=bool)
+    ids = np.sort(np.argpartition(scores, size - width, axis=-1)[:, size - width :], axis=-1)
+    values = np.take_along_axis(scores, ids, axis=-1)
+    order = np.argsort(-values, axis=-1, kind="stable")
+    values = np.take_along_axis(values, order, axis=-1)
+    sure = (scores >= values[:, -1:]).sum(axis=-1) == width
+    return np.take_along_axis(ids, order, axis=-1), values, sure
+
+
+# Noise
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -22,51 +273,45 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def gumbel(seed: int, position: int, vocab_size: int) -> NDArray[np.float64]:
-    """[vocab_size] standard Gumbel noise for the token at `position` of a sequence seeded with `seed` (64 bits)."""
-    key = _mix(np.array([seed & (2**64 - 1)], dtype=np.uint64))
-    key = _mix(key + np.array([position], dtype=np.uint64) * _GOLDEN)
-    bits = _mix(key + np.arange(1, vocab_size + 1, dtype=np.uint64) * _GOLDEN)
+def gumbel(seeds: Sequence[int], choices: Sequence[int], positions: Sequence[int], ids: Ids) -> F64:
+    """[S, K] standard Gumbel noise of tokens `ids` ([S, K] or [K]) at `positions` [S] of sequences with these 64-bit
+    seeds [S] and choices [S].
+    """
+    key = _mix(np.array([seed & (2**64 - 1) for seed in seeds], dtype=np.uint64))
+    key = _mix(key + np.array(choices, dtype=np.uint64) * _GOLDEN)
+    key = _mix(key + np.array(positions, dtype=np.uint64) * _GOLDEN)
+    bits = _mix(key[:, None] + (ids.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
     # 53 bits, shifted by half a step so that neither 0 nor 1 occurs and both logarithms are finite.
     uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     return -np.log(-np.log(uniform))
 
 
-def sample(logits: NDArray[np.float32], params: list[SamplingParams], positions: list[int]) -> list[Sampled]:
-    """logits [S, V]; params and the drawn tokens' positions per row. Ties go to the lower token id."""
-    finite: NDArray[np.bool_] = np.asarray(np.isfinite(logits).all(axis=-1))
-    greedy = logits.argmax(axis=-1)
+def _noise(rows: Sequence[Row], ids: Ids) -> F64:
+    params = [row.params for row in rows]
+    return gumbel([p.seed for p in params], [p.choice for p in params], [row.position for row in rows], ids)
+
+
+# Log probabilities
+
+
+def _with_logprobs(logits: NDArray[np.float32], rows: list[Row], chosen: Ids) -> list[Sampled]:
+    scores = logits.astype(np.float64)
+    shifted = scores - scores.max(axis=-1, keepdims=True)
+    logprobs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    width = min(max(row.params.top_logprobs for row in rows), logits.shape[-1])
+    tops: list[tuple[tuple[int, float], ...]] = [()] * len(rows)
+    if width:
+        # By logit, as ranks of equal logits must not depend on how a logarithm rounds.
+        ids, _, sure = _most_likely(scores, width)
+        for i in np.flatnonzero(~sure):
+            ids[i] = np.argsort(-scores[i], kind="stable")[:width]
+        values = np.take_along_axis(logprobs, ids, axis=-1).astype(np.float32)
+        tops = [
+            tuple(zip(ids[i, : row.params.top_logprobs].tolist(), values[i].tolist(), strict=False))
+            for i, row in enumerate(rows)
+        ]
+    own = np.take_along_axis(logprobs, chosen[:, None], axis=-1)[:, 0].astype(np.float32)
     return [
-        _draw(logits[row], int(greedy[row]), p, position) if finite[row] else Sampled(token_id=0, logprob=0.0, ok=False)
-        for row, (p, position) in enumerate(zip(params, positions, strict=True))
+        Sampled(token_id=int(token), logprob=float(logprob), top=top)
+        for token, logprob, top in zip(chosen, own, tops, strict=True)
     ]
-
-
-def _draw(logits: NDArray[np.float32], greedy: int, params: SamplingParams, position: int) -> Sampled:
-    token = greedy
-    if params.temperature > 0:
-        scores = logits.astype(np.float64) / params.temperature
-        if params.top_p < 1:
-            scores[~_nucleus(scores, params.top_p)] = -np.inf
-        token = int((scores + gumbel(params.seed, position, len(scores))).argmax())
-    if not params.logprobs:
-        return Sampled(token_id=token, logprob=0.0)
-    wide = logits.astype(np.float64)
-    shifted = wide - wide.max()
-    logprobs = shifted - np.log(np.exp(shifted).sum())
-    order = np.argsort(-logprobs, kind="stable")[: params.top_logprobs]
-    return Sampled(
-        token_id=token,
-        logprob=float(np.float32(logprobs[token])),
-        top=tuple((int(i), float(np.float32(logprobs[i]))) for i in order),
-    )
-
-
-def _nucleus(scores: NDArray[np.float64], top_p: float) -> NDArray[np.bool_]:
-    """The smallest set of most likely tokens whose probability reaches top_p; never empty."""
-    order = np.argsort(-scores, kind="stable")
-    probabilities = np.exp(scores[order] - scores[order[0]])
-    before = np.cumsum(probabilities) - probabilities
-    keep = np.zeros(len(scores), dtype=bool)
-    keep[order[before < top_p * probabilities.sum()]] = True
-    return keep

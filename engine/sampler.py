@@ -1,0 +1,42 @@
+"""What the draws of one sequence depend on besides logits: the tokens before, its options and its grammar.
+
+All of it follows from (prompt, answer, options), so it is never moved: a sequence that comes back from host memory or
+from another worker has it made again from its tokens.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+
+from engine.batch import Sequence
+from engine.kernels.sample import History, Row, needs_history
+
+
+class Draws:
+    """One sequence's part of the sampler. Catches up with `sequence.answer` whenever a row is asked for."""
+
+    def __init__(self, sequence: Sequence, ends: tuple[int, ...]) -> None:
+        """`ends`: token ids that end any answer, EOS."""
+        params = sequence.sampling
+        self._params = params
+        self._answer = sequence.answer
+        self._taken = 0  # tokens of the answer counted so far
+        self._banned = (*params.stop_token_ids, *(() if params.ignore_eos else ends)) if params.min_tokens else ()
+        self._history: History | None = None
+        if needs_history(params):
+            # Only repetition looks at the prompt.
+            self._history = History(sequence.prompt if params.repetition_penalty != 1 else ())
+
+    def row(self, position: int, index: int, drafts: collections.abc.Sequence[int] = ()) -> Row:
+        """For the draw of the answer's token `index`, at `position`, after the answer so far and `drafts`."""
+        if self._history is not None:
+            self._history.push(self._answer[self._taken :])
+        self._taken = len(self._answer)
+        return Row(
+            params=self._params,
+            position=position,
+            index=index,
+            history=self._history,
+            drafts=tuple(drafts),
+            banned=self._banned,
+        )
