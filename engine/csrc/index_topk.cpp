@@ -18,6 +18,7 @@ namespace {
 
 constexpr int kUnit = kWidth == 16 ? 32 : 16;  // keys at a time; a page holds whole units
 constexpr int kGroups = kUnit / kWidth;
+constexpr int64_t kAlone = 4096;  // scores of single heads below which a second thread costs more than it brings
 constexpr int kMostRows = (kWidth == 16 ? 16 : 8) / kGroups;  // half the registers are accumulators
 
 #if defined(__AVX512BW__)
@@ -173,6 +174,18 @@ class Best {
         }
     }
 
+    // Takes over what another list kept, all of whose places are higher.
+    void absorb(const Best& later) {
+        const int64_t room = size_ + later.size_ + 2 * kWidth;
+        if (room > (int64_t)ranks_.size()) ranks_.resize(room), places_.resize(room);
+        for (int64_t i = 0; i < later.size_; ++i) {
+            if (full_ && later.ranks_[i] <= worst_) continue;
+            ranks_[size_] = later.ranks_[i];
+            places_[size_++] = later.places_[i];
+        }
+        if (size_ > k_) shrink();
+    }
+
     // Writes the best k, at least k having been offered, in ascending order.
     void take(int32_t* out) {
         if (size_ > k_) shrink();
@@ -232,35 +245,54 @@ struct Search {
 
     int64_t visible(int64_t token) const { return (positions[token] + 1) / 4; }
 
-    // Tokens [first, first + count) of one segment.
-    void tile(int64_t segment, int64_t first, int64_t count) const {
+    // Tokens [first, first + count) of one segment, whose keys are dealt out over `parts` threads.
+    void tile(int64_t segment, int64_t first, int64_t count, int64_t parts) const {
         for (; count > 0 && visible(first) <= k; ++first, --count) {
             int32_t* target = out + first * k;
             for (int64_t b = 0; b < k; ++b) target[b] = b < visible(first) ? (int32_t)b : -1;
         }
         if (count == 0) return;
-        if (pool.codec == kIndexV4) scan<ByteKeys>(page_table + segment * pages, first, count);
-        else scan<FloatKeys>(page_table + segment * pages, first, count);
+        const int32_t* table = page_table + segment * pages;
+        if (pool.codec == kIndexV4) search<ByteKeys>(table, first, count, parts);
+        else search<FloatKeys>(table, first, count, parts);
     }
 
     template <typename Keys>
-    void scan(const int32_t* table, int64_t first, int64_t count) const {
-        const int64_t n = pool.rows_per_item, rows = count * heads;
-        const int64_t row_bytes = pool.codec == kIndexV4 ? kIndexDim : dim * 4;
-        const int64_t end = visible(first + count - 1);
-        Keys keys(dim);
-        std::vector<Best> best(count, Best(k));
-        std::vector<float> scores(count * kUnit), queries(rows * dim);
+    void search(const int32_t* table, int64_t first, int64_t count, int64_t parts) const {
+        const int64_t rows = count * heads, end = visible(first + count - 1);
+        std::vector<float> queries(rows * dim);
         for (int64_t row = 0, m; row < rows; row += m) {
             m = together(row, rows);
             for (int64_t place = 0; place < dim; ++place)
                 for (int64_t r = 0; r < m; ++r)
                     queries[row * dim + place * m + r] = q[(first * heads + row + r) * dim + Keys::dimension(place)];
         }
-        for (int64_t start = 0; start < end; start += kUnit) {
+        const int64_t num_pages = (end + pool.rows_per_item - 1) / pool.rows_per_item;
+        std::vector<std::vector<Best>> best(parts, std::vector<Best>(count, Best(k)));
+#pragma omp parallel for num_threads(parts) if (parts > 1)
+        for (int64_t part = 0; part < parts; ++part) {
+            const int64_t from = num_pages * part / parts * pool.rows_per_item;
+            const int64_t to = std::min(num_pages * (part + 1) / parts * pool.rows_per_item, end);
+            scan<Keys>(table, first, count, queries, from, to, best[part]);
+        }
+        for (int64_t t = 0; t < count; ++t) {
+            for (int64_t part = 1; part < parts; ++part) best[0][t].absorb(best[part][t]);
+            best[0][t].take(out + (first + t) * k);
+        }
+    }
+
+    // Blocks [from, to), which begin on a page.
+    template <typename Keys>
+    void scan(const int32_t* table, int64_t first, int64_t count, const std::vector<float>& queries, int64_t from,
+              int64_t to, std::vector<Best>& best) const {
+        const int64_t n = pool.rows_per_item, rows = count * heads;
+        const int64_t row_bytes = pool.codec == kIndexV4 ? kIndexDim : dim * 4;
+        Keys keys(dim);
+        std::vector<float> scores(count * kUnit);
+        for (int64_t start = from; start < to; start += kUnit) {
             const uint8_t* item = pool.item(table[start / n]);
             const uint8_t* unit = item + start % n * row_bytes;
-            const int64_t ahead = std::min(start + 2 * kUnit, end - 1);
+            const int64_t ahead = std::min(start + 2 * kUnit, to - 1);
             const uint8_t* next = pool.item(table[ahead / n]) + ahead % n * row_bytes;
             for (int64_t i = 0; i < kUnit * row_bytes; i += 64) __builtin_prefetch(next + i);
             keys.turn(unit);
@@ -283,7 +315,6 @@ struct Search {
                 }
             }
         }
-        for (int64_t t = 0; t < count; ++t) best[t].take(out + (first + t) * k);
     }
 };
 
@@ -300,13 +331,21 @@ extern "C" void penumbra_index_topk(const float* q, const float* w, const int64_
     using namespace penumbra;
     const Search search{q, w, positions, page_table, pages, heads, dim, *pool, k, out};
     // About 32 rows of queries a tile: turning a key then costs little beside its products.
-    const int64_t share = (offsets[segments] + threads - 1) / threads;
-    const int64_t most = std::max<int64_t>(1, std::min(32 / heads, share));
+    const int64_t most = std::max<int64_t>(1, 32 / heads);
     std::vector<Tile> tiles;
     for (int64_t s = 0; s < segments; ++s)
         for (int64_t t = offsets[s]; t < offsets[s + 1]; t += most)
             tiles.push_back({s, t, std::min<int64_t>(most, offsets[s + 1] - t)});
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && tiles.size() > 1)
+    // A decode step has few tiles, and they differ in length as its sequences do: the keys of each are dealt out. Of
+    // many tiles each is one thread's.
+    if (threads > 1 && (int64_t)tiles.size() < 8 * threads) {
+        for (const Tile& t : tiles) {
+            const bool worth = search.visible(t.first + t.count - 1) * t.count * heads >= kAlone;
+            search.tile(t.segment, t.first, t.count, worth ? threads : 1);
+        }
+        return;
+    }
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < (int64_t)tiles.size(); ++i)
-        search.tile(tiles[i].segment, tiles[i].first, tiles[i].count);
+        search.tile(tiles[i].segment, tiles[i].first, tiles[i].count, 1);
 }
