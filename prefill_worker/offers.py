@@ -41,9 +41,9 @@ class Offers:
         self._moving = {cls.name for cls in pools.classes if cls.regions}
         self._total = 0
 
-    def ready(self) -> tuple[PageGroup, ...]:
-        """Full pages that `sequence.length` has completed since the last call."""
-        return self._full(self._sequence.length // PAGE_TOKENS)
+    def ready(self, num_pages: int) -> tuple[PageGroup, ...]:
+        """Full pages not offered yet of the first `num_pages`, which have all their rows."""
+        return self._full(num_pages)
 
     def last(self, first: TokenEvent, cached_tokens: int) -> tuple[tuple[PageGroup, ...], Tail]:
         """Everything else, with the first token. The whole prompt has been computed."""

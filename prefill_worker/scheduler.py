@@ -3,25 +3,35 @@
 A run waits for its pages, computes its prompt chunk by chunk in turn with the others, then holds its pages
 until it is dropped. Only `Drop` gives pages back, and the claim table is its only author: so no page moves
 under a reader.
+
+What others have computed is not computed again. A run starts behind the longest prefix the cache holds, and looks
+again before each chunk, since a prompt like its own may be ahead of it. Where the cache has compressed rows but no
+window to resume at, the run computes the window again and reads the rows. Each finished page goes to the cache at
+once and stays under the run's lease until the run is dropped.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 
-from engine.batch import Sampled, Segment, Sequence, not_drawn
+from engine.batch import Sampled, Segment, Sequence, not_drawn, rebuild_tokens
+from engine.cache.shadow_radix import Lease, Match, ShadowRadix
 from engine.loop import Load, StepFailed, Tick
-from engine.window import WindowPages, most_window_pages, num_pages
+from engine.window import WindowPages, first_window_page, most_window_pages, num_pages
 from prefill_worker.offers import Offers, Pools
+from prefill_worker.pace import Pace
 from wire.convert import failed_from_error
 from wire.errors import ConfigError, InvalidRequest, Overloaded, PenumbraError, WorkerLost
+from wire.prefix import page_hashes
 from wire.types import (
     PAGE_TOKENS,
     AttemptId,
     Failed,
     PageClass,
     PageGroup,
+    PrefixEvent,
     Progress,
     RunFinished,
     RunRequest,
@@ -74,17 +84,34 @@ class Ended:
     outcome: RunFinished | Failed
 
 
-PrefillAction = Progressed | Offered | Ended
+@dataclass(frozen=True, slots=True)
+class PrefixesChanged:
+    """What the prefix tree stored and removed, in order."""
+
+    events: tuple[PrefixEvent, ...]
+
+
+PrefillAction = Progressed | Offered | Ended | PrefixesChanged
+
+MIN_CHUNK_TOKENS = 32
+"""However slow the machine, a chunk is this long: the cost of a step must be shared by some tokens."""
+
+MAX_PASSES = 8
+"""So many prompts may find room before the first in line, when that one needs more than there is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillLimits:
     chunk_tokens: int = 512  # of one request in one step
     max_batch_tokens: int = 1024  # of all requests in one step
+    step_s: float = 0.5  # of all requests in one step, as far as that can be predicted
     max_waiting: int = 256
     queue_timeout_s: float = 60.0
     max_context: int
     vocab_size: int
+    num_layers: int = 1  # says how much to compute again for a lost window
+    prefix_cache: bool = True
+    retained_windows: int = 0  # see `ShadowRadix`
 
 
 @dataclass(slots=True, eq=False)
@@ -92,12 +119,29 @@ class _Run:
     id: AttemptId
     request: RunRequest
     deadline: float  # while waiting
-    sequence: Sequence | None = None  # set at admission
+    digests: list[bytes] = field(repr=False)  # of the prompt's whole pages; none when nothing is to be cached
+    passes: int = 0  # while first in line
+    # From admission on:
+    sequence: Sequence | None = None
     offers: Offers | None = None
+    lease: Lease | None = None  # on the full pages that are the cache's
+    window: Lease | None = None  # on the window a rebuild starts from, where that is not under `lease`
+    rebuilt_at: int = 0  # up to here only windows are computed
+    cached_tokens: int = 0  # not computed at all
+    trusted: bool = True
 
     @property
     def total(self) -> int:
         return len(self.request.prompt)
+
+    @property
+    def reusable(self) -> list[bytes]:
+        """Digests of the pages it may find in the cache: the last token is always computed, for its logits."""
+        return self.digests[: (self.total - 1) // PAGE_TOKENS]
+
+    @property
+    def left(self) -> int:
+        return self.total - (self.sequence.length if self.sequence is not None else 0)
 
 
 class PrefillCore:
@@ -110,7 +154,10 @@ class PrefillCore:
             )
         self._pools = pools
         self._limits = limits
-        self._window = WindowPages(pools.swa)
+        self._cache = ShadowRadix(pools.full, pools.swa, retained_windows=limits.retained_windows)
+        self._window = WindowPages(pools.swa, reclaim=lambda n: self._cache.evict(PageClass.SWA, n))
+        self._pace = Pace()
+        self._rebuild_tokens = rebuild_tokens(limits.num_layers)
         self._step_tokens = min(limits.chunk_tokens, limits.max_batch_tokens)
         if most_window_pages(self._step_tokens) > pools.swa.capacity:
             raise ConfigError(
@@ -121,79 +168,109 @@ class PrefillCore:
         self._waiting: deque[_Run] = deque()
         self._computing: deque[_Run] = deque()  # whose turn is next, first
         self._batch: list[tuple[_Run, Segment]] = []
+        self._batch_at = 0.0
+        self._shortest_first = False
         self._uncomputed = 0  # prompt tokens of all waiting and computing runs
+
+    @property
+    def cache(self) -> ShadowRadix:
+        return self._cache
 
     def step(self, now_s: float, event: PrefillEvent | Tick | StepFailed) -> list[PrefillAction]:
         match event:
             case Submit(request):
-                return self._submit(now_s, request) + self._admit()
+                actions = self._submit(now_s, request) + self._admit()
             case Drop(run_id):
                 self._drop(run_id)
-                return self._admit()
+                actions = self._admit()
             case Tick():
-                return self._expire(now_s) + self._admit()
+                actions = self._expire(now_s) + self._admit()
             case StepFailed(error):
-                return self._step_failed(error)
+                actions = self._step_failed(error)
+        return actions + self._changes()
 
     def next_batch(self, now_s: float) -> list[Segment]:
-        """One chunk of each computing run in turn, as far as the step's token budget goes."""
+        """A chunk of each computing run in turn, as far as the step's tokens and time go."""
         assert not self._batch, "the last batch has not been answered"
-        left = self._limits.max_batch_tokens
-        for run in list(self._computing):
-            if left <= 0:
-                break
+        self._batch_at = now_s
+        left, left_s = self._limits.max_batch_tokens, self._limits.step_s
+        coming: set[bytes] = set()
+        for run in self._turns():
             sequence = run.sequence
             assert sequence is not None
+            self._catch_up(run)
             start = sequence.length
-            end = self._chunk_end(start, run.total, min(left, self._limits.chunk_tokens))
+            if not coming.isdisjoint(run.reusable[start // PAGE_TOKENS :][:1]):
+                continue  # somebody computes this very page now
+            budget = min(left, self._limits.chunk_tokens)
+            in_time = self._pace.tokens_in(left_s, start)
+            if in_time < budget:
+                least = min(MIN_CHUNK_TOKENS, budget)
+                if self._batch and in_time < least:
+                    break
+                budget = max(least, int(in_time) // MIN_CHUNK_TOKENS * MIN_CHUNK_TOKENS)
+            rebuild = start < run.rebuilt_at
+            end = self._chunk_end(start, run.rebuilt_at if rebuild else run.total, budget)
             left -= end - start
+            left_s -= self._pace.seconds_for(end - start, start)
             self._window.cover(sequence, start, end)
-            last = end == run.total
             tokens = list(run.request.prompt[start:end])
-            self._batch.append((run, Segment(sequence=sequence, start=start, tokens=tokens, sample=last)))
-            self._computing.rotate(-1)
+            last = end == run.total
+            segment = Segment(sequence=sequence, start=start, tokens=tokens, sample=last, rebuild=rebuild)
+            self._batch.append((run, segment))
+            coming.update(run.digests[start // PAGE_TOKENS : end // PAGE_TOKENS])
+            self._computing.remove(run)
+            self._computing.append(run)
+            if left <= 0:
+                break
         return [segment for _, segment in self._batch]
 
     def finish(self, now_s: float, results: list[Sampled | None]) -> list[PrefillAction]:
         actions: list[PrefillAction] = []
         batch, self._batch = self._batch, []
+        self._pace.record(((s.start, len(s.tokens)) for _, s in batch), now_s - self._batch_at)
         for (run, segment), result in zip(batch, results, strict=True):
             sequence, offers = run.sequence, run.offers
             assert sequence is not None
             assert offers is not None
             sequence.length += len(segment.tokens)
             self._uncomputed -= len(segment.tokens)
-            actions.append(Progressed(run.id, Progress(done=sequence.length, total=run.total, cached=0)))
+            actions.append(self._progressed(run))
             if not segment.sample:
-                self._window.trim(sequence)
-                if groups := offers.ready():
+                self._share(run)
+                self._trim(run)
+                if groups := offers.ready(sequence.length // PAGE_TOKENS):
                     actions.append(Offered(run.id, groups, None))
                 continue
             assert result is not None, f"run {run.id} asked for a token and got none"
-            self._rest(run)
             if not result.ok:
+                self._rest(run)
+                # A row that is not a number may be on any of its pages: nobody is to find them.
+                run.trusted = bool(result.problem)
                 actions.append(_failed(run.id, not_drawn(result, f"prompt {run.id}")))
                 continue
+            self._share(run)
+            self._rest(run)
             first = TokenEvent(index=0, token_id=result.token_id, logprob=result.logprob, top=result.top)
-            groups, tail = offers.last(first, cached_tokens=0)
+            groups, tail = offers.last(first, run.cached_tokens)
             actions.append(Offered(run.id, groups, tail))
-            actions.append(Ended(run.id, RunFinished(prompt_tokens=run.total, cached_tokens=0)))
-        return actions + self._admit()
+            actions.append(Ended(run.id, RunFinished(prompt_tokens=run.total, cached_tokens=run.cached_tokens)))
+        return actions + self._admit() + self._changes()
 
     def next_deadline(self) -> float | None:
         # All waiting runs get the same patience, so the first in line runs out first.
         return self._waiting[0].deadline if self._waiting else None
 
     def load(self) -> Load:
-        pools = self._pools
+        pools, full = self._pools, self._cache.counts(PageClass.FULL)
         return Load(
             running=len(self._computing),
             waiting=len(self._waiting),
             queued_tokens=self._uncomputed,
-            free_tokens=pools.full.free * PAGE_TOKENS,
+            free_tokens=(pools.full.free + full.evictable) * PAGE_TOKENS,
             pages={
-                PageClass.FULL: pools.full.counts(),
-                PageClass.SWA: pools.swa.counts(),
+                PageClass.FULL: full,
+                PageClass.SWA: self._cache.counts(PageClass.SWA),
                 PageClass.STATE: pools.slots.counts(),
             },
         )
@@ -206,7 +283,8 @@ class PrefillCore:
         error = self._refusal(request)
         if error is not None:
             return [_failed(run_id, error)]
-        run = _Run(run_id, request, now_s + self._limits.queue_timeout_s)
+        digests = page_hashes(request.prompt, request.namespace) if self._limits.prefix_cache else []
+        run = _Run(run_id, request, now_s + self._limits.queue_timeout_s, digests)
         self._runs[run_id] = run
         self._waiting.append(run)
         self._uncomputed += run.total
@@ -241,29 +319,147 @@ class PrefillCore:
         return None
 
     def _admit(self) -> list[PrefillAction]:
-        """Give the first in line its full pages, window and slot, all or none: nobody waits half provided
-        for.
+        """Give waiting runs their full pages, window and slot, all or none: nobody waits half provided for.
+
+        In order; but while the first needs more than there is, a few others may pass.
         """
         actions: list[PrefillAction] = []
-        pools = self._pools
-        while self._waiting:
-            run = self._waiting[0]
-            window = min(num_pages(run.total), most_window_pages(self._step_tokens))
-            if pools.full.free < num_pages(run.total) or self._window.available < window or not pools.slots.free:
+        for run in list(islice(self._waiting, 1 + MAX_PASSES)):
+            first = self._waiting[0]
+            if run is not first and first.passes >= MAX_PASSES:
                 break
-            self._waiting.popleft()
-            run.sequence = Sequence(
-                request_id=run.id.request_id,
-                sampling=run.request.sampling,
-                slot=pools.slots.allocate(1)[0],
-                pages=pools.full.allocate(num_pages(run.total)),
-                prompt=run.request.prompt,
-            )
-            self._window.reserve(run.sequence, window)
-            run.offers = Offers(pools, run.sequence, run.total, run.request.skip)
+            if not self._provide(run):
+                continue
+            if run is not first:
+                first.passes += 1
+            self._waiting.remove(run)
             self._computing.append(run)
-            actions.append(Progressed(run.id, Progress(done=0, total=run.total, cached=0)))
+            actions.append(self._progressed(run))
+            assert run.offers is not None
+            assert run.lease is not None
+            if groups := run.offers.ready(run.lease.pages):
+                actions.append(Offered(run.id, groups, None))
         return actions
+
+    def _provide(self, run: _Run) -> bool:
+        pools = self._pools
+        window = min(num_pages(run.total), most_window_pages(self._step_tokens))
+        if self._window.available < window or not pools.slots.free:
+            return False
+        lease = self._cache.lease(run.reusable, window=False)
+        missing = num_pages(run.total) - lease.pages
+        if missing > pools.full.free + self._cache.counts(PageClass.FULL).evictable:
+            lease.release()
+            return False
+        sequence = run.sequence = Sequence(
+            request_id=run.id.request_id,
+            sampling=run.request.sampling,
+            slot=pools.slots.allocate(1)[0],
+            prompt=run.request.prompt,
+        )
+        self._window.reserve(sequence, window)
+        run.offers = Offers(pools, sequence, run.total, run.request.skip)
+        run.lease = lease
+        self._resume(run, lease, self._cache.match(run.reusable))
+        self._cache.evict(PageClass.FULL, missing - pools.full.free)
+        sequence.pages += pools.full.allocate(missing)
+        return True
+
+    def _resume(self, run: _Run, lease: Lease, found: Match) -> None:
+        """Go on behind pages that are in the cache and under `lease`, which becomes the run's; `found` is what can be
+        resumed behind among them.
+        """
+        sequence, held = run.sequence, run.lease
+        assert sequence is not None
+        assert held is not None
+        self._pools.full.release(sequence.pages[held.pages : lease.pages])
+        sequence.pages[: lease.pages] = lease.items()
+        start = self._start(found)
+        for j in self._window.mapped(sequence):
+            if j < num_pages(start):
+                self._window.release(sequence, j)
+        sequence.swa_pages[:] = [0] * (start // PAGE_TOKENS)
+        if run.window is not None:
+            run.window.release()
+            run.window = None
+        if start and start == found.tokens:
+            run.window = self._cache.lease(run.digests[: found.pages])
+            assert run.window.tokens == start
+            sequence.swa_pages[-1] = run.window.window
+        if held is not lease:
+            held.release()
+        run.lease = lease
+        run.rebuilt_at = lease.tokens
+        run.cached_tokens += start - sequence.length
+        self._uncomputed -= start - sequence.length
+        sequence.length = start
+
+    def _start(self, found: Match) -> int:
+        """Where to go on with a prefix: behind its last window, or where the one at its end is computed again from."""
+        return max(found.tokens, found.full_pages * PAGE_TOKENS - self._rebuild_tokens)
+
+    def _catch_up(self, run: _Run) -> None:
+        """Somebody else may have computed further than this run has."""
+        sequence, held = run.sequence, run.lease
+        assert sequence is not None
+        assert held is not None
+        found = self._cache.match(run.reusable, held)
+        if self._start(found) > sequence.length:
+            lease = self._cache.lease(run.reusable, window=False)
+            assert lease.pages == found.full_pages
+            self._resume(run, lease, found)
+
+    def _share(self, run: _Run) -> None:
+        """Hand the pages finished by now to the cache, with the window of the last."""
+        sequence, lease = run.sequence, run.lease
+        assert sequence is not None
+        assert lease is not None
+        end = min(sequence.length // PAGE_TOKENS, len(run.digests))
+        if sequence.length < run.rebuilt_at or not end:
+            return
+        before = lease.pages
+        # The same prompt again will resume behind the page before its last token.
+        again = (run.total - 1) // PAGE_TOKENS - 1
+        windows: dict[int, int] = {}
+        for j in self._window.mapped(sequence):
+            if j == end - 1 or (before <= j < end and (j == again or self._cache.retains(j))):
+                windows[j] = self._window.take(sequence, j)
+            elif j < end:
+                # Behind the window, or within a rebuilt span, where only the last page's is right.
+                self._window.release(sequence, j)
+                sequence.swa_pages[j] = 0
+        if not windows:
+            return
+        self._cache.insert(run.digests[:end], sequence.pages[:end], windows, lease)
+        sequence.pages[before:end] = lease.items(before)
+        sequence.swa_pages[end - 1] = lease.window
+
+    def _trim(self, run: _Run) -> None:
+        assert run.sequence is not None
+        self._window.trim(run.sequence)
+        if run.window is not None and first_window_page(run.sequence.length) >= run.window.pages:
+            run.window.release()
+            run.window = None
+
+    def _turns(self) -> list[_Run]:
+        """Computing runs in the order of their turns: round and round, but every other step begins with the one that
+        has least left. So a short prompt waits for a step or two, and a long one is never put off for ever.
+        """
+        turns = list(self._computing)
+        self._shortest_first = not self._shortest_first
+        if self._shortest_first and turns:
+            shortest = min(turns, key=lambda run: run.left)
+            turns.remove(shortest)
+            turns.insert(0, shortest)
+        return turns
+
+    def _progressed(self, run: _Run) -> Progressed:
+        assert run.sequence is not None
+        return Progressed(run.id, Progress(done=run.sequence.length, total=run.total, cached=run.cached_tokens))
+
+    def _changes(self) -> list[PrefillAction]:
+        events = self._cache.drain_events()
+        return [PrefixesChanged(tuple(events))] if events else []
 
     def _chunk_end(self, start: int, total: int, budget: int) -> int:
         end = min(total, start + budget)
@@ -272,27 +468,39 @@ class PrefillCore:
         return aligned if start < aligned and end < total else end
 
     def _rest(self, run: _Run) -> None:
-        """Stop computing, keep the pages."""
-        assert run.sequence is not None
+        """Stop computing, keep the pages that are or will be read."""
+        sequence, lease = run.sequence, run.lease
+        assert sequence is not None
+        assert lease is not None
         self._computing.remove(run)
-        self._uncomputed -= run.total - run.sequence.length
-        self._window.trim(run.sequence)
-        self._window.keep_mapped(run.sequence)
+        self._uncomputed -= run.left
+        self._trim(run)
+        if first_window_page(sequence.length) >= lease.pages:
+            lease.release_window()
+        self._window.keep_mapped(sequence, leased=bool(lease.window) + (run.window is not None))
 
     def _drop(self, run_id: AttemptId) -> None:
         run = self._runs.pop(run_id, None)
         if run is None:
             return
-        sequence = run.sequence
-        if sequence is None:
-            self._waiting.remove(run)
-            self._uncomputed -= run.total
+        if run.lease is None:
+            if run in self._waiting:
+                self._waiting.remove(run)
+                self._uncomputed -= run.total
             return
         if run in self._computing:
             self._rest(run)
+        sequence, lease = run.sequence, run.lease
+        assert sequence is not None
         self._pools.swa.release(self._window.drop(sequence))
-        self._pools.full.release(sequence.pages)
+        self._pools.full.release(sequence.pages[lease.pages :])
         self._pools.slots.release([sequence.slot])
+        if run.window is not None:
+            run.window.release()
+        if run.trusted:
+            lease.release()
+        else:
+            self._cache.discard(lease)
 
     def _expire(self, now_s: float) -> list[PrefillAction]:
         late = [run for run in self._waiting if run.deadline <= now_s]

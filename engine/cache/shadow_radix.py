@@ -146,9 +146,14 @@ class ShadowRadix:
 
     # Looking up.
 
-    def match(self, digests: Sequence[bytes]) -> Match:
-        """What the tree knows of a prefix. Changes nothing, not even recency."""
-        node, pages, at = self._root, 0, 0
+    def match(self, digests: Sequence[bytes], lease: Lease | None = None) -> Match:
+        """What the tree knows of a prefix. Changes nothing, not even recency.
+
+        With a `lease` on a part of this prefix the search starts there.
+        """
+        node = lease._node if lease is not None else self._root
+        at = node.end
+        pages = at if node.window else 0
         while (child := self._child(node, digests, at)) is not None:
             shared = _shared(child, digests, at)
             at += shared
@@ -228,6 +233,15 @@ class ShadowRadix:
             self._adopt_window(self._holder(lease._node, page), page, item)
         self._lock_window(lease)
         return lease
+
+    def discard(self, lease: Lease) -> None:
+        """Release a lease on pages that may be bad, and drop those of them that nobody else uses or has built on."""
+        node: _Node | None = lease._node
+        self._release(lease)
+        while node is not None and node.parent is not None and not node.children and not node.full_lock:
+            parent = node.parent
+            self._cut_leaf(node, len(node.pages))
+            node = parent
 
     def evict(self, component: PageClass, num_items: int) -> int:
         """Free up to so many items of a pool that nobody holds; returns how many were freed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from dataclasses import replace
 
 import pytest
 from hypothesis import settings
@@ -19,6 +20,7 @@ from prefill_worker.scheduler import (
     PrefillAction,
     PrefillCore,
     PrefillLimits,
+    PrefixesChanged,
     Progressed,
     Submit,
 )
@@ -60,9 +62,6 @@ class Pools:
     def export_pages(self, page_class: PageClass, items: Items[int]) -> list[int]:
         return [checksum(page_class, item) for item in items]
 
-    def used(self) -> tuple[int, int, int]:
-        return self.full.counts().used, self.swa.counts().used, self.slots.counts().used
-
 
 def checksum(page_class: PageClass, item: int) -> int:
     return 1000 * list(PageClass).index(page_class) + item
@@ -79,11 +78,12 @@ def limits(**changes: float) -> PrefillLimits:
     return PrefillLimits(**values)  # type: ignore[arg-type]
 
 
-def request(name: str, num_tokens: int, skip: int = 0, attempt: int = 1) -> RunRequest:
+def request(name: str, num_tokens: int, skip: int = 0, attempt: int = 1, fork: int = 0) -> RunRequest:
+    """Every name has tokens of its own; of a forked one's prompt all others' forked prompts share the beginning."""
     return RunRequest(
         request_id=name,
         attempt=attempt,
-        prompt=tuple(i % 1000 for i in range(num_tokens)),
+        prompt=tuple((i if i < fork else ord(name) + i) % 1000 for i in range(num_tokens)),
         sampling=SamplingParams(max_tokens=4, seed=0),
         skip=skip,
         secret=b"s" * 16,
@@ -96,6 +96,16 @@ def answer(batch: list[Segment], result: Sampled = TOKEN) -> list[Sampled | None
 
 def spans(batch: list[Segment]) -> list[tuple[str, int, int]]:
     return [(s.sequence.request_id, s.start, s.start + len(s.tokens)) for s in batch]
+
+
+def told(actions: list[PrefillAction]) -> list[PrefillAction]:
+    """Without what is said about the cache."""
+    return [action for action in actions if not isinstance(action, PrefixesChanged)]
+
+
+def held(core: PrefillCore) -> tuple[int, ...]:
+    """Items of each pool that somebody holds: all in use, except prefixes that are only kept."""
+    return tuple(counts.used - counts.evictable for counts in core.load().pages.values())
 
 
 def run_to_end(core: PrefillCore) -> list[PrefillAction]:
@@ -124,9 +134,9 @@ def test_a_prompt_is_computed_in_chunks_and_its_pages_offered_as_they_finish() -
     batch = core.next_batch(0.0)
     assert spans(batch) == [("a", 0, 512)]
     assert not batch[0].sample
-    assert batch[0].tokens == [i % 1000 for i in range(512)]
+    assert batch[0].tokens == [(97 + i) % 1000 for i in range(512)]
     pages = batch[0].sequence.pages
-    assert core.finish(0.0, answer(batch)) == [
+    assert told(core.finish(0.0, answer(batch))) == [
         Progressed(A, Progress(done=512, total=1100, cached=0)),
         Offered(
             A,
@@ -148,7 +158,7 @@ def test_a_prompt_is_computed_in_chunks_and_its_pages_offered_as_they_finish() -
     batch = core.next_batch(0.0)
     assert spans(batch) == [("a", 1024, 1100)]
     assert batch[0].sample
-    progressed, offered, ended = core.finish(0.0, answer(batch))
+    progressed, offered, ended = told(core.finish(0.0, answer(batch)))
     assert progressed == Progressed(A, Progress(done=1100, total=1100, cached=0))
     assert isinstance(offered, Offered)
     assert [(group.page_class, group.positions) for group in offered.groups] == [
@@ -232,13 +242,32 @@ def test_chunks_end_on_pages_also_when_the_budget_does_not() -> None:
 def test_a_short_prompt_behind_a_long_one_takes_part_in_the_next_step() -> None:
     core = PrefillCore(Pools(), limits(max_batch_tokens=512))
     core.step(0.0, Submit(request("a", 4000)))
-    core.step(0.0, Submit(request("b", 10)))
     seen = []
     for _ in range(3):
         batch = core.next_batch(0.0)
+        if not seen:
+            core.step(0.0, Submit(request("b", 10)))
         seen.append(spans(batch))
         core.finish(0.0, answer(batch))
-    assert seen == [[("a", 0, 512)], [("b", 0, 10), ("a", 512, 768)], [("a", 768, 1280)]]
+    assert seen == [[("a", 0, 512)], [("a", 512, 1024)], [("b", 0, 10), ("a", 1024, 1280)]]
+
+
+def test_a_short_prompt_waits_for_two_chunks_of_long_ones_at_most_and_they_go_on() -> None:
+    core = PrefillCore(Pools(full=128, swa=64, slots=8), limits(max_batch_tokens=512))
+    for name in "abcde":
+        core.step(0.0, Submit(request(name, 5000)))
+    core.finish(0.0, answer(core.next_batch(0.0)))
+    core.step(0.0, Submit(request("f", 2048)))
+    chunks: dict[str, list[int]] = {name: [] for name in "abcdef"}
+    for step in range(32):
+        batch = core.next_batch(0.0)
+        for name, _, _ in spans(batch):
+            chunks[name].append(step)
+        core.finish(0.0, answer(batch))
+    assert chunks["f"][0] <= 1
+    waits = [later - earlier for earlier, later in zip(chunks["f"], chunks["f"][1:], strict=False)]
+    assert max(waits) <= 3, "two chunks of others in between"
+    assert all(len(chunks[name]) >= 3 for name in "abcde"), "nobody is put off for ever"
 
 
 def test_several_prompts_share_a_step_up_to_its_budget() -> None:
@@ -254,10 +283,10 @@ def test_window_pages_are_released_behind_the_window_while_a_long_prompt_is_comp
     core.step(0.0, Submit(request("a", 8000)))
     most = 0
     while batch := core.next_batch(0.0):
-        most = max(most, pools.swa.counts().used)
+        most = max(most, held(core)[1])
         core.finish(0.0, answer(batch))
     assert most == 3  # one page of window, two of chunk
-    assert pools.swa.counts().used == 2  # tokens 7872..7999 wait for their reader
+    assert held(core)[1] == 2  # tokens 7872..7999 wait for their reader
 
 
 def test_pages_are_held_until_dropped_and_all_come_back() -> None:
@@ -265,9 +294,9 @@ def test_pages_are_held_until_dropped_and_all_come_back() -> None:
     core = PrefillCore(pools, limits())
     core.step(0.0, Submit(request("a", 1100)))
     run_to_end(core)
-    assert pools.used() == (5, 2, 1)
+    assert held(core) == (5, 2, 1)
     assert core.step(1.0, Drop(A)) == []
-    assert pools.used() == (0, 0, 0)
+    assert held(core) == (0, 0, 0)
     assert core.step(1.0, Drop(A)) == []
     assert core.load().queued_tokens == 0
 
@@ -306,17 +335,17 @@ def test_a_result_that_is_not_finite_fails_that_run_alone_and_keeps_its_pages_fo
     assert isinstance(failed, Failed)
     assert (failed.code, failed.retryable) == ("numerical_error", True)
     assert ended[B] == RunFinished(prompt_tokens=100, cached_tokens=0)
-    assert pools.used() == (2, 2, 2)
+    assert held(core) == (2, 2, 2)
     core.step(0.0, Drop(A))
     core.step(0.0, Drop(B))
-    assert pools.used() == (0, 0, 0)
+    assert held(core) == (0, 0, 0)
 
 
 def test_a_step_that_raised_fails_its_runs_and_no_others() -> None:
     core = PrefillCore(Pools(), limits(max_batch_tokens=100, chunk_tokens=100))
     core.step(0.0, Submit(request("a", 200)))
-    core.step(0.0, Submit(request("b", 50)))
     core.next_batch(0.0)
+    core.step(0.0, Submit(request("b", 50)))
     (ended,) = core.step(0.0, StepFailed("RuntimeError: boom"))
     assert isinstance(ended, Ended)
     assert ended.run == A
@@ -341,7 +370,7 @@ def test_a_run_that_finds_no_room_is_refused_after_its_patience_and_takes_nothin
         ),
     )
     assert core.next_deadline() is None
-    assert pools.used() == (2, 0, 1)
+    assert held(core) == (2, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -386,6 +415,145 @@ def test_a_chunk_that_the_window_pool_can_not_hold_is_a_config_error() -> None:
         PrefillCore(Pools(swa=4), limits(chunk_tokens=1024))
 
 
+def cached(actions: list[PrefillAction]) -> int:
+    (tail,) = [action.tail for action in actions if isinstance(action, Offered) and action.tail is not None]
+    return tail.cached_tokens
+
+
+def finish_run(core: PrefillCore, run: RunRequest) -> list[PrefillAction]:
+    actions = core.step(0.0, Submit(run)) + run_to_end(core)
+    core.step(0.0, Drop(AttemptId(run.request_id, run.attempt)))
+    return actions
+
+
+def test_a_prompt_that_was_computed_before_starts_behind_its_last_page_and_offers_all_of_it_at_once() -> None:
+    core = PrefillCore(Pools(), limits())
+    first = finish_run(core, request("a", 1100))
+    again = core.step(0.0, Submit(request("a", 1100, attempt=2)))
+    run = AttemptId("a", 2)
+    assert again[0] == Progressed(run, Progress(done=1024, total=1100, cached=1024))
+    assert isinstance(again[1], Offered)
+    assert positions(again, PageClass.FULL) == [0, 1, 2, 3]
+    batch = core.next_batch(0.0)
+    assert spans(batch) == [("a", 1024, 1100)]
+    actions = core.finish(0.0, answer(batch))
+    assert [positions(actions, cls) for cls in PageClass] == [[4], [3, 4], [4]]
+    assert cached(actions) == 1024
+    assert actions[-1] == Ended(run, RunFinished(prompt_tokens=1100, cached_tokens=1024))
+
+    def items(seen: list[PrefillAction]) -> list[int]:
+        return [item for g in groups(seen) if g.page_class is PageClass.FULL for item in g.items][:4]
+
+    assert items(again) == items(first)
+
+
+def test_the_last_token_is_computed_even_of_a_prompt_that_is_cached_whole() -> None:
+    core = PrefillCore(Pools(), limits())
+    assert cached(finish_run(core, request("a", 512))) == 0
+    assert cached(finish_run(core, request("a", 512, attempt=2))) == 256
+    assert cached(finish_run(core, request("a", 513, attempt=3))) == 512
+    core.cache.check({})
+
+
+def test_equal_prompts_of_two_namespaces_share_nothing() -> None:
+    core = PrefillCore(Pools(), limits())
+    finish_run(core, request("a", 600))
+    assert cached(finish_run(core, replace(request("a", 600, attempt=2), namespace=b"other"))) == 0
+    assert cached(finish_run(core, replace(request("a", 600, attempt=3), namespace=b"other"))) == 512
+
+
+def test_without_a_prefix_cache_every_prompt_is_computed_whole_and_nothing_is_kept() -> None:
+    pools = Pools()
+    core = PrefillCore(pools, limits(prefix_cache=False))
+    for attempt in (1, 2):
+        assert cached(finish_run(core, request("a", 1100, attempt=attempt))) == 0
+    assert pools.full.counts().used == pools.swa.counts().used == 0
+
+
+def test_a_prompt_behind_one_like_it_follows_instead_of_computing_the_same() -> None:
+    core = PrefillCore(Pools(), limits(max_batch_tokens=512))
+    core.step(0.0, Submit(request("a", 2000)))
+    core.finish(0.0, answer(core.next_batch(0.0)))
+    core.step(0.0, Submit(replace(request("a", 2000), request_id="b")))
+    seen = []
+    while batch := core.next_batch(0.0):
+        seen += spans(batch)
+        core.finish(0.0, answer(batch))
+    ends = sorted(end for _, _, end in seen)
+    assert ends == [1024, 1536, 2000, 2000], "what follows the last whole page is each one's own"
+
+
+def test_a_lost_window_is_computed_again_and_its_compressed_rows_are_not() -> None:
+    core = PrefillCore(Pools(), limits(num_layers=3))  # 512 tokens to compute again
+    finish_run(core, request("a", 1600))
+    assert core.cache.evict(PageClass.SWA, 16) > 0
+    actions = core.step(0.0, Submit(request("a", 1700, attempt=2)))
+    assert positions(actions, PageClass.FULL) == [0, 1, 2, 3, 4, 5]
+    seen = []
+    while batch := core.next_batch(0.0):
+        seen += [(*span, segment.rebuild) for span, segment in zip(spans(batch), batch, strict=True)]
+        actions += core.finish(0.0, answer(batch))
+    assert seen == [("a", 1024, 1536, True), ("a", 1536, 1700, False)]
+    assert cached(actions) == 1024
+    core.step(0.0, Drop(AttemptId("a", 2)))
+    assert cached(finish_run(core, request("a", 1800, attempt=3))) == 1536
+    core.cache.check({})
+
+
+def test_where_prompts_part_a_window_is_left_for_the_next_one_that_parts_there() -> None:
+    core = PrefillCore(Pools(full=64, swa=32), limits(num_layers=3))
+    finish_run(core, request("a", 3000, fork=1800))
+    assert cached(finish_run(core, request("b", 3000, fork=1800))) == 1536  # behind the window where a chunk ended
+    assert cached(finish_run(core, request("c", 3000, fork=1800))) == 1792
+
+
+def test_rows_that_are_not_numbers_are_not_found_by_the_next_try() -> None:
+    core = PrefillCore(Pools(), limits())
+    core.step(0.0, Submit(request("a", 700)))
+    core.finish(0.0, answer(core.next_batch(0.0)))
+    core.finish(0.0, answer(core.next_batch(0.0), Sampled(token_id=0, logprob=0.0, ok=False)))
+    assert held(core) == (3, 1, 1), "its reader may be reading them"
+    core.step(0.0, Drop(A))
+    assert cached(finish_run(core, request("a", 700, attempt=2))) == 0
+
+
+def test_cached_prefixes_give_way_to_prompts_that_need_room() -> None:
+    pools = Pools(full=8)
+    core = PrefillCore(pools, limits())
+    finish_run(core, request("a", 1800))
+    assert pools.full.free == 1
+    assert core.load().free_tokens == 8 * 256
+    assert cached(finish_run(core, request("b", 1000))) == 0
+    assert cached(finish_run(core, request("a", 1800, attempt=2))) > 0
+    core.cache.check({})
+
+
+def test_small_prompts_pass_a_large_one_that_has_no_room_but_not_for_ever() -> None:
+    core = PrefillCore(Pools(full=8, slots=16), limits())
+    core.step(0.0, Submit(request("a", 1000)))
+    core.step(0.0, Submit(request("b", 2000)))
+    passed = [attempt for attempt in range(1, 12) if finish_run(core, request("c", 10, attempt=attempt))]
+    assert passed == [1, 2, 3, 4, 5, 6, 7, 8]
+    core.step(0.0, Submit(request("c", 10, attempt=12)))
+    core.step(0.0, Drop(A))
+    assert spans(core.next_batch(0.0)) == [("b", 0, 512)]
+
+
+def test_a_chunk_is_as_long_as_half_a_second_lasts() -> None:
+    core = PrefillCore(Pools(full=64), limits(step_s=0.5))
+    core.step(0.0, Submit(request("a", 8000)))
+    now, lengths = 0.0, []
+    while batch := core.next_batch(now):
+        (segment,) = batch
+        lengths.append(len(segment.tokens))
+        # Each token costs a millisecond, and another one for every 1,000 tokens before it.
+        now += len(segment.tokens) * (1e-3 + segment.start * 1e-6)
+        core.finish(now, answer(batch))
+    assert lengths[0] == 512
+    assert 32 <= lengths[-2] <= 128, "4,000 to 8,000 tokens deep a token takes 5 to 9 ms"
+    assert sum(lengths) == 8000
+
+
 NAMES = st.sampled_from("abcdef")
 
 
@@ -403,6 +571,8 @@ class AnyOrder(RuleBasedStateMachine):
 
     def see(self, actions: list[PrefillAction]) -> None:
         for action in actions:
+            if isinstance(action, PrefixesChanged):
+                continue
             assert action.run in self.live
             if isinstance(action, Ended) and isinstance(action.outcome, Failed):
                 self.see(self.core.step(self.now, Drop(action.run)))  # what the claim table does with a failed run
@@ -412,7 +582,8 @@ class AnyOrder(RuleBasedStateMachine):
     def submit(self, name: str, n: int) -> None:
         self.attempt += 1
         self.live.add(AttemptId(name, self.attempt))
-        self.see(self.core.step(self.now, Submit(request(name, n, attempt=self.attempt))))
+        # Some prompts begin alike and go on differently.
+        self.see(self.core.step(self.now, Submit(request(name, n, attempt=self.attempt, fork=700 if n % 2 else 0))))
 
     @precondition(lambda self: not self.batch and self.live)
     @rule(data=st.data())
@@ -452,7 +623,13 @@ class AnyOrder(RuleBasedStateMachine):
         assert deadline is None or deadline > self.now
 
     @invariant()
-    def every_page_is_free_or_used(self) -> None:
+    def every_page_has_one_owner(self) -> None:
+        private: dict[PageClass, list[int]] = {PageClass.FULL: [], PageClass.SWA: []}
+        for run in self.core._runs.values():
+            if run.sequence is not None:
+                private[PageClass.FULL] += run.sequence.pages[run.lease.pages :]
+                private[PageClass.SWA] += [run.sequence.swa_pages[j] for j in self.core._window.mapped(run.sequence)]
+        self.core.cache.check(private)
         for allocator in (self.pools.full, self.pools.swa, self.pools.slots):
             counts = allocator.counts()
             assert counts.free + counts.used == allocator.capacity
@@ -463,7 +640,7 @@ class AnyOrder(RuleBasedStateMachine):
             self.crash()
         for run in sorted(self.live):
             self.see(self.core.step(self.now, Drop(run)))
-        assert self.pools.used() == (0, 0, 0)
+        assert held(self.core) == (0, 0, 0)
         load = self.core.load()
         assert (load.running, load.waiting, load.queued_tokens) == (0, 0, 0)
 
