@@ -14,13 +14,13 @@ need_python = $(if $(PYTHON),,$(error Penumbra needs Python 3.11 or newer and no
 # One thread per process in tests: two cores are shared by whole clusters.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install install-dev up test test-long lint format stubs bench clean
+.PHONY: help install install-dev up test test-long lint format stubs bench bench-900k clean
 
 help:
 	@echo 'make up [ARGS="--prefill 2 --decode 2"]   install, then serve http://127.0.0.1:8000; Ctrl-C stops it'
 	@echo 'make test                                 install, then lint, types and every test that needs no GPU'
 	@echo 'make install [EXTRAS="gpu ray"]           the step both share; does nothing when nothing changed'
-	@echo 'make test-long | lint | format | stubs | bench | clean'
+	@echo 'make test-long | lint | format | stubs | bench | bench-900k | clean'
 
 install:
 	@$(need_python)$(PYTHON) deploy/install.py $(EXTRAS)
@@ -53,6 +53,11 @@ stubs: install-dev
 bench: install-dev
 	$(BIN)/penumbra bench transfer
 	$(BIN)/penumbra bench engine
+	$(BIN)/penumbra bench flat
+
+# An hour of two cores: not part of `bench`.
+bench-900k: install-dev
+	$(BIN)/penumbra bench 900k
 
 clean:
 	rm -rf $(VENV) build penumbra.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis engine/_penumbra_cpu*.so

@@ -408,6 +408,41 @@ def bench_engine(
     return 0
 
 
+@bench_app.command("flat")
+def bench_flat(
+    lengths: Annotated[str, flag("lengths", "Context lengths in tokens.")] = "4096,65536,262144,900000",
+    decode_tokens: Annotated[int, flag("decode-tokens", "Tokens to decode at each length.", min=1)] = 24,
+    threads: Threads = 2,
+    kv_layout: KvLayout = "v4",
+    config: ConfigFile = None,
+) -> int:
+    """Decode tokens/s at growing context on the default geometry, and the index scan beside memcpy."""
+    from bench.flat import run
+
+    run(
+        lengths=_integers("--lengths", lengths, "4096,65536"),
+        decode_tokens=decode_tokens,
+        threads=threads,
+        layout=kv_layout,
+    )
+    return 0
+
+
+@bench_app.command("900k")
+def bench_900k(
+    tokens: Annotated[int, flag("tokens", "Tokens of the prompt.", min=1)] = 900_000,
+    budget_minutes: Annotated[float, flag("budget-minutes", "Stop and report after this long.", min=0)] = 90.0,
+    threads: Threads = 2,
+    kv_layout: KvLayout = "v4",
+    config: ConfigFile = None,
+) -> int:
+    """One prompt of 900,000 tokens end to end on the default geometry: tokens/s by depth, and memory."""
+    from bench.long import run
+
+    run(tokens=tokens, budget_minutes=budget_minutes, threads=threads, layout=kv_layout)
+    return 0
+
+
 def _integers(name: str, text: str, example: str) -> tuple[int, ...]:
     try:
         return tuple(int(word) for word in text.split(","))
