@@ -137,8 +137,9 @@ class FusedForward:
             meta.swa_table.data_ptr(), meta.slots.data_ptr(),
         )  # fmt: skip
         broken = ctypes.c_int64()
+        layer_pools = self._layer_pools(pools)
         run(
-            ctypes.addressof(self._model), ctypes.addressof(self._layer_pools(pools)), ctypes.addressof(tokens),
+            ctypes.addressof(self._model), ctypes.addressof(layer_pools), ctypes.addressof(tokens),
             embedded.data_ptr(), embedded.dtype == torch.bfloat16, None if wanted is None else wanted.data_ptr(),
             0 if wanted is None else len(wanted), None if logits is None else logits.data_ptr(),
             None if streams is None else streams.data_ptr(), ctypes.byref(broken), native.threads(),
@@ -150,7 +151,9 @@ class FusedForward:
             )
 
     def _layer_pools(self, pools: KvPools) -> ctypes.Array[_LayerPools]:
-        if self._pools is None or self._pools[0] is not pools:
+        # Read once and never through `self` again: two threads may run one model over pools of their own.
+        last = self._pools
+        if last is None or last[0] is not pools:
             made = (_LayerPools * self._model.num_layers)()
             for n, layer in enumerate(made):
                 layer.window = pools.window[n].address
@@ -159,8 +162,8 @@ class FusedForward:
                     layer.ring, layer.index_ring = pools.c4_ring[n].data_ptr(), pools.index_ring[n].data_ptr()
                 elif n in pools.c128:
                     layer.compressed, layer.ring = pools.c128[n].address, pools.c128_ring[n].data_ptr()
-            self._pools = pools, made
-        return self._pools[1]
+            self._pools = last = pools, made
+        return last[1]
 
     def _layer(self, layer: Layer) -> _Layer:
         a, moe = layer.attention, layer.moe
