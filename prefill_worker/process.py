@@ -14,6 +14,7 @@ from kvtransfer.transport import Transport
 from prefill_worker.config import PrefillConfig
 from prefill_worker.scheduler import PrefillCore, PrefillLimits
 from prefill_worker.service import PrefillService
+from wire.events import PrefixPublisher
 from wire.telemetry import WorkerMetrics, configure_logging
 from wire.types import OwnerCard
 from wire.worker import DoorConfig, serve
@@ -58,8 +59,15 @@ async def _serve(config: PrefillConfig, runner: Runner, transport: Transport, ep
         ),
     )
     registry = CollectorRegistry()
+    publisher = PrefixPublisher(config.redis_url, config.worker_id, epoch)
     service = PrefillService(
-        core, runner, card, WorkerMetrics(registry), model=runner.fingerprint, max_context=runner.max_context
+        core,
+        runner,
+        card,
+        WorkerMetrics(registry),
+        model=runner.fingerprint,
+        max_context=runner.max_context,
+        publish=publisher.publish,
     )
     door = DoorConfig(
         worker_id=config.worker_id,
@@ -70,4 +78,5 @@ async def _serve(config: PrefillConfig, runner: Runner, transport: Transport, ep
         advertise_host=config.advertise_host,
         drain_s=config.drain_s,
     )
-    return await serve(service, door, registry)
+    async with publisher:
+        return await serve(service, door, registry)

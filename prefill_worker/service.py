@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import structlog
@@ -25,6 +25,7 @@ from prefill_worker.scheduler import (
     PrefillAction,
     PrefillCore,
     PrefillEvent,
+    PrefixesChanged,
     Progressed,
     Submit,
 )
@@ -36,6 +37,7 @@ from wire.types import (
     AttemptId,
     Failed,
     OwnerCard,
+    PrefixEvent,
     Progress,
     Role,
     RunEvent,
@@ -54,7 +56,10 @@ ENGINE_STOP_S = 10.0
 
 
 class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer):
-    """Owns the engine thread of a prefill worker; implements `wire.worker.WorkerService`."""
+    """Owns the engine thread of a prefill worker; implements `wire.worker.WorkerService`.
+
+    `publish` is called on the event loop with what the prefix tree stored and removed, and must not block.
+    """
 
     def __init__(
         self,
@@ -65,12 +70,14 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
         *,
         model: str,
         max_context: int,
+        publish: Callable[[Sequence[PrefixEvent]], None] = lambda events: None,
     ) -> None:
         self.draining = False
         self._broken: str | None = None
         self._card = card
         self._model = model
         self._max_context = max_context
+        self._publish_prefixes = publish
         self._metrics = metrics
         self._table = ClaimTable(card)
         self._loop = asyncio.get_running_loop()
@@ -220,6 +227,8 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
                     self._tell(run, outcome)
                     error = error_from_code(outcome.code, outcome.message)
                     self._free(self._table.revoke(now_s, run, error))
+                case PrefixesChanged(events):
+                    self._publish_prefixes(events)
 
     def _free(self, freed: list[Freed]) -> None:
         """The table let these runs go: tell the engine, and whoever still listens."""
