@@ -35,7 +35,8 @@ test: lint
 	$(BIN)/python -m pytest -m "not long and not gpu" --durations=15 $(ARGS)
 
 test-long: install-dev
-	$(BIN)/python -m pytest -m "long and not gpu" --timeout=3600 $(ARGS)
+	$(BIN)/python -m pytest -m "long and not gpu" --timeout=3600 --junitxml=build/test-long.xml $(ARGS); \
+	  code=$$?; $(BIN)/python -m bench.long_tests build/test-long.xml && exit $$code
 
 lint: install-dev
 	$(BIN)/ruff check .
