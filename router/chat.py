@@ -234,17 +234,24 @@ class ChatPrompt:
         asked = self.request.inference_options.max_tokens
         return asked if asked is not None else self.request.resolve_max_tokens(len(self.ids), context)
 
-    def sampling(self, max_tokens: int, *, ignore_eos: bool) -> SamplingParams:
+    def sampling(self, shared: Json, temperature: float | None, top_p: float | None) -> SamplingParams:
+        """`shared`: the fields that both generating routes take as they are; then what the client asked for."""
         options = self.request.inference_options
         return SamplingParams(
-            max_tokens=max_tokens,
+            **shared,
             seed=draw_seed() if options.seed is None else options.seed,
-            temperature=1.0 if options.temperature is None else options.temperature,
-            top_p=1.0 if options.top_p is None else options.top_p,
+            temperature=_resolved(options.temperature, temperature),
+            top_p=_resolved(options.top_p, top_p),
             logprobs=options.logprobs,
             top_logprobs=options.top_logprobs or 0,
-            ignore_eos=ignore_eos,
         )
+
+
+def _resolved(value: float | None, asked: float | None) -> float:
+    """deepseek-recipe's decision. It keeps 32 bits of a number; where it left the client's as it was, all are kept."""
+    if value is None:
+        return 1.0
+    return asked if asked is not None and abs(asked - value) < 1e-6 else value
 
 
 def draw_seed() -> int:
@@ -259,6 +266,7 @@ class Header:
     model: str
     prompt_ids: Sequence[int] = field(repr=False)
     return_token_ids: bool = False
+    choice: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -345,7 +353,7 @@ class Completion:
     def _choice(self, text: str) -> Json:
         first, self._sent = self._sent, len(self._tokens)
         choice: Json = {
-            "index": 0,
+            "index": self._header.choice,
             "text": text,
             "logprobs": self._logprobs_of(self._tokens[first:]) if self._logprobs else None,
             "finish_reason": self._reason,
@@ -439,6 +447,7 @@ class Chat:
         body["usage"] = usage.to_json()
         if details := parsed.get("completion_tokens_details"):
             body["usage"]["completion_tokens_details"] = details
+        body["choices"][0]["index"] = self._header.choice
         if self._header.return_token_ids:
             body["prompt_token_ids"] = self._header.prompt_ids
             body["choices"][0]["token_ids"] = self._ids
@@ -452,6 +461,7 @@ class Chat:
             # Usage is counted from the workers' tokens, not from what was parsed, and sent when asked for.
             data.pop("usage", None)
             data["created"] = self._header.created
+            data["choices"][0]["index"] = self._header.choice
             if self._header.return_token_ids:
                 data["choices"][0]["token_ids"] = self._ids[self._reported :]
                 self._reported = len(self._ids)

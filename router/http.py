@@ -13,9 +13,9 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
@@ -80,10 +80,9 @@ class _ClientGone(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A request ready to be placed: ids for the workers, and the answer that will turn theirs into text."""
+    """A request ready to be placed: for each choice ids for the workers, and the answer that turns theirs into text."""
 
-    request: RelayRequest
-    answer: Answer
+    choices: tuple[tuple[RelayRequest, Answer], ...]
     stream: bool
     include_usage: bool
 
@@ -181,13 +180,12 @@ class Front:
             prompt = tuple(self._text.encode(prompt, add_special_tokens=body.add_special_tokens))
         max_tokens = _fit(len(prompt), body.max_tokens, context, default=COMPLETION_MAX_TOKENS)
         sampling = SamplingParams(
-            max_tokens=max_tokens,
+            **body.options(self._facts.vocab_size, max_tokens),
             seed=draw_seed() if body.seed is None else body.seed,
             temperature=1.0 if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p,
             logprobs=body.logprobs is not None,
             top_logprobs=body.logprobs or 0,
-            ignore_eos=bool(body.ignore_eos),
         )
         relayed = self._relay_request(prompt, sampling, body.cache_salt)
         header = Header(
@@ -197,8 +195,10 @@ class Front:
             return_token_ids=bool(body.return_token_ids),
         )
         return Prepared(
-            request=relayed,
-            answer=self._text.completion(header, sampling, body.stop or ()),
+            choices=tuple(
+                (request, self._text.completion(replace(header, choice=i), sampling, body.stop or ()))
+                for i, request in enumerate(_choices(relayed, body.n))
+            ),
             stream=bool(body.stream),
             include_usage=body.include_usage,
         )
@@ -207,7 +207,8 @@ class Front:
         body = parse_body(ChatBody, raw)
         self._check_model(body.model)
         prompt = self._text.convert_chat(body.for_recipe())
-        sampling = prompt.sampling(self._chat_tokens(prompt, context), ignore_eos=bool(body.ignore_eos))
+        options = body.options(self._facts.vocab_size, self._chat_tokens(prompt, context))
+        sampling = prompt.sampling(options, body.temperature, body.top_p)
         ids = tuple(prompt.ids)
         relayed = self._relay_request(ids, sampling, body.cache_salt)
         header = Header(
@@ -217,8 +218,10 @@ class Front:
             return_token_ids=bool(body.return_token_ids),
         )
         return Prepared(
-            request=relayed,
-            answer=self._text.chat(header, prompt),
+            choices=tuple(
+                (request, self._text.chat(replace(header, choice=i), prompt))
+                for i, request in enumerate(_choices(relayed, body.n))
+            ),
             stream=bool(body.stream),
             include_usage=body.include_usage,
         )
@@ -372,21 +375,25 @@ class Front:
         return b"".join(pieces)
 
 
-# One answer
+# One response
 
 
-@dataclass(slots=True)
-class _Timing:
-    """Monotonic seconds of what happened to one answer."""
+@dataclass(slots=True, kw_only=True)
+class _Choice:
+    """One of a request's answers on its way. Times are monotonic seconds."""
 
+    request: RelayRequest
+    answer: Answer
     arrived: float
     first_token: float | None = None
     last_token: float | None = None
+    usage: Usage | None = None  # once it is complete
 
-    def log_fields(self, num_tokens: int) -> dict[str, float]:
+    def timing(self) -> dict[str, float]:
         if self.first_token is None or self.last_token is None:
             return {}
         fields = {"ttft_ms": round((self.first_token - self.arrived) * 1e3, 1)}
+        num_tokens = self.answer.num_tokens
         if num_tokens > 1:
             fields["tpot_ms"] = round((self.last_token - self.first_token) * 1e3 / (num_tokens - 1), 2)
         return fields
@@ -398,9 +405,12 @@ class _Generation(Response):
     def __init__(self, front: Front, prepared: Prepared, arrived: float, request: Request) -> None:
         self._front = front
         self._prepared = prepared
-        self._timing = _Timing(arrived)
+        self._choices = [
+            _Choice(request=request, answer=answer, arrived=arrived) for request, answer in prepared.choices
+        ]
         self._client_id = request.state.request_id
         self._began = False  # the status line is out
+        self._sending = asyncio.Lock()
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -433,19 +443,47 @@ class _Generation(Response):
             self._log("request_failed", error_code=error.code, error=str(error))
             await self._send_error(send, error)
         except Exception:
-            log.exception("request_crashed", request_id=self._prepared.request.request_id)
+            log.exception("request_crashed", request_id=self._choices[0].request.request_id)
             self._front._metrics.errors.labels(PenumbraError.code).inc()
             await self._send_error(send, PenumbraError("The router failed on this request; its log has the details."))
 
     async def _relay(self, send: Send) -> None:
-        front, prepared, answer = self._front, self._prepared, self._prepared.answer
-        metrics = front._metrics
-        metrics.prompt_tokens.inc(len(prepared.request.prompt))
-        async with relay(
-            front._fleet, prepared.request, front._limits, front._mirror, on_retry=self._on_retry
-        ) as tokens:
+        prepared, choices = self._prepared, self._choices
+        self._front._metrics.prompt_tokens.inc(len(choices[0].request.prompt))
+        await self._together([self._follow(choice, send) for choice in choices])
+        self._front._metrics.e2e.observe(time.monotonic() - choices[0].arrived)
+        wholes = [choice.answer.response(choice.usage) for choice in choices if choice.usage is not None]
+        whole = _merge(wholes)
+        if not prepared.stream:
+            await self._send(send, _dump(whole), content_type=b"application/json", more=False)
+            return
+        usage = {key: whole[key] for key in ("id", "created", "model")} | _usage_chunk(whole)
+        await self._send_events(send, [usage] if prepared.include_usage else [], done=True)
+
+    async def _together(self, parts: list[Coroutine[Any, Any, None]]) -> None:
+        """Run all parts. The first to fail ends the others, and its error is the one raised."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for part in parts:
+                    tasks.create_task(part)
+        except* Exception as failures:
+            error = failures.exceptions[0]
+        else:
+            return
+        raise error
+
+    async def _follow(self, choice: _Choice, send: Send) -> None:
+        """Relay one choice to its end."""
+        front, prepared, answer = self._front, self._prepared, choice.answer
+        request = choice.request
+
+        def on_retry(attempt: int, error: PenumbraError) -> None:
+            front._metrics.retries.labels(error.code).inc()
+            self._log("attempt_failed", choice, attempt=attempt, error_code=error.code, error=str(error))
+
+        async with relay(front._fleet, request, front._limits, front._mirror, on_retry=on_retry) as tokens:
             async for batch in tokens:
-                self._measure(batch)
+                self._measure(choice, batch)
                 opening = answer.opening() if answer.num_tokens == 0 else []
                 chunks = opening + answer.push(batch)
                 if prepared.stream and chunks:
@@ -453,18 +491,18 @@ class _Generation(Response):
                 if answer.stopped:
                     break
         finished = tokens.finished
-        usage = Usage(
-            prompt_tokens=len(prepared.request.prompt),
+        choice.usage = usage = Usage(
+            prompt_tokens=len(request.prompt),
             completion_tokens=answer.num_tokens,
-            cached_tokens=min(tokens.cached_tokens, len(prepared.request.prompt)),
+            cached_tokens=min(tokens.cached_tokens, len(request.prompt)),
         )
         reason = FinishReason.STOP if finished is None else finished.reason
         last = answer.close(reason, usage)
-        metrics.cached_tokens.inc(usage.cached_tokens)
-        metrics.e2e.observe(time.monotonic() - self._timing.arrived)
+        front._metrics.cached_tokens.inc(usage.cached_tokens)
         placed = tokens.placement
         self._log(
             "request_done",
+            choice,
             completion_tokens=usage.completion_tokens,
             cached_tokens=usage.cached_tokens,
             finish_reason=reason.value,
@@ -472,36 +510,28 @@ class _Generation(Response):
             prefill=placed and placed.prefill.worker_id,
             decode=placed and placed.decode.worker_id,
         )
-        whole = answer.response(usage)
-        if not prepared.stream:
-            await self._send(send, _dump(whole), content_type=b"application/json", more=False)
-            return
-        if prepared.include_usage:
-            last = [*last, {key: whole[key] for key in ("id", "created", "model")} | _usage_chunk(whole)]
-        await self._send_events(send, last, done=True)
+        if prepared.stream and last:
+            await self._send_events(send, last)
 
-    def _measure(self, batch: tuple[TokenEvent, ...]) -> None:
-        now, metrics, timing = time.monotonic(), self._front._metrics, self._timing
+    def _measure(self, choice: _Choice, batch: tuple[TokenEvent, ...]) -> None:
+        now, metrics = time.monotonic(), self._front._metrics
         metrics.generation_tokens.inc(len(batch))
-        if timing.last_token is None:
-            timing.first_token = now
-            metrics.ttft.observe(now - timing.arrived)
+        if choice.last_token is None:
+            choice.first_token = now
+            metrics.ttft.observe(now - choice.arrived)
         else:
             for _ in batch:
-                metrics.itl.observe((now - timing.last_token) / len(batch))
-        timing.last_token = now
+                metrics.itl.observe((now - choice.last_token) / len(batch))
+        choice.last_token = now
 
-    def _on_retry(self, attempt: int, error: PenumbraError) -> None:
-        self._front._metrics.retries.labels(error.code).inc()
-        self._log("attempt_failed", attempt=attempt, error_code=error.code, error=str(error))
-
-    def _log(self, event: str, **fields: object) -> None:
+    def _log(self, event: str, choice: _Choice | None = None, **fields: object) -> None:
+        choice = choice or self._choices[0]
         log.info(
             event,
-            request_id=self._prepared.request.request_id,
+            request_id=choice.request.request_id,
             client_request_id=self._client_id,
-            prompt_tokens=len(self._prepared.request.prompt),
-            **self._timing.log_fields(self._prepared.answer.num_tokens),
+            prompt_tokens=len(choice.request.prompt),
+            **choice.timing(),
             **fields,
         )
 
@@ -526,13 +556,19 @@ class _Generation(Response):
             self._log("request_cancelled", reason="the client stopped reading")
 
     async def _send(self, send: Send, body: bytes, *, content_type: bytes, more: bool) -> None:
-        if not self._began:
-            headers = [(b"content-type", content_type), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-            if not more:
-                headers.append((b"content-length", str(len(body)).encode()))
-            await self._put(send, {"type": "http.response.start", "status": 200, "headers": headers})
-            self._began = True
-        await self._put(send, {"type": "http.response.body", "body": body, "more_body": more})
+        # One choice at a time, and none before the status line.
+        async with self._sending:
+            if not self._began:
+                headers = [
+                    (b"content-type", content_type),
+                    (b"cache-control", b"no-cache"),
+                    (b"x-accel-buffering", b"no"),
+                ]
+                if not more:
+                    headers.append((b"content-length", str(len(body)).encode()))
+                await self._put(send, {"type": "http.response.start", "status": 200, "headers": headers})
+                self._began = True
+            await self._put(send, {"type": "http.response.body", "body": body, "more_body": more})
 
     async def _put(self, send: Send, message: Message) -> None:
         """A client that does not read fills the socket; the write then waits for it, but not for ever."""
@@ -550,6 +586,28 @@ async def _until_gone(receive: Receive) -> None:
 
 def _event(data: Json) -> bytes:
     return b"data: " + _dump(data) + b"\n\n"
+
+
+def _choices(request: RelayRequest, n: int | None) -> list[RelayRequest]:
+    """One request to the workers for each choice: they share the prompt and its pages, and differ in their noise."""
+    return [
+        replace(request, request_id=f"{request.request_id}-{i}" if i else request.request_id, sampling=sampling)
+        for i, sampling in enumerate(replace(request.sampling, choice=i) for i in range(n or 1))
+    ]
+
+
+def _merge(wholes: list[Json]) -> Json:
+    """One body with the choices of all and what they used together; the prompt counts once."""
+    whole, *others = wholes
+    usage = whole["usage"]
+    for other in others:
+        whole["choices"] += other["choices"]
+        for key in ("completion_tokens", "total_tokens"):
+            usage[key] += other["usage"]["completion_tokens"]
+        for key, count in other["usage"].get("completion_tokens_details", {}).items():
+            details = usage.setdefault("completion_tokens_details", {})
+            details[key] = details.get(key, 0) + count
+    return whole
 
 
 def _usage_chunk(whole: Json) -> Json:

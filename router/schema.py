@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -17,6 +18,9 @@ MAX_NUMBER_CHARS = 400
 MAX_STOPS = 4
 MAX_STOP_BYTES = 256
 MAX_TOP_LOGPROBS = 20
+MAX_CHOICES = 8
+MAX_STOP_TOKENS = 64
+MAX_BIASES = 1024
 MAX_SALT_BYTES = 256
 
 Json = dict[str, Any]
@@ -122,16 +126,9 @@ IGNORED = frozenset(
 
 # Fields accepted only where they ask for what happens anyway.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "top_k": (0, -1),
-    "min_p": (0,),
     "parallel_tool_calls": (True,),
 }
 
@@ -158,8 +155,17 @@ class _Generation(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, gt=0, lt=1 << 31)
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     temperature: float | None = Field(default=None, ge=0, le=2)
+    top_k: int | None = Field(default=None, ge=-1, lt=1 << 31)
     top_p: float | None = Field(default=None, gt=0, le=1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=MAX_BIASES)
+    min_tokens: int | None = Field(default=None, ge=0, lt=1 << 31)
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, max_length=MAX_STOP_TOKENS)
     seed: int | None = Field(default=None, ge=0, lt=1 << 63)
     stop: list[str] | None = None
     ignore_eos: bool | None = None
@@ -190,8 +196,31 @@ class _Generation(_Body):
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> _Generation:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is only allowed with stream=true")
+            raise InvalidRequest("stream_options is only allowed with stream=true.", param="stream_options")
         return self
+
+    def options(self, vocab_size: int, max_tokens: int) -> Json:
+        """The fields of `SamplingParams` that both routes take as they are. Raises InvalidRequest for ids outside the
+        vocabulary and a `min_tokens` above `max_tokens`.
+        """
+        if (self.min_tokens or 0) > max_tokens:
+            raise InvalidRequest(
+                f"min_tokens={self.min_tokens} is more than the {max_tokens} tokens the answer may have.",
+                param="min_tokens",
+            )
+        stops = token_ids(self.stop_token_ids, vocab_size, param="stop_token_ids") if self.stop_token_ids else ()
+        return {
+            "max_tokens": max_tokens,
+            "top_k": max(self.top_k or 0, 0),
+            "min_p": self.min_p or 0.0,
+            "presence_penalty": self.presence_penalty or 0.0,
+            "frequency_penalty": self.frequency_penalty or 0.0,
+            "repetition_penalty": 1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            "logit_bias": _biases(self.logit_bias or {}, vocab_size),
+            "min_tokens": self.min_tokens or 0,
+            "stop_token_ids": stops,
+            "ignore_eos": bool(self.ignore_eos),
+        }
 
     @property
     def include_usage(self) -> bool:
@@ -220,7 +249,7 @@ class ChatBody(_Generation):
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs is only allowed with logprobs=true")
+            raise InvalidRequest("top_logprobs is only allowed with logprobs=true.", param="top_logprobs")
         return self
 
     def for_recipe(self) -> Json:
@@ -311,6 +340,20 @@ def one_prompt(value: Any, vocab_size: int) -> str | tuple[int, ...]:
             code="unsupported_parameter",
         )
     return token_ids(value, vocab_size, param="prompt")
+
+
+def _biases(biases: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
+    found: dict[int, float] = {}
+    for key, bias in biases.items():
+        # As JSON writes a number: "007" or "+7" would let one id appear twice.
+        token_id = int(key) if re.fullmatch("0|[1-9][0-9]{0,9}", key) else vocab_size
+        if token_id >= vocab_size:
+            raise InvalidRequest(
+                f"logit_bias has the key {key[:40]!r}; its keys are token ids, 0 to {vocab_size - 1}.",
+                param="logit_bias",
+            )
+        found[token_id] = bias
+    return tuple(found.items())
 
 
 def token_ids(value: Any, vocab_size: int, *, param: str) -> tuple[int, ...]:

@@ -29,8 +29,15 @@ LONG = (767, 768, 1000, 1023, 1025, 1500, 2049, 3000, 8000)
 
 
 def options(i: int) -> dict[str, Any]:
-    """Greedy, plain and nucleus sampling in turn."""
-    return [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9}][i % 3]
+    """Ways to draw, in turn."""
+    ways: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"temperature": 0.8, "top_p": 0.9},
+        {"temperature": 0.0, "repetition_penalty": 1.3, "frequency_penalty": 0.7},
+        {"temperature": 1.1, "top_k": 20, "min_p": 0.02, "presence_penalty": 1.5, "repetition_penalty": 0.9},
+    ]
+    return ways[i % len(ways)]
 
 
 def check_same_bits(cluster: LocalCluster, model: Path, layout: str, lengths: tuple[int, ...]) -> None:

@@ -355,3 +355,118 @@ async def test_a_pool_smaller_than_the_models_context_limits_requests_by_name_of
         assert "512 tokens" in answer.json()["error"]["message"]
         assert "550" in answer.json()["error"]["message"]
         assert (await client.get("/v1/models")).json()["data"][0]["max_model_len"] == 512
+
+
+def saying_its_choice() -> Callable[[StartRequest], AsyncIterator[StartEvent]]:
+    """Choice i answers with its number i + 1 times, a token to a message, each waiting for the slowest."""
+    began: set[int] = set()
+
+    async def script(request: StartRequest) -> AsyncIterator[StartEvent]:
+        choice = request.sampling.choice
+        began.add(choice)
+        await until(lambda: began == {0, 1, 2})
+        async for event in saying(str(choice) * (choice + 1), per_message=1)(request):
+            yield event
+
+    return script
+
+
+ALL_OPTIONS: dict[str, Any] = {
+    "temperature": 0.7,
+    "top_k": 40,
+    "top_p": 0.9,
+    "min_p": 0.05,
+    "presence_penalty": 0.1,
+    "frequency_penalty": -0.2,
+    "repetition_penalty": 1.1,
+    "min_tokens": 2,
+    "stop_token_ids": [9, 10],
+    "ignore_eos": True,
+    "seed": 2**62 + 1,
+}
+
+
+async def test_every_sampling_option_reaches_both_workers_as_it_was_sent(start_router, redis_url):
+    async with cluster(start_router, redis_url, "options", saying("ok")) as (client, p0, d0):
+        chat = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 50}
+        for path, body in (("/v1/completions", BODY), ("/v1/chat/completions", chat)):
+            answer = await client.post(path, json=body | ALL_OPTIONS | {"logit_bias": {"5": -1.5, "319": 100}})
+            assert answer.status_code == 200
+            for worker in (p0, d0):
+                sampling = worker.requests[-1].sampling
+                assert sampling.logit_bias == ((5, -1.5), (319, 100.0))
+                for name, value in ALL_OPTIONS.items():
+                    assert getattr(sampling, name) == (tuple(value) if isinstance(value, list) else value), name
+
+
+async def test_top_k_of_minus_one_is_none_as_elsewhere(start_router, redis_url):
+    async with cluster(start_router, redis_url, "no-top-k", saying("ok")) as (client, _, d0):
+        assert (await client.post("/v1/completions", json=BODY | {"top_k": -1})).status_code == 200
+        assert d0.requests[0].sampling.top_k == 0
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_n_choices_share_prompt_and_seed_and_come_in_one_body(start_router, redis_url, path: str):
+    async with cluster(start_router, redis_url, f"n{len(path)}", saying_its_choice()) as (client, _, d0):
+        body = BODY | {"n": 3, "return_token_ids": True}
+        if path == "/v1/chat/completions":
+            del body["prompt"]
+            body["messages"] = [{"role": "user", "content": "hi"}]
+        answer = (await client.post(path, json=body)).json()
+        texts = [choice.get("text") or choice["message"]["content"] for choice in answer["choices"]]
+        assert texts == ["0", "11", "222"]
+        assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+        assert [choice["finish_reason"] for choice in answer["choices"]] == ["stop"] * 3
+        assert [len(choice["token_ids"]) for choice in answer["choices"]] == [2, 3, 4]
+        usage = answer["usage"]
+        prompt = len(d0.requests[0].prompt)
+        assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (prompt, 9, prompt + 9)
+        assert len({request.request_id for request in d0.requests}) == 3
+        assert len({(request.prompt, request.sampling.seed) for request in d0.requests}) == 1
+        assert sorted(request.sampling.choice for request in d0.requests) == [0, 1, 2]
+
+
+async def test_n_choices_stream_side_by_side_and_each_ends_once(start_router, redis_url):
+    async with cluster(start_router, redis_url, "n-stream", saying_its_choice()) as (client, _, d0):
+        body = BODY | {"n": 3, "stream": True, "stream_options": {"include_usage": True}}
+        *chunks, usage, done = sse((await client.post("/v1/completions", json=body)).text)
+        assert done == "[DONE]"
+        assert (usage["choices"], usage["usage"]["completion_tokens"]) == ([], 9)
+        said, ends = {0: "", 1: "", 2: ""}, []
+        for chunk in chunks:
+            (choice,) = chunk["choices"]
+            said[choice["index"]] += choice["text"]
+            ends += [choice["index"]] if choice["finish_reason"] else []
+        assert said == {0: "0", 1: "11", 2: "222"}
+        assert sorted(ends) == [0, 1, 2]
+        assert len({chunk["id"] for chunk in chunks}) == 1
+        await until(lambda: d0.running == 0)
+
+
+async def test_when_one_choice_fails_the_request_fails_and_the_others_are_dropped(start_router, redis_url):
+    async def script(request: StartRequest) -> AsyncIterator[StartEvent]:
+        yield Admitted(resident_prefix=0, secret=SECRET)
+        await prefilled(request)
+        if request.sampling.choice == 1:
+            yield Failed(code="numerical_error", message="not finite", retryable=False)
+        await for_ever()
+
+    async with cluster(start_router, redis_url, "n-fails", script) as (client, _, d0):
+        answer = await client.post("/v1/completions", json=BODY | {"n": 3})
+        assert answer.status_code == 500
+        assert answer.json()["error"]["code"] == "numerical_error"
+        await until(lambda: d0.running == 0)
+
+
+async def test_a_client_that_leaves_ends_every_choice(start_router, redis_url):
+    async def script(request: StartRequest) -> AsyncIterator[StartEvent]:
+        yield Admitted(resident_prefix=0, secret=SECRET)
+        await prefilled(request)
+        yield tokens(request, *byte_ids("a"))
+        await for_ever()
+
+    async with cluster(start_router, redis_url, "n-leaves", script) as (client, _, d0):
+        async with client.stream("POST", "/v1/completions", json=BODY | {"n": 8, "stream": True}) as answer:
+            assert answer.status_code == 200
+            await until(lambda: d0.running == 8)
+        await until(lambda: d0.running == 0)
