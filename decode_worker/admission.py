@@ -95,10 +95,12 @@ class Admission:
         """Places for the request's first `num_tokens` tokens: full pages, the window before the next one, and a
         slot; and how many pages, of those that `digests` name, are resident and need not be fetched. Or None.
 
+        The next token has its page as well. So whoever is let in, or let in again, says at least one more word before
+        it can be asked to make room: requests that take turns all get ahead.
         Behind its pages a request finds room to grow, unless it has the worker to itself and needs nobody's leave.
         """
         pools, most = self._pools, _most_pages(request)
-        total, window = num_pages(num_tokens), most_window_pages(1)
+        total, window = num_pages(num_tokens + 1), most_window_pages(1)
         if self.window.available < window or not pools.slots.free:
             return None
         growth = sum(self._growth_of(len(one.sequence.pages), one.most_pages) for one in self._inside.values())
