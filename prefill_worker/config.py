@@ -22,5 +22,10 @@ class PrefillConfig:
     max_batch_tokens: int = 1024  # of all prompts in one step
     max_waiting: int = 256
     queue_timeout_s: float = 60.0  # how long a prompt waits for pages
+    step_s: float = 0.5  # no step is planned to take longer
+    prefix_cache: bool = True  # keep prompts for those that begin with them
+    retained_window_bytes: int | None = (
+        None  # for places inside long prefixes to resume at; None: a quarter of the pool
+    )
     drain_s: float = 30.0
     log_level: str = "info"

@@ -16,7 +16,7 @@ from prefill_worker.scheduler import PrefillCore, PrefillLimits
 from prefill_worker.service import PrefillService
 from wire.events import PrefixPublisher
 from wire.telemetry import WorkerMetrics, configure_logging
-from wire.types import OwnerCard
+from wire.types import OwnerCard, PageClass
 from wire.worker import DoorConfig, serve
 
 
@@ -47,15 +47,25 @@ async def _serve(config: PrefillConfig, runner: Runner, transport: Transport, ep
         signature=runner.pools.signature,
         classes=runner.pools.classes,
     )
+    model, pools = runner.model_config, runner.pools
+    (window_bytes,) = [sum(r.item_bytes for r in c.regions) for c in pools.classes if c.name is PageClass.SWA]
+    retained = pools.swa.capacity // 4
+    if config.retained_window_bytes is not None:
+        retained = min(config.retained_window_bytes // window_bytes, pools.swa.capacity)
     core = PrefillCore(
-        runner.pools,
+        pools,
         PrefillLimits(
             chunk_tokens=config.chunk_tokens,
             max_batch_tokens=config.max_batch_tokens,
             max_waiting=config.max_waiting,
             queue_timeout_s=config.queue_timeout_s,
+            step_s=config.step_s,
             max_context=runner.max_context,
-            vocab_size=runner.model_config.vocab_size,
+            vocab_size=model.vocab_size,
+            # The draft layer's window is behind one layer more.
+            num_layers=model.num_layers + (config.engine.draft and model.draft_layer),
+            prefix_cache=config.prefix_cache,
+            retained_windows=retained,
         ),
     )
     registry = CollectorRegistry()

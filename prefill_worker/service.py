@@ -145,16 +145,19 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
         events = self._runs[run] = asyncio.Queue()
         self._engine.post(Submit(run_request))
         self._notify(run)
-        done, ended = -1, False
+        computed, ended = -1, False
         try:
             while not ended:
                 event = await events.get()
                 ended = not isinstance(event, Progress)
                 if isinstance(event, Progress):
-                    if done < 0:
+                    if computed < 0:
                         self._metrics.queue_time.observe(time.monotonic() - arrived)
-                    self._metrics.prompt_tokens.inc(event.done - max(done, 0))
-                    done = event.done
+                    self._metrics.prompt_tokens.inc(event.done - event.cached - max(computed, 0))
+                    computed = event.done - event.cached
+                elif isinstance(event, RunFinished):
+                    self._metrics.prefix_queries.inc(event.prompt_tokens)
+                    self._metrics.prefix_hits.inc(event.cached_tokens)
                 yield convert.run_event_to_wire(event)
         finally:
             del self._runs[run]
@@ -263,4 +266,10 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
         metrics.waiting.set(load.waiting)
         metrics.claims.set(self._table.counts().open_claims)
         for page_class, counts in load.pages.items():
-            metrics.set_pages(page_class, free=counts.free, used=counts.used, quarantined=counts.quarantined)
+            metrics.set_pages(
+                page_class,
+                free=counts.free,
+                used=counts.used - counts.evictable,
+                cached=counts.evictable,
+                quarantined=counts.quarantined,
+            )
