@@ -55,6 +55,7 @@ bench: install-dev
 	$(BIN)/penumbra bench transfer
 	$(BIN)/penumbra bench engine
 	$(BIN)/penumbra bench flat
+	$(BIN)/penumbra bench prefix
 
 # An hour of two cores: not part of `bench`.
 bench-900k: install-dev

@@ -408,6 +408,18 @@ def bench_engine(
     return 0
 
 
+@bench_app.command("prefix")
+def bench_prefix(
+    tokens: Annotated[int, flag("tokens", "Tokens of the prompt.", min=256)] = 900_000,
+    config: ConfigFile = None,
+) -> int:
+    """What the router spends on a long prompt before placing it: page digests, and a look into the mirror."""
+    from bench.prefix import run
+
+    run(tokens)
+    return 0
+
+
 @bench_app.command("flat")
 def bench_flat(
     lengths: Annotated[str, flag("lengths", "Context lengths in tokens.")] = "4096,65536,262144,900000",

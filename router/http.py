@@ -44,7 +44,7 @@ from router.schema import (
     token_ids,
 )
 from wire.errors import BodyTooLarge, Draining, InvalidRequest, ModelNotFound, Overloaded, PenumbraError
-from wire.prefix import namespace, page_hashes
+from wire.prefix import namespace, pack_tokens, packed_page_hashes
 from wire.telemetry import RouterMetrics
 from wire.types import FinishReason, SamplingParams, TokenEvent
 
@@ -231,16 +231,19 @@ class Front:
         return _fit(len(prompt.ids), prompt.max_tokens(context), context, default=1)
 
     def _relay_request(self, prompt: tuple[int, ...], sampling: SamplingParams, cache_salt: str | None) -> RelayRequest:
-        salt = cache_salt or ""
+        salt, packed = cache_salt or "", pack_tokens(prompt)
         return RelayRequest(
             # An id of our own: two clients may well send the same x-request-id at the same time.
             request_id=uuid.uuid4().hex,
             prompt=prompt,
             sampling=sampling,
             vocab_size=self._facts.vocab_size,
+            packed=packed,
             cache_salt=salt,
             # As a rule there is one model; there are two while a fleet changes from one to the next.
-            digests={model: page_hashes(prompt, namespace(model, cache_salt=salt)) for model in self._fleet.models()},
+            digests={
+                model: packed_page_hashes(packed, namespace(model, cache_salt=salt)) for model in self._fleet.models()
+            },
         )
 
     def _check_model(self, name: str | None) -> None:

@@ -71,6 +71,7 @@ class RelayRequest:
     prompt: tuple[int, ...] = field(repr=False)
     sampling: SamplingParams
     vocab_size: int
+    packed: bytes | None = field(default=None, repr=False)  # the prompt as it travels, if it is packed already
     cache_salt: str = field(default="", repr=False)
     digests: Mapping[str, Sequence[bytes]] = field(default_factory=lambda: MappingProxyType({}), repr=False)
 
@@ -573,7 +574,7 @@ class _Shell:
             namespace=self._request.namespace(placement.decode.model),
         )
         async with self._fleet.channel(placement.decode.ref) as channel:
-            call = _decode_stub(channel).Start(convert.start_request_to_wire(request))
+            call = _decode_stub(channel).Start(convert.start_request_to_wire(request, self._request.packed))
             try:
                 async for message in call:
                     yield convert.start_event_from_wire(message)
@@ -591,7 +592,7 @@ class _Shell:
             namespace=self._request.namespace(placement.prefill.model),
         )
         async with self._fleet.channel(placement.prefill.ref) as channel:
-            call = _prefill_stub(channel).Run(convert.run_request_to_wire(request))
+            call = _prefill_stub(channel).Run(convert.run_request_to_wire(request, self._request.packed))
             try:
                 async for message in call:
                     yield convert.run_event_from_wire(message)

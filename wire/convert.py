@@ -11,11 +11,10 @@ import math
 import re
 import sys
 from array import array
-from collections.abc import Iterable
 from typing import NoReturn
 
 from wire.errors import InvalidRequest, PenumbraError
-from wire.prefix import MAX_NAMESPACE_BYTES
+from wire.prefix import MAX_NAMESPACE_BYTES, pack_tokens
 from wire.types import (
     PAGE_TOKENS,
     Admitted,
@@ -90,14 +89,6 @@ def _page_aligned(field: str, value: int) -> int:
 
 
 # Token ids
-
-
-def pack_tokens(tokens: Iterable[int]) -> bytes:
-    """Token ids as little-endian uint32. Raises OverflowError for an id outside [0, 2**32)."""
-    packed = array(_UINT32, tokens)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
 
 
 def unpack_tokens(field: str, data: bytes) -> tuple[int, ...]:
@@ -389,11 +380,12 @@ def claim_request_from_wire(message: kv_pb2.ClaimRequest) -> ClaimRequest:
 # Decode.Start and Prefill.Run
 
 
-def start_request_to_wire(request: StartRequest) -> worker_pb2.StartRequest:
+def start_request_to_wire(request: StartRequest, packed: bytes | None = None) -> worker_pb2.StartRequest:
+    """`packed` is the prompt after `pack_tokens`, from who has it already."""
     return worker_pb2.StartRequest(
         request_id=request.request_id,
         attempt=request.attempt,
-        prompt=pack_tokens(request.prompt),
+        prompt=pack_tokens(request.prompt) if packed is None else packed,
         sampling=sampling_to_wire(request.sampling),
         source=worker_ref_to_wire(request.source),
         resume=worker_pb2.Resume(tokens=pack_tokens(request.emitted)) if request.emitted else None,
@@ -413,11 +405,12 @@ def start_request_from_wire(message: worker_pb2.StartRequest) -> StartRequest:
     )
 
 
-def run_request_to_wire(request: RunRequest) -> worker_pb2.RunRequest:
+def run_request_to_wire(request: RunRequest, packed: bytes | None = None) -> worker_pb2.RunRequest:
+    """`packed` is the prompt after `pack_tokens`, from who has it already."""
     return worker_pb2.RunRequest(
         request_id=request.request_id,
         attempt=request.attempt,
-        prompt=pack_tokens(request.prompt),
+        prompt=pack_tokens(request.prompt) if packed is None else packed,
         sampling=sampling_to_wire(request.sampling),
         skip=request.skip,
         secret=request.secret,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import struct
 from hashlib import blake2b
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wire.convert import pack_tokens
-from wire.prefix import namespace, page_hashes, root
+from wire.prefix import namespace, pack_tokens, packed_page_hashes, page_hashes, root
 from wire.types import PAGE_TOKENS
 
 SPACE = namespace("model")
@@ -54,6 +54,17 @@ def test_a_changed_token_changes_its_page_and_all_later_ones_only(prompt: list[i
 def test_digests_continue_from_known_ones(prompt: list[int], num_known: int) -> None:
     whole = page_hashes(prompt, SPACE)
     assert page_hashes(tuple(prompt), SPACE, known=whole[:num_known]) == whole
+
+
+@given(prompts)
+def test_a_packed_prompt_has_the_same_digests(prompt: list[int]) -> None:
+    assert packed_page_hashes(pack_tokens(prompt), SPACE) == page_hashes(prompt, SPACE)
+
+
+def test_a_prompt_longer_than_one_block_is_packed_whole() -> None:
+    prompt = range(40_000)
+    assert pack_tokens(prompt) == struct.pack("<40000I", *prompt)
+    assert page_hashes(prompt, SPACE)[-1] == page_hashes(prompt, SPACE, known=page_hashes(prompt[:20_000], SPACE))[-1]
 
 
 @given(st.lists(st.tuples(st.text(max_size=8), st.text(max_size=8), st.text(max_size=8)), max_size=6, unique=True))
