@@ -108,6 +108,18 @@ def test_a_page_less_than_the_rebuilt_span_would_not_do() -> None:
     assert worker.sums(PageClass.SWA, warm.swa_pages[6:7]) != worker.sums(PageClass.SWA, cold.swa_pages[6:7])
 
 
+@pytest.mark.parametrize("layout", ["v4", "exact"])
+def test_a_hit_reads_nothing_of_the_request_that_had_its_slot_before(layout: KvLayout) -> None:
+    worker, end = Worker(layout, "all"), 3 * PAGE_TOKENS + 140
+    cold = worker.sequence(end)
+    want = worker.run(cold, 0, end)
+    warm = worker.sequence(end, cold.pages[:2])
+    warm.swa_pages[1] = cold.swa_pages[1]
+    for ring in worker.pools.c128_ring.values():
+        ring[warm.slot] = torch.randn(ring[warm.slot].shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(worker.run(warm, 2 * PAGE_TOKENS, end, chunk=77), want[2 * PAGE_TOKENS :])
+
+
 @pytest.mark.parametrize(("num_layers", "tokens"), [(1, 256), (2, 512), (3, 512), (43, 5632), (44, 5888)])
 def test_the_span_to_compute_again_grows_by_a_window_for_each_layer(num_layers: int, tokens: int) -> None:
     assert rebuild_tokens(num_layers) == tokens
