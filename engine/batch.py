@@ -43,6 +43,10 @@ class Segment:
     The pages covering those positions and the 128-token window before them must be mapped.
     With `sample`, one token is drawn from the last position's logits; it is generated token `index`.
 
+    The last `drafts` tokens are guesses at what `sample` will draw, `index` counting from before them: each is kept if
+    the draw before it agrees, and the first draw that does not ends the step. `guesses` more are wanted for the next
+    step, as far as SWA pages are mapped for them.
+
     With `rebuild`, the sequence's full pages hold these tokens' compressed rows already and are only read: the step
     writes window rows and rings. What it computes is right from `rebuild_tokens` behind `start` on.
     """
@@ -53,6 +57,8 @@ class Segment:
     sample: bool
     index: int = 0
     rebuild: bool = False
+    drafts: int = 0
+    guesses: int = 0
 
 
 def rebuild_tokens(num_layers: int) -> int:
@@ -83,6 +89,17 @@ def not_drawn(sampled: Sampled, what: str) -> PenumbraError:
     if sampled.problem:
         return GrammarFailed(f"{what} can not be drawn: {sampled.problem}")
     return NumericalError(f"the model's output for {what} is not finite")
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What a step drew for one segment: a token more than drafts were kept, or none; and guesses at what comes next.
+
+    The KV of every token but the last one drawn is in the pools.
+    """
+
+    tokens: tuple[Sampled, ...] = ()
+    guesses: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

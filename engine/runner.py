@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from engine.batch import Sampled, Segment, Sequence, StepMeta
+from engine.batch import Drawn, Sampled, Segment, Sequence, StepMeta
 from engine.cache.pools import KvPools, PoolSizes, plan_sizes
 from engine.config import C4_RATIO, EngineConfig, KvLayout, ModelConfig
+from engine.constraint import Grammars
 from engine.kernels.sample import sample
 from engine.model.deepseek_v4 import DeepseekV4
+from engine.model.mtp import DraftLayer
 from engine.model.weights import load_checkpoint
 from engine.sampler import Draws
 from wire.errors import ConfigError
@@ -19,12 +23,21 @@ from wire.types import PAGE_TOKENS, SamplingParams
 class Runner:
     """One loaded model and its pools."""
 
-    def __init__(self, config: EngineConfig, model: DeepseekV4, pools: KvPools, fingerprint: str) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: DeepseekV4,
+        pools: KvPools,
+        fingerprint: str,
+        draft: DraftLayer | None = None,
+    ) -> None:
         self.config = config
         self.model_config = model.config
         self.model = model
         self.pools = pools
         self.fingerprint = fingerprint
+        self.grammars = Grammars(config.model, model.config.vocab_size, (model.config.eos_token_id,))
+        self.draft = draft
 
     @classmethod
     def load(cls, config: EngineConfig) -> Runner:
@@ -40,7 +53,7 @@ class Runner:
                 "the checkpoint's precision. Use --dtype float32."
             )
         torch.set_num_threads(config.threads)
-        checkpoint = load_checkpoint(config.model)
+        checkpoint = load_checkpoint(config.model, draft=config.draft)
         model_config = checkpoint.config
         check_layout(model_config, config.kv_layout)
         if config.max_context > model_config.max_positions:
@@ -50,9 +63,10 @@ class Runner:
             )
         sizes = plan_sizes(model_config, config)
         model = DeepseekV4(model_config, checkpoint.tensors)
+        draft = DraftLayer(model, checkpoint.tensors) if config.draft and model_config.draft_layer else None
         check_row_independence(model, config.kv_layout)
         pools = KvPools(model_config, config.kv_layout, sizes, checkpoint.fingerprint, config.device)
-        return cls(config, model, pools, checkpoint.fingerprint)
+        return cls(config, model, pools, checkpoint.fingerprint, draft)
 
     @property
     def max_context(self) -> int:
@@ -61,28 +75,99 @@ class Runner:
         return min(asked, self.model_config.max_positions, self.pools.full.capacity * PAGE_TOKENS)
 
     def run(self, batch: list[Segment]) -> list[Sampled | None]:
-        """Compute every segment; one result per segment, None where no token was asked for."""
+        """Compute every segment; one result per segment, None where no token was asked for. No drafts."""
+        return [drawn.tokens[0] if drawn.tokens else None for drawn in self.step(batch)]
+
+    def step(self, batch: list[Segment]) -> list[Drawn]:
+        """Compute every segment, verify the drafts in them, and guess on where asked to.
+
+        A draft is kept if it is what is drawn at its place, with the noise and the options of that place: so tokens
+        come out as without drafts, only several at a time.
+        """
+        token_ids, meta = _token_ids(batch), StepMeta.of(batch)
         wanted, rows = [], []
-        last = -1
+        end = 0
         for segment in batch:
-            last += len(segment.tokens)
+            end += len(segment.tokens)
             if segment.sample:
-                wanted.append(last)
-                rows.append(self.draws_of(segment.sequence).row(segment.start + len(segment.tokens), segment.index))
-        logits = self.logits(batch, torch.tensor(wanted, dtype=torch.int64))
+                committed = len(segment.tokens) - segment.drafts
+                for i in range(segment.drafts + 1):
+                    wanted.append(end - segment.drafts - 1 + i)
+                    place, drafts = segment.start + committed + i, segment.tokens[committed : committed + i]
+                    rows.append(self.draws_of(segment.sequence).row(place, segment.index + i, drafts))
+        if self.draft is None:
+            logits = self.model.forward(token_ids, meta, torch.tensor(wanted, dtype=torch.int64), self.pools)
+        else:
+            streams = self.model.streams(token_ids, meta, self.pools)
+            logits = self.model.read_out(streams[torch.tensor(wanted, dtype=torch.int64)])
         drawn = iter(sample(logits.numpy(), rows))
-        return [next(drawn) if segment.sample else None for segment in batch]
+        tokens = [_agreed(s, [next(drawn) for _ in range(s.drafts + 1)]) if s.sample else () for s in batch]
+        guesses = [()] * len(batch) if self.draft is None else self._guess(self.draft, batch, tokens, streams, meta)
+        return [Drawn(t, g) for t, g in zip(tokens, guesses, strict=True)]
+
+    @torch.inference_mode()
+    def _guess(
+        self,
+        draft: DraftLayer,
+        batch: list[Segment],
+        tokens: list[tuple[Sampled, ...]],
+        streams: Tensor,
+        meta: StepMeta,
+    ) -> list[tuple[int, ...]]:
+        """Let the draft layer see what was computed, then guess from there; streams [T, 4, D] of the whole step."""
+        kept = [len(s.tokens) - s.drafts + max(len(t) - 1, 0) for s, t in zip(batch, tokens, strict=True)]
+        before, oldest = draft.remember(streams, _token_ids(batch), meta, torch.tensor(kept), self.pools)
+        answers = [[sampled.token_id for sampled in t] for t in tokens]
+        going = [b for b, t in enumerate(tokens) if t and t[-1].ok]
+        depth = 0
+        while going := [b for b in going if depth < batch[b].guesses and _is_mapped(batch[b], kept[b] + depth)]:
+            ahead = [
+                Segment(sequence=s.sequence, start=s.start + kept[b] + depth, tokens=[answers[b][-1]], sample=False)
+                for b, s in ((b, batch[b]) for b in going)
+            ]
+            at = replace(StepMeta.of(ahead), oldest=oldest[going])
+            logits, before[going] = draft.guess(_token_ids(ahead), before[going], at, self.pools)
+            rows = []
+            for b, s in zip(going, ahead, strict=True):
+                index = batch[b].index + len(answers[b])
+                rows.append(self.draws_of(s.sequence).row(s.start + 1, index, answers[b]))
+            # Drawn like the token itself, by the same noise: two alike distributions then mostly draw alike.
+            drawn = sample(logits.numpy(), rows)
+            drew = {b: sampled.token_id for b, sampled in zip(going, drawn, strict=True) if sampled.ok}
+            for b, token in drew.items():
+                answers[b].append(token)
+            going = list(drew)
+            depth += 1
+        return [tuple(a[len(t) :]) for a, t in zip(answers, tokens, strict=True)]
 
     def draws_of(self, sequence: Sequence) -> Draws:
         """The sequence's part of the sampler, made when it is first asked for."""
         if sequence.draws is None:
-            sequence.draws = Draws(sequence, (self.model_config.eos_token_id,))
+            sequence.draws = Draws(sequence, (self.model_config.eos_token_id,), self.grammars)
         return sequence.draws
 
     def logits(self, batch: list[Segment], wanted: Tensor) -> Tensor:
         """[S, V] float32 logits of the `wanted` [S] int64 token rows, counted over the whole batch."""
-        token_ids = torch.tensor([token for segment in batch for token in segment.tokens], dtype=torch.int64)
-        return self.model.forward(token_ids, StepMeta.of(batch), wanted, self.pools)
+        return self.model.forward(_token_ids(batch), StepMeta.of(batch), wanted, self.pools)
+
+
+def _token_ids(batch: list[Segment]) -> Tensor:
+    return torch.tensor([token for segment in batch for token in segment.tokens], dtype=torch.int64)
+
+
+def _agreed(segment: Segment, drawn: list[Sampled]) -> tuple[Sampled, ...]:
+    """`drawn` at the place of each draft and behind the last one -> up to the first that is not what the draft says."""
+    drafts = segment.tokens[len(segment.tokens) - segment.drafts :]
+    n = 0
+    while n < len(drafts) and drawn[n].ok and drawn[n].token_id == drafts[n]:
+        n += 1
+    return tuple(drawn[: n + 1])
+
+
+def _is_mapped(segment: Segment, offset: int) -> bool:
+    """Whether the token `offset` places behind the segment's start has an SWA page."""
+    pages, page = segment.sequence.swa_pages, (segment.start + offset) // PAGE_TOKENS
+    return page < len(pages) and pages[page] != 0
 
 
 def check_layout(model: ModelConfig, layout: KvLayout) -> None:

@@ -52,7 +52,9 @@ class DraftLayer:
         self.layer = Layer(plain, self.config.num_layers, named)
         self.e_proj, self.h_proj = Matrix.prepare(named("e_proj.weight")), Matrix.prepare(named("h_proj.weight"))
         self.enorm, self.hnorm, self.norm = (named(f"{name}.weight").float() for name in ("enorm", "hnorm", "norm"))
-        self.head_mix = [named(f"hc_head_{part}").float() for part in ("fn", "base", "scale")]
+        self.head_fn, self.head_base, self.head_scale = (
+            named(f"hc_head_{part}").float() for part in ("fn", "base", "scale")
+        )
 
     @torch.inference_mode()
     def remember(
@@ -104,7 +106,7 @@ class DraftLayer:
         """
         c = self.config
         streams = self.layer(self._mix(token_ids, before), token_ids, meta, window_rows(meta), pools)
-        hidden = collapse(streams, *self.head_mix, c.rms_norm_eps, c.hc_eps)
+        hidden = collapse(streams, self.head_fn, self.head_base, self.head_scale, c.rms_norm_eps, c.hc_eps)
         return linear(rms_norm(hidden, self.norm, c.rms_norm_eps), self.head), streams
 
     def _mix(self, token_ids: Tensor, before: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ anybody attends to them; `Stored` is that rounding, and the only difference betw
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -199,12 +200,37 @@ def dense_forward(
         def w(name: str, n: int = n) -> Tensor:
             return tensors[f"layers.{n}.{name}"]
 
-        for site, norm in (("attn", "attn_norm"), ("ffn", "ffn_norm")):
-            x, post, comb = _site(c, streams, *(w(f"hc_{site}_{p}") for p in ("fn", "base", "scale")))
-            x = _norm(x, w(f"{norm}.weight"), c.rms_norm_eps)
-            y = _attention(c, n, w, x, stored, picks) if site == "attn" else _moe(c, n, w, x, ids)
-            streams = post[..., None] * y[:, None] + torch.einsum("tjk,tjd->tkd", comb, streams)
-    flat = _norm(streams.reshape(len(ids), -1), None, c.rms_norm_eps)
-    a = torch.sigmoid(flat @ tensors["hc_head_fn"].T * tensors["hc_head_scale"] + tensors["hc_head_base"]) + c.hc_eps
-    h = _norm((a[..., None] * streams).sum(1), tensors["norm.weight"], c.rms_norm_eps)
-    return h @ tensors["head.weight"].float().T, picks
+        streams = _block(c, n, w, streams, ids, stored, picks)
+    return _read_out(c, tensors, "", streams), picks
+
+
+def _block(c: ModelConfig, n: int, w, streams: Tensor, ids: Tensor, stored: Stored | None, picks: dict[int, Tensor]):
+    for site, norm in (("attn", "attn_norm"), ("ffn", "ffn_norm")):
+        x, post, comb = _site(c, streams, *(w(f"hc_{site}_{p}") for p in ("fn", "base", "scale")))
+        x = _norm(x, w(f"{norm}.weight"), c.rms_norm_eps)
+        y = _attention(c, n, w, x, stored, picks) if site == "attn" else _moe(c, n, w, x, ids)
+        streams = post[..., None] * y[:, None] + torch.einsum("tjk,tjd->tkd", comb, streams)
+    return streams
+
+
+def _read_out(c: ModelConfig, tensors: dict[str, Tensor], prefix: str, streams: Tensor) -> Tensor:
+    fn, base, scale = (tensors[f"{prefix}hc_head_{part}"] for part in ("fn", "base", "scale"))
+    flat = _norm(streams.reshape(len(streams), -1), None, c.rms_norm_eps)
+    a = torch.sigmoid(flat @ fn.T * scale + base) + c.hc_eps
+    h = _norm((a[..., None] * streams).sum(1), tensors[f"{prefix}norm.weight"], c.rms_norm_eps)
+    return h @ tensors["head.weight"].float().T
+
+
+@torch.inference_mode()
+def dense_draft(c: ModelConfig, tensors: dict[str, Tensor], before: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+    """The draft layer over slots 0..T-1: before [T, 4, D] streams, following [T] each slot's next token.
+
+    -> logits [T, V] of the token after `following`, and the layer's own streams [T, 4, D].
+    """
+    e = _norm(tensors["embed.weight"].float()[following], tensors["mtp.0.enorm.weight"], c.rms_norm_eps)
+    h = _norm(before, tensors["mtp.0.hnorm.weight"], c.rms_norm_eps)
+    e_proj, h_proj = (tensors[f"mtp.0.{name}.weight"].float() for name in ("e_proj", "h_proj"))
+    streams = (e @ e_proj.T)[:, None] + h @ h_proj.T
+    plain = replace(c, compress_ratios=(*c.compress_ratios, 0))
+    streams = _block(plain, c.num_layers, lambda name: tensors[f"mtp.0.{name}"], streams, following, None, {})
+    return _read_out(c, tensors, "mtp.0.", streams), streams
