@@ -12,7 +12,7 @@ from rich.table import Table
 
 from bench.record import append_rows, commit, machine
 from router.mirror import PrefixMirror
-from wire.events import PageSnapshot, decode_snapshot, encode_snapshot
+from wire.events import PageSnapshot, cut, decode_snapshot, encode_snapshot
 from wire.prefix import namespace, pack_tokens, packed_page_hashes
 
 RUNS = 21
@@ -26,8 +26,8 @@ def run(tokens: int = 900_000) -> None:
     prompt = tuple(rng.randrange(VOCAB_SIZE) for _ in range(tokens))
     space = namespace("model")
     packed = pack_tokens(prompt)
-    digests = packed_page_hashes(packed, space)
-    snapshot = PageSnapshot(1, 1, frozenset(digest[:8] for digest in digests))
+    digests = cut(packed_page_hashes(packed, space))
+    snapshot = PageSnapshot(1, 1, frozenset(digests))
     data = encode_snapshot(snapshot)
     mirror = PrefixMirror()
     mirror.follow({f"w{i}": 1 for i in range(WORKERS)})
@@ -35,7 +35,7 @@ def run(tokens: int = 900_000) -> None:
         mirror.load(f"w{i}", snapshot)
     cases: dict[str, Callable[[], object]] = {
         "prompt packed for the wire": lambda: pack_tokens(prompt),
-        "digests of the packed prompt's pages": lambda: packed_page_hashes(packed, space),
+        "digests of the packed prompt's pages": lambda: cut(packed_page_hashes(packed, space)),
         f"held by each of {WORKERS} workers, all of them holding it whole": lambda: [
             mirror.resident_tokens(f"w{i}", digests) for i in range(WORKERS)
         ],

@@ -44,6 +44,7 @@ from router.schema import (
     token_ids,
 )
 from wire.errors import BodyTooLarge, Draining, InvalidRequest, ModelNotFound, Overloaded, PenumbraError
+from wire.events import cut
 from wire.prefix import namespace, pack_tokens, packed_page_hashes
 from wire.telemetry import RouterMetrics
 from wire.types import FinishReason, SamplingParams, TokenEvent
@@ -242,7 +243,8 @@ class Front:
             cache_salt=salt,
             # As a rule there is one model; there are two while a fleet changes from one to the next.
             digests={
-                model: packed_page_hashes(packed, namespace(model, cache_salt=salt)) for model in self._fleet.models()
+                model: cut(packed_page_hashes(packed, namespace(model, cache_salt=salt)))
+                for model in self._fleet.models()
             },
         )
 

@@ -87,7 +87,7 @@ class PrefixMirror:
         return Outcome.APPLIED
 
     def resident_tokens(self, worker_id: str, digests: Sequence[bytes]) -> int:
-        """Tokens of a prompt with these page digests that the worker holds from the start on, in whole pages."""
+        """Tokens of a prompt with these page digests, cut or whole, that the worker holds from the start on."""
         held = self._held.get(worker_id)
         if held is None:
             return 0

@@ -63,8 +63,8 @@ RETRY_PAUSE_S = 0.1
 class RelayRequest:
     """A request as the workers see it: ids only. `prompt` has at least one id, all below `vocab_size`.
 
-    Prefixes are shared among requests of one `cache_salt`. `digests` are those of the prompt's pages, by the model
-    fingerprint they were computed for; a worker of another model is taken to hold nothing of the prompt.
+    Prefixes are shared among requests of one `cache_salt`. `digests` are those of the prompt's pages, whole or
+    cut, by the model fingerprint they were computed for; a worker of another model is taken to hold nothing.
     """
 
     request_id: str
