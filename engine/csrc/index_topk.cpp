@@ -4,9 +4,15 @@
 // and bytes are turned before they grow to floats. A score is one chain of fused multiply-adds per head over the
 // dimensions in one fixed order, and one over the heads; tiles only choose how many chains run side by side. The
 // choice keeps no list of all scores: what can no longer be among the best k is dropped as it comes.
+//
+// Where the machine multiplies bf16, most keys never get that far. An e4m3 value is exact in bf16, so rounding the
+// queries alone gives a score at twice the speed, and a bound on what the rounding can have changed: a key is scored in
+// full only if it could still be among the best. The choice is the same.
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -19,6 +25,7 @@ namespace {
 constexpr int kUnit = kWidth == 16 ? 32 : 16;  // keys at a time; a page holds whole units
 constexpr int kGroups = kUnit / kWidth;
 constexpr int64_t kAlone = 4096;  // scores of single heads below which a second thread costs more than it brings
+constexpr int64_t kRoughFrom = 8192;  // blocks; of fewer, too many have to be scored in full
 constexpr int kMostRows = (kWidth == 16 ? 16 : 8) / kGroups;  // half the registers are accumulators
 
 #if defined(__AVX512BW__)
@@ -79,6 +86,78 @@ struct ByteKeys {
         return e4m3_to_float(bytes + (key / 16 * kIndexDim + place) * 16 + key % 16);
     }
 };
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define PENUMBRA_ROUGH 1
+constexpr bool kHaveRough = true;
+
+// A unit's keys in bf16, as [pair of places][sixteen][16 keys] words of two. Subnormal e4m3 values, and zero, come out
+// up to kRoughError away.
+struct RoughKeys {
+    static constexpr float kRoughError = 0.0078125f;
+    alignas(64) uint32_t words[kIndexDim / 2 * kUnit];
+    alignas(64) float norms[kUnit];  // at least the length of each key
+
+    void set(const ByteKeys& keys) {
+        alignas(64) static constexpr uint16_t kPairs[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        const __m512i order = _mm512_load_si512(kPairs), mask = _mm512_set1_epi16((short)0x87f0);
+        const __m512i bias = _mm512_set1_epi16(120 << 7);
+        for (int sixteen = 0; sixteen < kUnit / 16; ++sixteen) {
+            const uint8_t* source = keys.bytes + sixteen * kIndexDim * 16;
+            uint32_t* target = words + sixteen * 16;
+            __m512 squares = _mm512_setzero_ps();
+            for (int pair = 0; pair < kIndexDim / 2; ++pair) {
+                // Sign extension puts the sign where the shift leaves it in bit 15.
+                const __m512i wide = _mm512_cvtepi8_epi16(_mm256_load_si256((const __m256i*)(source + pair * 32)));
+                const __m512i half = _mm512_add_epi16(_mm512_and_si512(_mm512_slli_epi16(wide, 4), mask), bias);
+                const __m512i turned = _mm512_permutexvar_epi16(order, half);
+                _mm512_store_si512(target + pair * kUnit, turned);
+                squares = _mm512_dpbf16_ps(squares, (__m512bh)turned, (__m512bh)turned);
+            }
+            // The full mask folds away and keeps GCC 12 from a false warning.
+            const __m512 length = _mm512_mul_ps(_mm512_maskz_sqrt_ps(0xffff, squares), _mm512_set1_ps(1.001f));
+            _mm512_store_ps(norms + sixteen * 16, _mm512_add_ps(length, _mm512_set1_ps(kRoughError * 12)));
+        }
+    }
+};
+
+// As `add_heads`, with queries [pair][kRows] of two bf16.
+template <int kRows>
+void add_rough(const uint32_t* __restrict queries, const float* weight, const RoughKeys& keys, int64_t row,
+               int64_t heads, float* scores) {
+    __m512 dot[kRows][kGroups];
+    for (int r = 0; r < kRows; ++r)
+        for (int g = 0; g < kGroups; ++g) dot[r][g] = _mm512_setzero_ps();
+    for (int64_t pair = 0; pair < kIndexDim / 2; ++pair, queries += kRows) {
+        __m512bh key[kGroups];
+        for (int g = 0; g < kGroups; ++g)
+            key[g] = (__m512bh)_mm512_load_si512(keys.words + pair * kUnit + g * kWidth);
+        for (int r = 0; r < kRows; ++r) {
+            const __m512bh query = (__m512bh)_mm512_set1_epi32((int)queries[r]);
+            for (int g = 0; g < kGroups; ++g) dot[r][g] = _mm512_dpbf16_ps(dot[r][g], key[g], query);
+        }
+    }
+    for (int r = 0; r < kRows; ++r) {
+        float* score = scores + (row + r) / heads * kUnit;
+        for (int g = 0; g < kGroups; ++g) {
+            vec all;
+            std::memcpy(&all, &dot[r][g], sizeof all);
+            const vec positive = all < 0.0f ? vec{} : all;
+            store(score + g * kWidth, load<vec>(score + g * kWidth) + weight[row + r] * positive);
+        }
+    }
+}
+
+// The nearest bf16, ties to even. NaN stays NaN.
+PENUMBRA_INLINE uint16_t bf16_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return x == x ? (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0;
+}
+#else
+constexpr bool kHaveRough = false;
+#endif
 
 // The float32 values of a unit, [dimension][keys].
 struct FloatKeys {
@@ -156,21 +235,31 @@ class Best {
   public:
     explicit Best(int64_t k) : k_(k), ranks_(4 * k + 4 * kWidth), places_(4 * k + 4 * kWidth) {}
 
-    // The next kWidth places from `first` on, of which only those below `end` count. Places must come in order.
-    void offer(ivec rank, int32_t first, int32_t end) {
-        ivec wanted = kCounted<vec> + first < end;
+    // Whether k have been kept, so that most of what comes need not be looked at.
+    bool full() const { return full_; }
+
+    // Once full: a score must exceed this to be kept.
+    float threshold() const {
+        const int32_t bits = worst_ ^ ((worst_ >> 31) & 0x7fffffff);
+        float score;
+        std::memcpy(&score, &bits, sizeof score);
+        return score;
+    }
+
+    // More candidates, of which the `wanted` lanes count. Places must come in order.
+    void offer(ivec rank, ivec places, ivec wanted) {
         if (full_) wanted &= rank > worst_;  // an equal one comes too late: its place is higher
         uint32_t set = lanes_set(wanted);
         if (!set) return;
         if (size_ + 2 * kWidth > (int64_t)ranks_.size()) {
             shrink();
-            offer(rank, first, end);
+            offer(rank, places, wanted);
             return;
         }
         for (; set; set &= set - 1) {
             const int lane = __builtin_ctz(set);
             ranks_[size_] = rank[lane];
-            places_[size_++] = first + lane;
+            places_[size_++] = places[lane];
         }
     }
 
@@ -259,13 +348,12 @@ struct Search {
 
     template <typename Keys>
     void search(const int32_t* table, int64_t first, int64_t count, int64_t parts) const {
-        const int64_t rows = count * heads, end = visible(first + count - 1);
-        std::vector<float> queries(rows * dim);
-        for (int64_t row = 0, m; row < rows; row += m) {
-            m = together(row, rows);
-            for (int64_t place = 0; place < dim; ++place)
-                for (int64_t r = 0; r < m; ++r)
-                    queries[row * dim + place * m + r] = q[(first * heads + row + r) * dim + Keys::dimension(place)];
+        const int64_t end = visible(first + count - 1);
+        std::vector<float> queries(count * heads * dim);
+        lay_out<Keys>(first * heads, count * heads, queries.data());
+        Rough rough;
+        if constexpr (kHaveRough && std::is_same_v<Keys, ByteKeys>) {
+            if (end > kRoughFrom) rough = prepare(first, count);
         }
         const int64_t num_pages = (end + pool.rows_per_item - 1) / pool.rows_per_item;
         std::vector<std::vector<Best>> best(parts, std::vector<Best>(count, Best(k)));
@@ -273,7 +361,7 @@ struct Search {
         for (int64_t part = 0; part < parts; ++part) {
             const int64_t from = num_pages * part / parts * pool.rows_per_item;
             const int64_t to = std::min(num_pages * (part + 1) / parts * pool.rows_per_item, end);
-            scan<Keys>(table, first, count, queries, from, to, best[part]);
+            scan<Keys>(table, first, count, queries, rough, from, to, best[part]);
         }
         for (int64_t t = 0; t < count; ++t) {
             for (int64_t part = 1; part < parts; ++part) best[0][t].absorb(best[part][t]);
@@ -281,14 +369,116 @@ struct Search {
         }
     }
 
+    // Query rows [row, row + rows) as `add_heads` reads them.
+    template <typename Keys>
+    void lay_out(int64_t start, int64_t rows, float* queries) const {
+        for (int64_t row = 0, m; row < rows; row += m) {
+            m = together(row, rows);
+            for (int64_t place = 0; place < dim; ++place)
+                for (int64_t r = 0; r < m; ++r)
+                    queries[row * dim + place * m + r] = q[(start + row + r) * dim + Keys::dimension(place)];
+        }
+    }
+
+    // Queries of a tile for the rough scores; without any, every key is scored in full.
+    struct Rough {
+        std::vector<uint32_t> queries;  // of the whole tile, as `add_rough` reads them
+        std::vector<float> alone;       // token by token, as `add_heads` reads them
+        // A token's score, before its key's scale, is at most this much higher: once, and times the key's length.
+        std::vector<float> error, error_by_length;
+    };
+
+    Rough prepare(int64_t first, int64_t count) const {
+        Rough rough;
+#ifdef PENUMBRA_ROUGH
+        const int64_t rows = count * heads;
+        rough.queries.resize(rows * dim / 2);
+        rough.alone.resize(rows * dim);
+        for (int64_t row = 0, m; row < rows; row += m) {
+            m = together(row, rows);
+            for (int64_t pair = 0; pair < dim / 2; ++pair) {
+                for (int64_t r = 0; r < m; ++r) {
+                    const float* x = q + (first * heads + row + r) * dim;
+                    const uint32_t low = bf16_of(x[ByteKeys::dimension(2 * pair)]);
+                    const uint32_t high = bf16_of(x[ByteKeys::dimension(2 * pair + 1)]);
+                    rough.queries[row * dim / 2 + pair * m + r] = high << 16 | low;
+                }
+            }
+        }
+        for (int64_t t = 0; t < count; ++t) {
+            lay_out<ByteKeys>((first + t) * heads, heads, &rough.alone[t * heads * dim]);
+            double error = 0, by_length = 0;
+            for (int64_t h = 0; h < heads; ++h) {
+                const float* x = q + ((first + t) * heads + h) * dim;
+                double changed = 0, size = 0, sum = 0;
+                for (int64_t d = 0; d < dim; ++d) {
+                    const double rounded = float_of((uint32_t)bf16_of(x[d]) << 16);
+                    changed += (x[d] - rounded) * (x[d] - rounded);
+                    size += rounded * rounded;
+                    sum += std::fabs(rounded);
+                }
+                // By Cauchy and Schwarz. The last term is what float32 loses in either chain of products and heads,
+                // with room to spare.
+                const double weight = std::fabs((double)w[(first + t) * heads + h]);
+                const double lost = (std::sqrt(changed) + std::sqrt(size)) * (double)(4 * dim + 4 * heads) * 0x1p-24;
+                by_length += weight * (std::sqrt(changed) + lost);
+                error += weight * sum * RoughKeys::kRoughError;
+            }
+            rough.error.push_back((float)(error * 1.001));
+            rough.error_by_length.push_back((float)(by_length * 1.001));
+        }
+#endif
+        return rough;
+    }
+
     // Blocks [from, to), which begin on a page.
     template <typename Keys>
-    void scan(const int32_t* table, int64_t first, int64_t count, const std::vector<float>& queries, int64_t from,
-              int64_t to, std::vector<Best>& best) const {
+    void scan(const int32_t* table, int64_t first, int64_t count, const std::vector<float>& queries,
+              const Rough& rough, int64_t from, int64_t to, std::vector<Best>& best) const {
         const int64_t n = pool.rows_per_item, rows = count * heads;
         const int64_t row_bytes = pool.codec == kIndexV4 ? kIndexDim : dim * 4;
+        const float* weight = w + first * heads;
         Keys keys(dim);
         std::vector<float> scores(count * kUnit);
+        const auto score = [&](const float* x, const float* weight, int64_t rows) {
+            std::fill(scores.begin(), scores.begin() + rows / heads * kUnit, 0.0f);
+            for (int64_t row = 0, m; row < rows; row += m) {
+                m = together(row, rows);
+                const float* some = x + row * dim;
+                if (m == kMostRows) add_heads<kMostRows>(some, weight, keys, dim, row, heads, scores.data());
+                else if (m == 4) add_heads<4>(some, weight, keys, dim, row, heads, scores.data());
+                else if (m == 2) add_heads<2>(some, weight, keys, dim, row, heads, scores.data());
+                else add_heads<1>(some, weight, keys, dim, row, heads, scores.data());
+            }
+        };
+#ifdef PENUMBRA_ROUGH
+        RoughKeys rough_keys;
+        std::vector<std::vector<int32_t>> maybe(rough.error.size());  // blocks to score in full, of each token
+        const auto settle = [&](int64_t t) {
+            alignas(64) uint8_t gathered[kUnit * kIndexDim];
+            alignas(64) float scales[kUnit];
+            auto& blocks = maybe[t];
+            blocks.resize(blocks.size() + kUnit, blocks.back());  // fills the last unit
+            const int64_t real = blocks.size() - kUnit;
+            for (int64_t i = 0; i < real; i += kUnit) {
+                for (int64_t j = 0; j < kUnit; ++j) {
+                    const int64_t b = blocks[i + j];
+                    const uint8_t* item = pool.item(table[b / n]);
+                    std::memcpy(gathered + j * kIndexDim, item + b % n * kIndexDim, kIndexDim);
+                    std::memcpy(scales + j, item + n * kIndexDim + b % n * 4, 4);
+                }
+                keys.turn(gathered);
+                score(&rough.alone[t * heads * dim], weight + t * heads, heads);
+                for (int64_t j = 0; j < kUnit; j += kWidth) {
+                    ivec places;
+                    std::memcpy(&places, &blocks[i + j], sizeof places);
+                    const vec all = load<vec>(&scores[j]) * load<vec>(scales + j);
+                    best[t].offer(ranks(all), places, kCounted<vec> + (int32_t)(i + j) < (int32_t)real);
+                }
+            }
+            blocks.clear();
+        };
+#endif
         for (int64_t start = from; start < to; start += kUnit) {
             const uint8_t* item = pool.item(table[start / n]);
             const uint8_t* unit = item + start % n * row_bytes;
@@ -296,25 +486,52 @@ struct Search {
             const uint8_t* next = pool.item(table[ahead / n]) + ahead % n * row_bytes;
             for (int64_t i = 0; i < kUnit * row_bytes; i += 64) __builtin_prefetch(next + i);
             keys.turn(unit);
-            std::fill(scores.begin(), scores.end(), 0.0f);
-            for (int64_t row = 0, m; row < rows; row += m) {
-                m = together(row, rows);
-                const float* x = &queries[row * dim];
-                const float* weight = w + first * heads;
-                if (m == kMostRows) add_heads<kMostRows>(x, weight, keys, dim, row, heads, scores.data());
-                else if (m == 4) add_heads<4>(x, weight, keys, dim, row, heads, scores.data());
-                else if (m == 2) add_heads<2>(x, weight, keys, dim, row, heads, scores.data());
-                else add_heads<1>(x, weight, keys, dim, row, heads, scores.data());
-            }
             const float* scales = (const float*)(item + n * kIndexDim) + start % n;
+#ifdef PENUMBRA_ROUGH
+            const auto full = [](const Best& b) { return b.full(); };
+            if constexpr (std::is_same_v<Keys, ByteKeys>) {
+                if (!rough.error.empty() && std::all_of(best.begin(), best.end(), full)) {
+                    rough_keys.set(keys);
+                    std::fill(scores.begin(), scores.end(), 0.0f);
+                    for (int64_t row = 0, m; row < rows; row += m) {
+                        m = together(row, rows);
+                        const uint32_t* x = &rough.queries[row * dim / 2];
+                        if (m == kMostRows) add_rough<kMostRows>(x, weight, rough_keys, row, heads, scores.data());
+                        else if (m == 4) add_rough<4>(x, weight, rough_keys, row, heads, scores.data());
+                        else if (m == 2) add_rough<2>(x, weight, rough_keys, row, heads, scores.data());
+                        else add_rough<1>(x, weight, rough_keys, row, heads, scores.data());
+                    }
+                    for (int64_t t = 0; t < count; ++t) {
+                        const float threshold = best[t].threshold();
+                        for (int g = 0; g < kGroups; ++g) {
+                            const vec error = load<vec>(rough_keys.norms + g * kWidth) * rough.error_by_length[t];
+                            const vec about = load<vec>(&scores[t * kUnit + g * kWidth]) + (error + rough.error[t]);
+                            const ivec places = kCounted<vec> + (int32_t)(start + g * kWidth);
+                            const ivec hopeless = about * load<vec>(scales + g * kWidth) <= threshold;  // NaN is not
+                            uint32_t set = lanes_set(~hopeless & (places < (int32_t)visible(first + t)));
+                            for (; set; set &= set - 1)
+                                maybe[t].push_back((int32_t)(start + g * kWidth) + __builtin_ctz(set));
+                        }
+                        if ((int64_t)maybe[t].size() >= kUnit) settle(t);
+                    }
+                    continue;
+                }
+            }
+#endif
+            score(queries.data(), weight, rows);
             for (int64_t t = 0; t < count; ++t) {
                 for (int g = 0; g < kGroups; ++g) {
-                    vec score = load<vec>(&scores[t * kUnit + g * kWidth]);
-                    if (pool.codec == kIndexV4) score *= load<vec>(scales + g * kWidth);
-                    best[t].offer(ranks(score), (int32_t)(start + g * kWidth), (int32_t)visible(first + t));
+                    vec all = load<vec>(&scores[t * kUnit + g * kWidth]);
+                    if (pool.codec == kIndexV4) all *= load<vec>(scales + g * kWidth);
+                    const ivec places = kCounted<vec> + (int32_t)(start + g * kWidth);
+                    best[t].offer(ranks(all), places, places < (int32_t)visible(first + t));
                 }
             }
         }
+#ifdef PENUMBRA_ROUGH
+        for (int64_t t = 0; t < (int64_t)maybe.size(); ++t)
+            if (!maybe[t].empty()) settle(t);
+#endif
     }
 };
 

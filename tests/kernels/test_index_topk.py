@@ -128,6 +128,31 @@ def test_ties_go_to_the_lower_block_whatever_the_scores(data):
     assert got[1].tolist() == expected
 
 
+@pytest.mark.parametrize(("num_heads", "threads"), [(4, 1), (4, 2), (7, 1), (32, 1)])
+def test_a_long_context_is_searched_exactly(native_only, with_threads, num_heads, threads):
+    """Whole numbers small enough that no sum is rounded, but queries that bf16 would round: scores are exact, many
+    tie, and a choice made from rounded queries would differ."""
+    with_threads(threads)
+    generator = torch.Generator().manual_seed(num_heads)
+    blocks = 12_000
+    keys = torch.randint(-8, 9, (64 + blocks, 128), generator=generator).float()
+    keys[64::3] = keys[64::3].clamp(-1, 2)  # other lengths, other scales
+    keys[64 + 9_001, 7] = torch.nan
+    pages = torch.randperm(-(-blocks // 64), generator=generator) + 1
+    places = pages[torch.arange(blocks) // 64] * 64 + torch.arange(blocks) % 64
+    pool = filled_pool("v4", keys)
+    write_rows(pool, places, keys[64:].contiguous())
+    largest = 1023 * 4 // max(4, num_heads)
+    q = torch.randint(-largest, largest + 1, (9, num_heads, 128), generator=generator).float()
+    w = torch.randint(-2, 4, (9, num_heads), generator=generator).float()
+    got = index_topk(q, w, pool, one_segment(4 * blocks - 9, 9, pages.tolist()), 512)
+    for token in range(9):
+        visible = (4 * blocks - 9 + token + 1) // 4
+        scores = ((keys[64 : 64 + visible].double() @ q[token].double().T).relu() @ w[token].double()).nan_to_num(1e30)
+        best = scores.sort(descending=True, stable=True).indices[:512]
+        assert torch.equal(got[token].long(), best.sort().values), f"token {token}"
+
+
 def test_a_broken_key_is_chosen_so_that_it_shows(engine):
     keys = torch.randn(64 * 5, 128, generator=torch.Generator().manual_seed(2)).abs()
     keys[64 + 77, 5] = torch.nan
