@@ -588,7 +588,7 @@ class DecodeCore:
         """Keep what a running request has computed: the next turn of its conversation begins with it."""
         if run.state is _State.RUNNING and self._limits.prefix_cache:
             assert run.sequence is not None
-            tokens = (*run.request.prompt, *run.answer)[: run.length]
+            tokens = (*run.request.prompt, *run.answer[:-1])  # the last one drawn has not been computed
             self._admission.share(run.sequence, page_hashes(tokens, run.request.namespace, run.digests))
 
     def _expire(self, now_s: float) -> list[DecodeAction]:
