@@ -90,6 +90,7 @@ def up(
     dtype: Dtype = "float32",
     kv_layout: KvLayout = "v4",
     kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]
+    prefix_cache: PrefixCache = True,
     max_requests: MaxRequests = 64,
     max_context: MaxContext = 0,
     threads: Threads = 1,
@@ -120,6 +121,7 @@ def up(
         redis=redis,
         worker_flags=(
             *("--device", device, "--dtype", dtype, "--kv-layout", kv_layout, "--kv-memory", str(kv_memory)),
+            "--prefix-cache" if prefix_cache else "--no-prefix-cache",
             *("--max-requests", str(max_requests), "--max-context", str(max_context), "--transport", transport),
             *shared,
         ),
@@ -204,6 +206,7 @@ def prefill(
     dtype: Dtype = "float32",
     kv_layout: KvLayout = "v4",
     kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]
+    prefix_cache: PrefixCache = True,
     max_requests: MaxRequests = 64,
     max_context: MaxContext = 0,
     threads: Threads = 1,
@@ -237,6 +240,7 @@ def prefill(
             worker_id=worker_id or _made_up_name("prefill"),
             transport=transport,
             chunk_tokens=chunk_tokens,
+            prefix_cache=prefix_cache,
             drain_s=grace_s,
             log_level=log_level,
         )
