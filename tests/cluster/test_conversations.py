@@ -111,3 +111,34 @@ def test_reuse_eviction_and_preemption_never_change_a_bit_of_an_answer(
         where = f"prompt of {len(text)} tokens"
         assert token_ids == [sampled.token_id for sampled in alone], where
         assert logprobs == [sampled.logprob for sampled in alone], where
+
+
+@pytest.mark.timeout(240)
+def test_a_cluster_told_to_keep_nothing_says_the_same_and_finds_nothing(
+    cluster: LocalCluster, model: Path, tmp_path: Path
+) -> None:
+    rng = random.Random(20)
+    body = {
+        "model": model.name,
+        "prompt": [rng.randrange(3, 250) for _ in range(1500)],
+        "max_tokens": 20,
+        "seed": 4,
+        "ignore_eos": True,
+        "logprobs": 1,
+    }
+
+    def ask(where: LocalCluster) -> tuple[dict[str, Any], int]:
+        answer = where.post("/v1/completions", body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0], answer.json()["usage"]["prompt_cache_hit_tokens"]
+
+    kept = [ask(cluster), ask(cluster)]
+    with local_cluster(tmp_path / "home", model, "--no-prefix-cache") as forgetful:
+        fresh = [ask(forgetful), ask(forgetful)]
+        metrics = wait_until_home(forgetful)
+    assert [hits for _, hits in kept] == [0, 1280]
+    assert [hits for _, hits in fresh] == [0, 0]
+    assert kept[0][0] == kept[1][0] == fresh[0][0] == fresh[1][0]
+    for role in ("prefill", "decode"):
+        assert metrics[role]["penumbra_prefix_cache_hits_total"] == 0
+        assert metrics[role]['penumbra_pages{page_class="full",state="cached"}'] == 0
