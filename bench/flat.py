@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bench.record import append_rows, commit, machine
+from bench.record import append_rows, commit, load, machine
 from deploy.local import BUNDLED_RECIPE
 from engine.batch import Segment, Sequence, StepMeta
 from engine.cache.pools import KvPools, item_bytes
@@ -102,7 +102,7 @@ def run(
                 for pool in pools.window.values():
                     fill(pool, [item for item in sequence.swa_pages if item], generator)
                 rows.append(
-                    {"context_tokens": length, "threads": threads, "kv_layout": layout}
+                    {"context_tokens": length, "threads": threads, "kv_layout": layout, "load_1m": load()}
                     | _measure(runner, window, sequence, decode_tokens)
                 )
                 pools.swa.release(window.drop(sequence))

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from bench.flat import GREEDY, load_runner, write_default_model
-from bench.record import append_rows, commit, machine
+from bench.record import append_rows, commit, load, machine
 from engine.batch import Segment, Sequence
 from engine.config import KvLayout
 from engine.window import WindowPages, most_window_pages, num_pages
@@ -76,6 +76,7 @@ def run(
                     "resident_mb": _resident_bytes() >> 20,
                     "threads": threads,
                     "kv_layout": layout,
+                    "load_1m": load(),
                 }
             )
 

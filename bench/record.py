@@ -25,6 +25,11 @@ def machine() -> str:
     return f"{model}, {os.cpu_count()} cores"
 
 
+def load() -> float:
+    """Processes that wanted to run over the last minute: above the core count, figures say more about them than us."""
+    return round(os.getloadavg()[0], 2)
+
+
 def commit() -> str:
     """The commit measured, with `+` when the tree had changes; `unknown` outside a checkout."""
     here = Path(__file__).parent
