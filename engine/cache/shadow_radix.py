@@ -19,6 +19,7 @@ uses it. Nothing here waits or looks at a clock; recency is counted in operation
 from __future__ import annotations
 
 import heapq
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -134,7 +135,8 @@ class ShadowRadix:
         # So spread that a pool full of prefixes has about as many such places as there are windows to spare.
         self._retain_every = -(-full.capacity // retained_windows) if retained_windows else 0
         self._root = _Node([], [], None, 0)
-        self._windows: dict[_Node, None] = {}  # nodes with a window, least recently used first
+        # Nodes with a window, least recently used first. A plain dict is slow to iterate where its oldest have gone.
+        self._windows: OrderedDict[_Node, None] = OrderedDict()
         self._leaves: list[tuple[int, int, _Node]] = []  # (used_at when queued, tie-break, node)
         self._num_queued = 0  # ever
         self._clock = 0
@@ -251,6 +253,8 @@ class ShadowRadix:
               its window becomes a tombstone and keeps its compressed rows.
         FULL  from the ends of the least recently used branches, windows included.
         """
+        if num_items <= 0:
+            return 0
         return self._evict_windows(num_items) if component is PageClass.SWA else self._evict_pages(num_items)
 
     def drain_events(self) -> list[PrefixEvent]:
@@ -462,8 +466,7 @@ class ShadowRadix:
         self._clock += 1
         node.used_at, node.floor = self._clock, self._floor
         if node.window:
-            del self._windows[node]
-            self._windows[node] = None
+            self._windows.move_to_end(node)
 
     # Eviction.
 

@@ -203,3 +203,9 @@ def test_tombstones_without_users_between_them_are_one_node(cache: Cache) -> Non
     assert cache.evict(SWA, 3) == 3
     assert [len(node.pages) for node in cache._nodes()] == [7, 1]
     cache.check({})
+
+
+def test_asking_for_nothing_evicts_nothing(cache: Cache) -> None:
+    cache.put("abcd", 1, 3).release()
+    assert [cache.evict(component, n) for component in (FULL, SWA) for n in (0, -1, -5)] == [0] * 6
+    assert cache.match(digests("ab")).pages == 2
