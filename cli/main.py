@@ -424,6 +424,18 @@ def bench_prefix(
     return 0
 
 
+@bench_app.command("cache")
+def bench_cache(
+    pages: Annotated[int, flag("pages", "Pages in the tree.", min=10_000)] = 1_000_000,
+    config: ConfigFile = None,
+) -> int:
+    """What the prefix tree takes to find, hold and take over a prompt."""
+    from bench.cache import run
+
+    run(pages)
+    return 0
+
+
 @bench_app.command("flat")
 def bench_flat(
     lengths: Annotated[str, flag("lengths", "Context lengths in tokens.")] = "4096,65536,262144,900000",
