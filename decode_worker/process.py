@@ -68,6 +68,7 @@ async def _serve(config: DecodeConfig, runner: Runner, transport: Transport, epo
         model=runner.fingerprint,
         signature=pools.signature,
         max_context=runner.max_context,
+        hold_grammar=runner.grammars.hold,
         publish=publisher.publish,
     )
     reader = Reader(transport, pools.classes, pools.import_pages, service.reader_results, service.reader_settled)

@@ -74,6 +74,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
 
     `reader_results` and `reader_settled` are the reader's callbacks; `attach` gives it the reader that calls
     them. `publish` is called on the event loop with what the prefix tree stored and removed, and must not block.
+    `hold_grammar(g)` keeps g compiled for the engine; entering raises InvalidRequest if it does not compile.
     """
 
     def __init__(
@@ -89,8 +90,12 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         signature: str,
         max_context: int,
         publish: Callable[[Sequence[PrefixEvent]], None] = lambda events: None,
+        hold_grammar: Callable[[str], contextlib.AbstractAsyncContextManager[None]] = lambda _: (
+            contextlib.nullcontext()
+        ),
     ) -> None:
         self.draining = False
+        self._hold_grammar = hold_grammar
         self._broken: str | None = None
         self._worker_id = worker_id
         self._epoch = epoch
@@ -178,20 +183,21 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             raise StaleAttempt(f"run {run} is here already; retry with a new attempt")
         arrived, ended = time.monotonic(), False
         events = self._runs[run] = asyncio.Queue()
-        self._engine.post(Start(start, secrets.token_bytes(16)))
         try:
-            while not ended:
-                for event in _merged(await events.get(), events):
-                    ended = isinstance(event, Finished | Failed)
-                    if isinstance(event, Admitted):
-                        self._metrics.queue_time.observe(time.monotonic() - arrived)
-                        self._metrics.prefix_queries.inc(len(start.prompt))
-                        self._metrics.prefix_hits.inc(event.resident_prefix)
-                    elif isinstance(event, Tokens):
-                        self._metrics.generation_tokens.inc(len(event.tokens))
-                    yield convert.start_event_to_wire(event)
-                    if ended:
-                        break
+            async with self._hold_grammar(start.sampling.grammar):
+                self._engine.post(Start(start, secrets.token_bytes(16)))
+                while not ended:
+                    for event in _merged(await events.get(), events):
+                        ended = isinstance(event, Finished | Failed)
+                        if isinstance(event, Admitted):
+                            self._metrics.queue_time.observe(time.monotonic() - arrived)
+                            self._metrics.prefix_queries.inc(len(start.prompt))
+                            self._metrics.prefix_hits.inc(event.resident_prefix)
+                        elif isinstance(event, Tokens):
+                            self._metrics.generation_tokens.inc(len(event.tokens))
+                        yield convert.start_event_to_wire(event)
+                        if ended:
+                            break
         finally:
             del self._runs[run]
             if not ended:

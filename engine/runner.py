@@ -10,6 +10,7 @@ from torch import Tensor
 from engine.batch import Drawn, Sampled, Segment, Sequence, StepMeta
 from engine.cache.pools import KvPools, PoolSizes, plan_sizes
 from engine.config import C4_RATIO, EngineConfig, KvLayout, ModelConfig
+from engine.constraint import Grammars
 from engine.kernels.sample import sample
 from engine.model.deepseek_v4 import DeepseekV4
 from engine.model.mtp import DraftLayer
@@ -35,6 +36,7 @@ class Runner:
         self.model = model
         self.pools = pools
         self.fingerprint = fingerprint
+        self.grammars = Grammars(config.model, model.config.vocab_size, (model.config.eos_token_id,))
         self.draft = draft
 
     @classmethod
@@ -141,7 +143,7 @@ class Runner:
     def draws_of(self, sequence: Sequence) -> Draws:
         """The sequence's part of the sampler, made when it is first asked for."""
         if sequence.draws is None:
-            sequence.draws = Draws(sequence, (self.model_config.eos_token_id,))
+            sequence.draws = Draws(sequence, (self.model_config.eos_token_id,), self.grammars)
         return sequence.draws
 
     def logits(self, batch: list[Segment], wanted: Tensor) -> Tensor:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import collections.abc
 
 from engine.batch import Sequence
+from engine.constraint import Grammars
 from engine.kernels.sample import History, Row, needs_history
 
 
 class Draws:
     """One sequence's part of the sampler. Catches up with `sequence.answer` whenever a row is asked for."""
 
-    def __init__(self, sequence: Sequence, ends: tuple[int, ...]) -> None:
+    def __init__(self, sequence: Sequence, ends: tuple[int, ...], grammars: Grammars) -> None:
         """`ends`: token ids that end any answer, EOS."""
         params = sequence.sampling
         self._params = params
@@ -26,12 +27,19 @@ class Draws:
         if needs_history(params):
             # Only repetition looks at the prompt.
             self._history = History(sequence.prompt if params.repetition_penalty != 1 else ())
+        self._follower = grammars.follow(params.grammar) if params.grammar else None
 
     def row(self, position: int, index: int, drafts: collections.abc.Sequence[int] = ()) -> Row:
         """For the draw of the answer's token `index`, at `position`, after the answer so far and `drafts`."""
-        if self._history is not None:
-            self._history.push(self._answer[self._taken :])
+        fresh = self._answer[self._taken :]
         self._taken = len(self._answer)
+        if self._history is not None:
+            self._history.push(fresh)
+        mask, problem = None, ""
+        if self._follower is not None:
+            self._follower.push(fresh)
+            mask = self._follower.mask(drafts)
+            problem = self._follower.problem
         return Row(
             params=self._params,
             position=position,
@@ -39,4 +47,6 @@ class Draws:
             history=self._history,
             drafts=tuple(drafts),
             banned=self._banned,
+            mask=mask,
+            problem=problem,
         )

@@ -78,6 +78,7 @@ async def _serve(config: PrefillConfig, runner: Runner, transport: Transport, ep
         model=runner.fingerprint,
         max_context=runner.max_context,
         publish=publisher.publish,
+        hold_grammar=runner.grammars.hold,
     )
     door = DoorConfig(
         worker_id=config.worker_id,

@@ -59,6 +59,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
     """Owns the engine thread of a prefill worker; implements `wire.worker.WorkerService`.
 
     `publish` is called on the event loop with what the prefix tree stored and removed, and must not block.
+    `hold_grammar(g)` keeps g compiled for the engine; entering raises InvalidRequest if it does not compile.
     """
 
     def __init__(
@@ -71,8 +72,12 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
         model: str,
         max_context: int,
         publish: Callable[[Sequence[PrefixEvent]], None] = lambda events: None,
+        hold_grammar: Callable[[str], contextlib.AbstractAsyncContextManager[None]] = lambda _: (
+            contextlib.nullcontext()
+        ),
     ) -> None:
         self.draining = False
+        self._hold_grammar = hold_grammar
         self._broken: str | None = None
         self._card = card
         self._model = model
@@ -143,22 +148,23 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
         arrived = time.monotonic()
         self._free(self._table.expect(arrived, run, run_request.secret, run_request.skip))
         events = self._runs[run] = asyncio.Queue()
-        self._engine.post(Submit(run_request))
         self._notify(run)
         computed, ended = -1, False
         try:
-            while not ended:
-                event = await events.get()
-                ended = not isinstance(event, Progress)
-                if isinstance(event, Progress):
-                    if computed < 0:
-                        self._metrics.queue_time.observe(time.monotonic() - arrived)
-                    self._metrics.prompt_tokens.inc(event.done - event.cached - max(computed, 0))
-                    computed = event.done - event.cached
-                elif isinstance(event, RunFinished):
-                    self._metrics.prefix_queries.inc(event.prompt_tokens)
-                    self._metrics.prefix_hits.inc(event.cached_tokens)
-                yield convert.run_event_to_wire(event)
+            async with self._hold_grammar(run_request.sampling.grammar):
+                self._engine.post(Submit(run_request))
+                while not ended:
+                    event = await events.get()
+                    ended = not isinstance(event, Progress)
+                    if isinstance(event, Progress):
+                        if computed < 0:
+                            self._metrics.queue_time.observe(time.monotonic() - arrived)
+                        self._metrics.prompt_tokens.inc(event.done - event.cached - max(computed, 0))
+                        computed = event.done - event.cached
+                    elif isinstance(event, RunFinished):
+                        self._metrics.prefix_queries.inc(event.prompt_tokens)
+                        self._metrics.prefix_hits.inc(event.cached_tokens)
+                    yield convert.run_event_to_wire(event)
         finally:
             del self._runs[run]
             if not ended:

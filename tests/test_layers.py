@@ -20,7 +20,7 @@ OURS = (
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "wire": ("wire",),
-    "engine": ("engine", "wire.types", "wire.errors"),
+    "engine": ("engine", "wire.types", "wire.errors", "wire.grammar"),
     "kvtransfer": ("kvtransfer", "wire"),
     "prefill_worker": ("prefill_worker", "engine", "kvtransfer", "wire"),
     "decode_worker": ("decode_worker", "engine", "kvtransfer", "wire"),

@@ -90,6 +90,7 @@ class Row:
     drafts    tokens drafted between those and this position, which this draw takes as given
     banned    token ids that end the answer, ruled out while `index` is less than min_tokens
     mask      [V] bool, the tokens that a grammar allows here
+    problem   why there is nothing to draw, if so
     """
 
     params: SamplingParams
@@ -99,10 +100,13 @@ class Row:
     drafts: tuple[int, ...] = ()
     banned: tuple[int, ...] = ()
     mask: NDArray[np.bool_] | None = None
+    problem: str = ""
 
 
 def sample(logits: NDArray[np.float32], rows: Sequence[Row]) -> list[Sampled]:
-    """logits [S, V], left as they are. A row whose logits are not all finite is answered with `ok` False."""
+    """logits [S, V], left as they are. A row with a problem, or whose logits are not all finite, is answered with `ok`
+    False.
+    """
     # Rows know nothing of each other, so they are taken as many at a time as stay in the processor's caches.
     step = max(1, BLOCK_LOGITS // logits.shape[-1])
     blocks = range(0, len(rows), step)
@@ -111,6 +115,7 @@ def sample(logits: NDArray[np.float32], rows: Sequence[Row]) -> list[Sampled]:
 
 def _sample(logits: NDArray[np.float32], rows: Sequence[Row]) -> list[Sampled]:
     finite: NDArray[np.bool_] = np.asarray(np.isfinite(logits).all(axis=-1))
+    finite = finite & np.array([not row.problem for row in rows])
     shaped = np.array([_is_shaped(row) for row in rows])
     values = _shape(logits[shaped], [row for row, touched in zip(rows, shaped.tolist(), strict=True) if touched])
     temperatures = _column(rows, "temperature")
@@ -125,8 +130,8 @@ def _sample(logits: NDArray[np.float32], rows: Sequence[Row]) -> list[Sampled]:
         scores[shaped[drawn]] = values[drawn[shaped]] / temperatures[drawn & shaped, None]
         chosen[drawn] = _draw(scores, [rows[int(i)] for i in np.flatnonzero(drawn)])
     answers = [
-        Sampled(token_id=int(token), logprob=0.0, ok=bool(ok))
-        for token, ok in zip(chosen, finite.tolist(), strict=True)
+        Sampled(token_id=int(token), logprob=0.0, ok=ok, problem=row.problem)
+        for token, ok, row in zip(chosen, finite.tolist(), rows, strict=True)
     ]
     asked = [i for i in np.flatnonzero(finite).tolist() if rows[i].params.logprobs]
     if asked:
