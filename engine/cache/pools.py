@@ -8,7 +8,6 @@ item swa_pages[p // 256], at offset p % 256, and every row address follows by di
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import mmap
@@ -295,13 +294,7 @@ def _zeroed(num_bytes: int, device: str) -> Tensor:
     """
     if device != "cpu" or num_bytes == 0:
         return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-    memory = mmap.mmap(-1, num_bytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        # One layer's rows of neighbouring pages lie a whole page of all layers apart: with small memory pages a scan
-        # of the index would wait for an address translation every few rows.
-        with contextlib.suppress(OSError):  # a kernel built without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
 
 
 def state_item(slot: int, num_tokens: int) -> int | None:
