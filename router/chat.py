@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import deepseek_recipe as recipe
 
 from router.config import ModelFacts
+from router.grammar import GrammarChecker, grammar_of
 from wire.errors import ConfigError, InvalidRequest
 from wire.types import FinishReason, SamplingParams, TokenEvent
 
@@ -35,9 +36,6 @@ NEEDED_SPECIALS = (
     recipe.SpecialToken.Dsml,
 )
 """Tokens a V4 prompt may use. A tokenizer without one would fail, or shift ids, only in the middle of a request."""
-
-ENFORCED_CONSTRAINTS = frozenset({"tool_call"})
-"""What deepseek-recipe asks of a decoder that we can honour: `tool_call` leaves the model free to call or not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +116,7 @@ class Vocabulary:
 
 
 class Text:
-    """The model's text: one tokenizer, checked at start, shared by every request."""
+    """The model's text: one tokenizer, checked at start, shared by every request. `close` ends its child process."""
 
     def __init__(self, directory: Path, facts: ModelFacts, model_names: Sequence[str], *, thinking: bool) -> None:
         """Raises ConfigError naming the file and what is missing from it."""
@@ -132,6 +130,7 @@ class Text:
                 f"{path} is not a usable tokenizer ({type(error).__name__}: {error}). Restore the checkpoint's file."
             ) from error
         self._facts = facts
+        self._checker = GrammarChecker(directory, facts.vocab_size, facts.eos_token_ids)
         self._check_specials(path)
         self._bos = self.vocabulary.added[recipe.SpecialToken.Bos.default_str()]
         self._encoding = recipe.DeepseekV4Encoding().with_tokenizer(self._tokenizer)
@@ -176,20 +175,33 @@ class Text:
         """
         try:
             request = recipe.ChatCompletionRequest(body).convert(self._options)
-            constraint = request.inference_options.output_constraint
-            if constraint is not None and constraint.kind not in ENFORCED_CONSTRAINTS:
-                raise InvalidRequest(
-                    "Constrained output (response_format, or a tool_choice that forces a call) is not supported: the "
-                    "answer could not be guaranteed to follow it. Ask for it in the prompt instead.",
-                    param="tool_choice" if constraint.kind.startswith("tool") else "response_format",
-                    code="unsupported_parameter",
-                )
             return ChatPrompt(ids=self._encoding.encode(request.conversation), request=request)
         except recipe.ConversionError as error:
             raise InvalidRequest(_conversion_message(error)) from error
         except ValueError as error:
             reason = str(error).removeprefix("invalid request body: ")
             raise InvalidRequest(f"The conversation can not be read: {reason}.") from error
+
+    def grammar_of(self, prompt: ChatPrompt) -> str:
+        """The grammar its answer must follow, known to compile; empty when it may be anything.
+
+        Raises InvalidRequest with the reason for one that can not be followed.
+        """
+        constraint = prompt.request.inference_options.output_constraint
+        if constraint is None:
+            return ""
+        thinking = prompt.ids[-1] == self.vocabulary.added[recipe.SpecialToken.ThinkingStart.default_str()]
+        end = self.vocabulary.added[recipe.SpecialToken.ThinkingEnd.default_str()] if thinking else None
+        try:
+            grammar = grammar_of(constraint.kind, constraint.schema, thinking_end=end)
+            self._checker.check(grammar)
+        except InvalidRequest as error:
+            what = "tools" if constraint.kind.startswith("tool") else "response_format"
+            raise InvalidRequest(f"{what} can not be followed: {error}.", param=what, code="invalid_grammar") from error
+        return grammar
+
+    def close(self) -> None:
+        self._checker.close()
 
     # Ids to text
 

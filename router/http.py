@@ -121,6 +121,7 @@ class Front:
     def close(self) -> None:
         for lane in self._lanes.values():
             lane.shutdown(wait=False, cancel_futures=True)
+        self._text.close()
 
     def _routes(self) -> FastAPI:
         app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -209,6 +210,7 @@ class Front:
         self._check_model(body.model)
         prompt = self._text.convert_chat(body.for_recipe())
         options = body.options(self._facts.vocab_size, self._chat_tokens(prompt, context))
+        options["grammar"] = self._text.grammar_of(prompt)
         sampling = prompt.sampling(options, body.temperature, body.top_p)
         ids = tuple(prompt.ids)
         relayed = self._relay_request(ids, sampling, body.cache_salt)

@@ -20,12 +20,14 @@ MAX_ERROR_CHARS = 400
 
 
 def _limits() -> LLParserLimits:
-    """Fuel, not seconds: what compiles on one machine compiles on all. Each is used up in well under a second."""
+    """Fuel, not seconds: what compiles on one machine compiles on all. A step burns it in about 15 ms, so a grammar
+    that grows as it is followed fails its own answer before it holds up others; a lexer state takes about 2 kB.
+    """
     return LLParserLimits(
         initial_lexer_fuel=2_000_000,
-        step_lexer_fuel=500_000,
-        step_max_items=100_000,
-        max_lexer_states=100_000,
+        step_lexer_fuel=200_000,
+        step_max_items=50_000,
+        max_lexer_states=20_000,
         max_grammar_size=200_000,
         # Whole-vocabulary work ahead of time, for a grammar that may be used for ten tokens.
         precompute_large_lexemes=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -50,8 +51,9 @@ def facts(model_dir: Path) -> ModelFacts:
 
 
 @pytest.fixture(scope="session")
-def text(model_dir: Path, facts: ModelFacts) -> Text:
-    return Text(model_dir, facts, [MODEL], thinking=False)
+def text(model_dir: Path, facts: ModelFacts) -> Iterator[Text]:
+    with contextlib.closing(Text(model_dir, facts, [MODEL], thinking=False)) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

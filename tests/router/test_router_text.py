@@ -15,7 +15,7 @@ from router.chat import Chat, Completion, Header, StopStrings, Text, Usage
 from router.config import ModelFacts
 from router.schema import ChatBody, parse_body
 from tests.router.conftest import BOS, EOS, MODEL, byte_ids
-from wire.errors import ConfigError, InvalidRequest
+from wire.errors import ConfigError
 from wire.types import FinishReason, SamplingParams, TokenEvent
 
 USAGE = Usage(prompt_tokens=3, completion_tokens=0, cached_tokens=0)
@@ -198,22 +198,6 @@ def test_chat_logprobs_come_with_their_text(text: Text):
     (entry,) = chunks[0]["choices"][0]["logprobs"]["content"]
     assert (entry["token"], entry["logprob"], entry["bytes"]) == ("a", -0.5, [97])
     assert entry["top_logprobs"][0]["token"] == "a"
-
-
-@pytest.mark.parametrize(
-    ("body", "param"),
-    [
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}}}, "response_format"),
-        (
-            {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"},
-            "tool_choice",
-        ),
-    ],
-)
-def test_a_constraint_that_could_not_be_kept_is_refused(text: Text, body: dict[str, Any], param: str):
-    with pytest.raises(InvalidRequest, match="not supported") as caught:
-        chat(text, **body)
-    assert caught.value.param == param
 
 
 def test_default_max_tokens_of_a_chat_stay_within_the_context(text: Text):
