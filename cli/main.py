@@ -60,6 +60,10 @@ HostMemory = Annotated[
 PrefixCache = Annotated[
     bool, flag("prefix-cache", "Keep prompts and answers for requests that begin with them.", switch=True)
 ]
+DraftTokens = Annotated[
+    Literal["auto", "0", "1", "2", "3"],
+    flag("draft-tokens", "Tokens the checkpoint's draft layer guesses a step, if it has one; auto: as many as pay."),
+]
 MaxRequests = Annotated[int, flag("max-requests", "Requests one worker holds at once.", min=1)]
 MaxContext = Annotated[int, flag("max-context", "Longest request in tokens; 0: what the checkpoint allows.", min=0)]
 Threads = Annotated[int, flag("threads", "Compute threads of one worker.", min=1)]
@@ -91,6 +95,7 @@ def up(
     kv_layout: KvLayout = "v4",
     kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]
     prefix_cache: PrefixCache = True,
+    draft_tokens: DraftTokens = "auto",
     max_requests: MaxRequests = 64,
     max_context: MaxContext = 0,
     threads: Threads = 1,
@@ -122,6 +127,7 @@ def up(
         worker_flags=(
             *("--device", device, "--dtype", dtype, "--kv-layout", kv_layout, "--kv-memory", str(kv_memory)),
             "--prefix-cache" if prefix_cache else "--no-prefix-cache",
+            *("--draft-tokens", draft_tokens),
             *("--max-requests", str(max_requests), "--max-context", str(max_context), "--transport", transport),
             *shared,
         ),
@@ -207,6 +213,7 @@ def prefill(
     kv_layout: KvLayout = "v4",
     kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]
     prefix_cache: PrefixCache = True,
+    draft_tokens: DraftTokens = "auto",
     max_requests: MaxRequests = 64,
     max_context: MaxContext = 0,
     threads: Threads = 1,
@@ -231,6 +238,7 @@ def prefill(
                 max_requests=max_requests,
                 max_context=max_context,
                 threads=threads,
+                draft=draft_tokens != "0",
             ),
             host=host,
             port=port,
@@ -263,6 +271,7 @@ def decode(
     kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]
     host_memory: HostMemory = "1GiB",  # type: ignore[assignment]
     prefix_cache: PrefixCache = True,
+    draft_tokens: DraftTokens = "auto",
     max_requests: MaxRequests = 64,
     max_context: MaxContext = 0,
     threads: Threads = 1,
@@ -286,6 +295,7 @@ def decode(
                 max_requests=max_requests,
                 max_context=max_context,
                 threads=threads,
+                draft=draft_tokens != "0",
             ),
             host=host,
             port=port,
@@ -295,6 +305,7 @@ def decode(
             worker_id=worker_id or _made_up_name("decode"),
             transport=transport,
             host_memory_bytes=host_memory,
+            draft_tokens=None if draft_tokens == "auto" else int(draft_tokens),
             prefix_cache=prefix_cache,
             drain_s=grace_s,
             log_level=log_level,

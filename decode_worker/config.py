@@ -23,6 +23,7 @@ class DecodeConfig:
     offer_timeout_s: float = 300.0  # how long a living prefill worker may offer nothing
     growth_tokens: int = 512  # kept free behind each request when another one comes in
     host_memory_bytes: int = 1 << 30  # for requests that made room for others
+    draft_tokens: int | None = 0  # verified in one step at most, 0 to 3; None: as many as pay
     prefix_cache: bool = True  # keep prompts and answers for requests that begin with them
     drain_s: float = 30.0
     log_level: str = "info"

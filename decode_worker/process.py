@@ -51,6 +51,7 @@ async def _serve(config: DecodeConfig, runner: Runner, transport: Transport, epo
             growth_tokens=config.growth_tokens,
             host_memory_bytes=config.host_memory_bytes,
             prefix_cache=config.prefix_cache,
+            draft_tokens=config.draft_tokens if runner.draft is not None else 0,
             max_context=runner.max_context,
             vocab_size=runner.model_config.vocab_size,
             eos_token_id=runner.model_config.eos_token_id,

@@ -1,22 +1,24 @@
 """Continuous batching of requests whose pages come from elsewhere. Pure: events in, actions and batches out.
 
-A request waits for room, fetches its pages while prefill still computes, then joins the batch that advances
-by one token a step. Pages of earlier requests that begin alike are not fetched again. When answers outgrow the
-pages there are, the request that came last makes room: its bytes move to host memory and back once there is room
-again, and it goes on where it was. However a request ends, it holds nothing afterwards, except pages that a read
-has not let go of yet.
+A request waits for room, fetches its pages while prefill still computes, then joins the batch that advances by
+one token a step, or by several where a draft layer guessed right. Pages of earlier requests that begin alike
+are not fetched again. When answers outgrow the pages there are, the request that came last makes room: its
+bytes move to host memory and back once there is room again, and it goes on where it was. However a request
+ends, it holds nothing afterwards, except pages that a read has not let go of yet.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from decode_worker.admission import Admission, Place, Pools, has_room, places_of
+from decode_worker.drafting import DraftDepth
 from decode_worker.fetch import Fetch
 from decode_worker.preemption import HostPages
-from engine.batch import Sampled, Segment, Sequence, not_drawn
+from engine.batch import Drawn, Segment, Sequence, not_drawn
 from engine.loop import Load, StepFailed, Tick
 from kvtransfer.plan import item_bytes
 from kvtransfer.reader import ReadJob, ReadResult
@@ -187,6 +189,7 @@ class DecodeLimits:
     growth_tokens: int = 512  # kept free behind each request when another one comes in
     host_memory_bytes: int = 1 << 30  # for preempted requests
     prefix_cache: bool = True
+    draft_tokens: int | None = 0  # verified in one step at most; None: as many as pay
     max_context: int
     vocab_size: int
     eos_token_id: int
@@ -217,6 +220,7 @@ class _Run:
     host_bytes: int = 0  # set aside for `saved`
     digests: list[bytes] = field(default_factory=list, repr=False)  # of the prompt's whole pages
     answer: list[int] = field(default_factory=list, repr=False)  # generated so far
+    guesses: tuple[int, ...] = ()  # at the tokens behind those
     cached_tokens: int = 0
 
     @property
@@ -240,7 +244,9 @@ class DecodeCore:
         self._runs: dict[AttemptId, _Run] = {}
         self._waiting: deque[_Run] = deque()
         self._running: dict[AttemptId, _Run] = {}
-        self._batch: list[_Run] = []
+        self._batch: list[tuple[_Run, int]] = []  # with how many drafts
+        self._depth = DraftDepth(limits.draft_tokens)
+        self._batch_started_s = 0.0
         self._by_job: dict[str, _Run] = {}
         self._orphans: dict[str, tuple[Place, ...]] = {}  # reads that outlived their request -> quarantined places
         self._num_admitted = 0
@@ -277,46 +283,65 @@ class DecodeCore:
             case StepFailed(error):
                 failed, self._batch = self._batch, []
                 actions = []
-                for run in failed:
+                for run, _ in failed:
                     actions += self._fail(run, WorkerLost(f"the decode step of {run.id} failed: {error}"))
         return actions + self._share_out(now_s)
 
     def next_batch(self, now_s: float) -> list[Segment]:
-        """One token of every running request that has room for it."""
+        """The last token of every running request that has room for it, and the guesses at what follows it."""
         assert not self._batch, "the last batch has not been answered"
         segments = []
-        for run in self._running.values():
+        going = [run for run in self._running.values() if run.sequence is not None and has_room(run.sequence)]
+        depth = self._depth.choose(len(going))
+        self._batch_started_s = now_s
+        for run in going:
             sequence = run.sequence
             assert sequence is not None
-            if not has_room(sequence):
-                continue
-            self._batch.append(run)
-            self._admission.window.cover(sequence, sequence.length, sequence.length + 1)
+            room = len(sequence.pages) * PAGE_TOKENS - sequence.length
+            left = run.request.sampling.max_tokens - run.num_tokens
+            drafts = run.guesses[: max(0, min(depth, room - 1, left - 1))]
+            # At least one token comes of this step, and the last one is drawn, not drafted.
+            guesses = max(0, min(depth, left - 2))
+            self._batch.append((run, len(drafts)))
+            end = sequence.length + 1 + len(drafts)
+            self._admission.window.cover(sequence, sequence.length, end + guesses)
             segments.append(
                 Segment(
                     sequence=sequence,
                     start=sequence.length,
-                    tokens=[run.answer[-1]],
+                    tokens=[run.answer[-1], *drafts],
                     sample=True,
                     index=run.num_tokens,
+                    drafts=len(drafts),
+                    guesses=guesses,
                 )
             )
         return segments
 
-    def finish(self, now_s: float, results: list[Sampled | None]) -> list[DecodeAction]:
+    def finish(self, now_s: float, results: list[Drawn]) -> list[DecodeAction]:
         actions: list[DecodeAction] = []
         batch, self._batch = self._batch, []
-        for run, result in zip(batch, results, strict=True):
+        self._depth.measured(
+            [(drafts, len(drawn.tokens) - 1) for (_, drafts), drawn in zip(batch, results, strict=True)],
+            now_s - self._batch_started_s,
+        )
+        for (run, _), drawn in zip(batch, results, strict=True):
             sequence = run.sequence
             assert sequence is not None
-            assert result is not None, f"run {run.id} asked for a token and got none"
-            sequence.length += 1
+            assert drawn.tokens, f"run {run.id} asked for a token and got none"
+            sequence.length += len(drawn.tokens)
             self._admission.window.trim(sequence)
-            if not result.ok:
-                actions += self._fail(run, not_drawn(result, f"token {run.num_tokens} of {run.id}"))
-                continue
-            token = TokenEvent(index=run.num_tokens, token_id=result.token_id, logprob=result.logprob, top=result.top)
-            actions += self._advance(run, token)
+            run.guesses = drawn.guesses
+            good = drawn.tokens if drawn.tokens[-1].ok else drawn.tokens[:-1]
+            actions += self._advance(
+                run,
+                [
+                    TokenEvent(index=index, token_id=one.token_id, logprob=one.logprob, top=one.top)
+                    for index, one in enumerate(good, start=run.num_tokens)
+                ],
+            )
+            if len(good) < len(drawn.tokens) and run.id in self._runs:
+                actions += self._fail(run, not_drawn(drawn.tokens[-1], f"token {run.num_tokens} of {run.id}"))
         return actions + self._share_out(now_s)
 
     def next_deadline(self) -> float | None:
@@ -338,6 +363,9 @@ class DecodeCore:
             quarantined_total=self._admission.quarantined_total,
             preemptions_total=self._preemptions_total,
             host_bytes=self._host_bytes,
+            drafts_total=self._depth.drafts_total,
+            drafts_kept_total=self._depth.kept_total,
+            drafted_steps_total=self._depth.verified_total,
         )
 
     # A request's states.
@@ -437,7 +465,7 @@ class DecodeCore:
         if self._host_bytes + num_bytes > self._limits.host_memory_bytes:
             return None
         del self._running[run.id]
-        run.state, run.deadline, run.host_bytes = _State.SAVING, None, num_bytes
+        run.state, run.deadline, run.host_bytes, run.guesses = _State.SAVING, None, num_bytes, ()
         self._host_bytes += num_bytes
         self._preemptions_total += 1
         return Save(run.id, items)
@@ -561,19 +589,26 @@ class DecodeCore:
         self._running[run.id] = run
         # Now, not at the end: requests that begin alike often come together.
         self._admission.share(sequence, run.digests)
-        return [*self._advance(run, fetch.tail.first), closed]
+        return [*self._advance(run, [fetch.tail.first]), closed]
 
-    def _advance(self, run: _Run, token: TokenEvent) -> list[DecodeAction]:
-        """One more token; the last one ends the request."""
+    def _advance(self, run: _Run, tokens: Items[TokenEvent]) -> list[DecodeAction]:
+        """These tokens come next; the last one of the answer ends the request, and what was drawn behind it is void."""
         sampling = run.request.sampling
-        run.answer.append(token.token_id)
-        actions: list[DecodeAction] = [Emit(run.id, Tokens(attempt=run.id.attempt, tokens=(token,)))]
-        is_eos = token.token_id == self._limits.eos_token_id and not sampling.ignore_eos
-        if is_eos or token.token_id in sampling.stop_token_ids:
-            reason = FinishReason.STOP
-        elif run.num_tokens >= sampling.max_tokens:
-            reason = FinishReason.LENGTH
-        else:
+        reason = None
+        for taken, token in enumerate(tokens, start=1):
+            run.answer.append(token.token_id)
+            is_eos = token.token_id == self._limits.eos_token_id and not sampling.ignore_eos
+            if is_eos or token.token_id in sampling.stop_token_ids:
+                reason = FinishReason.STOP
+            elif run.num_tokens >= sampling.max_tokens:
+                reason = FinishReason.LENGTH
+            if reason is not None:
+                tokens = tokens[:taken]
+                break
+        actions: list[DecodeAction] = []
+        if tokens:
+            actions.append(Emit(run.id, Tokens(attempt=run.id.attempt, tokens=tuple(tokens))))
+        if reason is None:
             return actions
         done = Finished(
             reason=reason,

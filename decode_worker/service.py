@@ -12,7 +12,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import structlog
@@ -40,7 +40,8 @@ from decode_worker.scheduler import (
     Start,
     SubmitRead,
 )
-from engine.loop import EngineLoop, StepRunner
+from engine.batch import Drawn, Segment
+from engine.loop import EngineLoop
 from kvtransfer.reader import Reader, ReadResult
 from wire import convert
 from wire.errors import Draining, PenumbraError, StaleAttempt, TransferFailed, WorkerLost
@@ -69,6 +70,19 @@ MAX_IDLE_CHANNELS = 64
 STOP_S = 10.0
 
 
+class DecodeRunner(Protocol):
+    """What decode needs of `engine.runner.Runner`."""
+
+    def step(self, batch: list[Segment]) -> list[Drawn]: ...
+
+
+class _Steps:
+    """A runner as the engine thread runs it."""
+
+    def __init__(self, runner: DecodeRunner) -> None:
+        self.run = runner.step
+
+
 class DecodeService(worker_pb2_grpc.DecodeServicer):
     """Owns the engine thread of a decode worker and its claims; implements `wire.worker.WorkerService`.
 
@@ -80,7 +94,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
     def __init__(
         self,
         core: DecodeCore,
-        runner: StepRunner,
+        runner: DecodeRunner,
         memory: PageMemory,
         metrics: WorkerMetrics,
         *,
@@ -108,7 +122,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._loop = asyncio.get_running_loop()
         self._engine: EngineLoop[DecodeEvent, DecodeAction] = EngineLoop(
             core,
-            runner,
+            _Steps(runner),
             emit=lambda actions: self._post(self._apply, actions),
             on_crash=lambda error, ended: self._post(self._on_crash, error, ended),
             on_step=metrics.step_time.observe,
@@ -117,6 +131,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._total_tokens = self._engine.load.free_tokens  # nothing is held yet
         self._quarantined_total = 0
         self._preemptions_total = 0
+        self._drafts_total = self._kept_total = self._drafted_steps_total = 0
         self._reader: Reader | None = None
         self._runs: dict[AttemptId, asyncio.Queue[StartEvent]] = {}
         self._claims: dict[AttemptId, asyncio.Task[None]] = {}
@@ -332,6 +347,12 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._quarantined_total = load.quarantined_total
         metrics.preemptions.inc(load.preemptions_total - self._preemptions_total)
         self._preemptions_total = load.preemptions_total
+        metrics.draft_tokens.inc(load.drafts_total - self._drafts_total)
+        metrics.kept_drafts.inc(load.drafts_kept_total - self._kept_total)
+        if steps := load.drafted_steps_total - self._drafted_steps_total:
+            metrics.accept_length.set(1 + (load.drafts_kept_total - self._kept_total) / steps)
+        self._drafts_total, self._kept_total = load.drafts_total, load.drafts_kept_total
+        self._drafted_steps_total = load.drafted_steps_total
         metrics.host_bytes.set(load.host_bytes)
         for page_class, counts in load.pages.items():
             metrics.set_pages(

@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-from engine.batch import Sampled, Segment
+from engine.batch import Segment
 from engine.cache.pools import PoolCounts
 from wire.types import PageClass
 
@@ -50,6 +50,9 @@ class Load:
     quarantined_total: int = 0  # items ever quarantined
     preemptions_total: int = 0  # requests ever moved to host memory to make room
     host_bytes: int = 0  # what they hold there now
+    drafted_steps_total: int = 0  # steps of a request with drafts in them
+    drafts_total: int = 0  # the drafts in those
+    drafts_kept_total: int = 0  # and how many were what was drawn
 
 
 EventIn = TypeVar("EventIn", contravariant=True)
@@ -65,8 +68,8 @@ class Core(Protocol[EventIn, Action]):
     def next_batch(self, now_s: float) -> list[Segment]:
         """What to compute now; empty when there is nothing. Answered by `finish`, or by StepFailed."""
 
-    def finish(self, now_s: float, results: list[Sampled | None]) -> list[Action]:
-        """Results of the last batch, one per segment."""
+    def finish(self, now_s: float, results: list[Any]) -> list[Action]:
+        """Results of the last batch, one per segment, of the kind its runner gives."""
 
     def next_deadline(self) -> float | None:
         """When to send the next Tick; after a Tick it lies in the future."""
@@ -75,7 +78,7 @@ class Core(Protocol[EventIn, Action]):
 
 
 class StepRunner(Protocol):
-    def run(self, batch: list[Segment]) -> list[Sampled | None]: ...
+    def run(self, batch: list[Segment]) -> list[Any]: ...
 
 
 class EngineLoop(Generic[Event, Action]):

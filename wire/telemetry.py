@@ -202,6 +202,17 @@ class WorkerMetrics:
         self.host_bytes = Gauge(
             "penumbra_preempted_host_bytes", "Page bytes of preempted requests in host memory", registry=registry
         )
+        self.draft_tokens = Counter(
+            "penumbra_spec_draft_tokens_total", "Tokens drafted and verified", registry=registry
+        )
+        self.kept_drafts = Counter(
+            "penumbra_spec_accepted_tokens_total", "Of those, how many were what was drawn", registry=registry
+        )
+        self.accept_length = Gauge(
+            "penumbra_spec_accept_length",
+            "Tokens a request's step with drafts brought of late, the drawn one counted",
+            registry=registry,
+        )
         self.queue_time = Histogram(
             "penumbra_queue_time_seconds",
             "From arrival to the first step",

@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry
 
 from decode_worker.scheduler import DecodeCore, DecodeLimits
 from decode_worker.service import DecodeService
-from engine.batch import Sampled, Segment
+from engine.batch import Drawn, Sampled, Segment
 from engine.cache.pools import KvPools, PageAllocator
 from engine.loop import StepRunner
 from engine.window import first_window_page
@@ -140,6 +140,9 @@ class OracleRunner:
             self.fail_next.clear()
             raise RuntimeError("a kernel failed")
         return [self._compute(segment) for segment in batch]
+
+    def step(self, batch: list[Segment]) -> list[Drawn]:
+        return [Drawn((one,)) if one is not None else Drawn() for one in self.run(batch)]
 
     def _compute(self, segment: Segment) -> Sampled | None:
         sequence, memory = segment.sequence, self._memory

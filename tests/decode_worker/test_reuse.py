@@ -19,7 +19,7 @@ from decode_worker.scheduler import (
     PrefixesChanged,
     Start,
 )
-from engine.batch import Sampled
+from engine.batch import Drawn, Sampled
 from engine.cache.pools import PoolSizes, item_bytes
 from engine.colocated import generate
 from engine.config import KvLayout
@@ -179,7 +179,7 @@ def test_an_answer_that_went_wrong_is_not_kept_but_its_prompt_is(fault: str) -> 
     say(core, list(range(100, 113)))
     core.next_batch(0.0)
     if fault == "not finite":
-        core.finish(0.0, [Sampled(token_id=0, logprob=0.0, ok=False)])
+        core.finish(0.0, [Drawn((Sampled(token_id=0, logprob=0.0, ok=False),))])
     else:
         core.step(0.0, StepFailed("RuntimeError: boom"))
     assert resident(core) == 1  # of 500 tokens

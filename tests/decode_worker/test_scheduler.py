@@ -32,7 +32,7 @@ from decode_worker.scheduler import (
     Start,
     SubmitRead,
 )
-from engine.batch import Sampled, Segment
+from engine.batch import Drawn, Sampled, Segment
 from engine.cache.pools import PageAllocator
 from engine.loop import StepFailed, Tick
 from kvtransfer.reader import ReadJob, ReadResult
@@ -205,9 +205,14 @@ def make_running(core: DecodeCore, req: StartRequest, first: int = 50) -> list[D
     return core.step(0.0, landed(job))
 
 
+def drawn(*results: Sampled) -> list[Drawn]:
+    """One token for each request of the batch."""
+    return [Drawn((sampled,)) for sampled in results]
+
+
 def decode_step(core: DecodeCore, *ids: int) -> list[DecodeAction]:
     assert len(core.next_batch(0.0)) == len(ids)
-    return core.finish(0.0, [Sampled(token_id=i, logprob=-1.0) for i in ids])
+    return core.finish(0.0, drawn(*(Sampled(token_id=i, logprob=-1.0) for i in ids)))
 
 
 A, B = AttemptId("a", 1), AttemptId("b", 1)
@@ -274,7 +279,7 @@ def test_decoding_continues_at_the_prompts_end_with_the_token_before() -> None:
     make_running(core, request(num_tokens=300))
     (segment,) = core.next_batch(0.0)
     assert (segment.start, segment.tokens, segment.sample, segment.index) == (300, [50], True, 1)
-    actions = core.finish(0.0, [Sampled(token_id=60, logprob=-1.0, top=((60, -1.0),))])
+    actions = core.finish(0.0, drawn(Sampled(token_id=60, logprob=-1.0, top=((60, -1.0),))))
     assert actions == [
         Emit(A, Tokens(attempt=1, tokens=(TokenEvent(index=1, token_id=60, logprob=-1.0, top=((60, -1.0),)),)))
     ]
@@ -289,7 +294,7 @@ def test_requests_of_different_age_share_every_step() -> None:
     make_running(core, request("b", 10))
     batch = core.next_batch(0.0)
     assert [(s.sequence.request_id, s.start, s.index) for s in batch] == [("a", 301, 2), ("b", 10, 1)]
-    actions = core.finish(0.0, [Sampled(token_id=61, logprob=0.0), Sampled(token_id=71, logprob=0.0)])
+    actions = core.finish(0.0, drawn(Sampled(token_id=61, logprob=0.0), Sampled(token_id=71, logprob=0.0)))
     assert [(a.run, a.event.tokens[0].token_id) for a in actions if isinstance(a, Emit)] == [(A, 61), (B, 71)]  # type: ignore[union-attr]
 
 
@@ -333,7 +338,7 @@ def test_window_pages_follow_a_long_answer_and_never_exceed_two() -> None:
         for j in range(max(0, position - 127) // 256, position // 256 + 1):
             assert segment.sequence.swa_pages[j] != 0
             assert segment.sequence.pages[j] != 0
-        core.finish(0.0, [Sampled(token_id=60, logprob=0.0)])
+        core.finish(0.0, drawn(Sampled(token_id=60, logprob=0.0)))
     assert emitted(decode_step(core, 60))[-1] == Finished(
         reason=FinishReason.LENGTH, prompt_tokens=250, cached_tokens=0, completion_tokens=900
     )
@@ -496,7 +501,7 @@ def test_a_result_that_is_not_finite_fails_its_request_and_its_neighbours_go_on(
     make_running(core, request("a"))
     make_running(core, request("b"))
     core.next_batch(0.0)
-    actions = core.finish(0.0, [Sampled(token_id=0, logprob=0.0, ok=False), Sampled(token_id=60, logprob=0.0)])
+    actions = core.finish(0.0, drawn(Sampled(token_id=0, logprob=0.0, ok=False), Sampled(token_id=60, logprob=0.0)))
     assert failure(actions).code == "numerical_error"
     assert token_ids(actions) == [60]
     assert [s.sequence.request_id for s in core.next_batch(0.0)] == ["b"]
@@ -580,7 +585,7 @@ def say(core: DecodeCore, steps: int) -> list[DecodeAction]:
         batch = core.next_batch(0.0)
         if not batch:
             break
-        seen += carry_out(core, core.finish(0.0, [Sampled(token_id=60, logprob=-1.0) for _ in batch]))
+        seen += carry_out(core, core.finish(0.0, drawn(*(Sampled(token_id=60, logprob=-1.0) for _ in batch))))
     return seen
 
 
@@ -610,7 +615,7 @@ def test_answers_that_outgrow_the_pages_move_the_last_request_to_host_memory_and
     assert (core.load().preemptions_total, core.load().host_bytes) == (1, 3 * 8)
     assert pools.counts("used") == (3, 1, 1)
     assert [s.sequence.request_id for s in core.next_batch(0.0)] == ["a"]
-    after = carry_out(core, core.finish(0.0, [Sampled(token_id=60, logprob=-1.0)]))
+    after = carry_out(core, core.finish(0.0, drawn(Sampled(token_id=60, logprob=-1.0))))
     after += say(core, 60)
     (restore,) = [action for action in after if isinstance(action, Restore)]
     assert restore.pages is NOTHING
@@ -700,7 +705,7 @@ def test_a_copy_that_comes_back_damaged_fails_its_request_alone() -> None:
     make_running(core, request("b", 500, max_tokens=40))
     say(core, 12)
     core.next_batch(0.0)
-    actions = core.finish(0.0, [Sampled(token_id=60, logprob=-1.0)])
+    actions = core.finish(0.0, drawn(Sampled(token_id=60, logprob=-1.0)))
     (restore,) = [action for action in actions if isinstance(action, Restore)]
     failed = failure(core.step(0.0, Restored(restore.run, 2)))
     assert (failed.code, failed.retryable) == ("transfer_failed", True)
@@ -717,7 +722,9 @@ def test_a_request_cancelled_on_its_way_to_host_memory_or_back_leaves_nothing(wh
     say(core, 11)
     core.next_batch(0.0)
     (save,) = [
-        action for action in core.finish(0.0, [Sampled(token_id=60, logprob=-1.0)] * 2) if isinstance(action, Save)
+        action
+        for action in core.finish(0.0, drawn(*[Sampled(token_id=60, logprob=-1.0)] * 2))
+        if isinstance(action, Save)
     ]
     if when == "saving":
         core.step(0.0, Cancel(B))
@@ -727,7 +734,7 @@ def test_a_request_cancelled_on_its_way_to_host_memory_or_back_leaves_nothing(wh
         if when == "preempted":
             core.step(0.0, Cancel(B))
     core.next_batch(0.0)
-    actions = core.finish(0.0, [Sampled(token_id=60, logprob=-1.0)])
+    actions = core.finish(0.0, drawn(Sampled(token_id=60, logprob=-1.0)))
     if when == "restoring":
         assert any(isinstance(action, Restore) for action in actions)
         core.step(0.0, Cancel(B))
@@ -915,7 +922,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(token=st.sampled_from([60, 60, 60, 60, 60, EOS, -1]))
     def finish(self, token: int) -> None:
         n, self.batch = len(self.batch), []
-        self.see(self.core.finish(self.now, [Sampled(token_id=token, logprob=0.0, ok=token >= 0)] * n))
+        self.see(self.core.finish(self.now, drawn(*[Sampled(token_id=token, logprob=0.0, ok=token >= 0)] * n)))
 
     @precondition(idle)
     @rule(steps=st.integers(2, 20))

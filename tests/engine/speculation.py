@@ -40,12 +40,28 @@ def drafting_model(seed: int, pattern: str, **changes: object) -> tuple[ModelCon
     return config, tensors
 
 
+def echoing(config: ModelConfig, tensors: dict[str, Tensor]) -> None:
+    """Make the draft layer always right: a model without attention and experts that looks at its last token only."""
+    for name, t in tensors.items():
+        if name.endswith(("attn.wo_b.weight", "experts.w2", "shared_experts.w2.weight", "h_proj.weight")):
+            t.zero_()
+    d = config.hidden_size
+    tensors["mtp.0.e_proj.weight"] = torch.eye(d).bfloat16()
+    tensors["mtp.0.enorm.weight"] = torch.ones(d).bfloat16()
+    tensors["mtp.0.norm.weight"] = tensors["norm.weight"].clone()
+
+
 def runner_of(
-    config: ModelConfig, tensors: dict[str, Tensor], layout: KvLayout, *, draft: bool = True, slots: int = 8
+    config: ModelConfig,
+    tensors: dict[str, Tensor],
+    layout: KvLayout,
+    *,
+    draft: bool = True,
+    sizes: PoolSizes = PoolSizes(full=40, swa=40, slots=8),  # noqa: B008
 ) -> Runner:
     tensors = dict(tensors)
     model = DeepseekV4(config, tensors)
-    pools = KvPools(config, layout, PoolSizes(full=40, swa=40, slots=slots), "test", "cpu")
+    pools = KvPools(config, layout, sizes, "test", "cpu")
     engine = EngineConfig(model=Path(), kv_layout=layout, draft=draft)
     return Runner(engine, model, pools, "test", DraftLayer(model, tensors) if draft else None)
 

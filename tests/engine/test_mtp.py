@@ -14,7 +14,7 @@ from engine.config import C4_RING, KvLayout
 from engine.kernels.rows import read_rows
 from engine.runner import Runner
 from tests.engine.dense_forward import dense_draft
-from tests.engine.speculation import Guesser, Speculator, drafting_model, runner_of
+from tests.engine.speculation import Guesser, Speculator, drafting_model, echoing, runner_of
 from wire.types import PAGE_TOKENS, PageClass, SamplingParams
 
 PACKED = {"head_dim": 512, "rope_dim": 64, "index_head_dim": 128, "hidden_size": 64, "index_topk": 32}
@@ -186,17 +186,6 @@ def test_refused_drafts_leave_no_trace_in_any_pool(layout: KvLayout, prompt: int
     assert answers[0] == answers[1]
     for name, without in found[0].items():
         assert torch.equal(without, found[1][name]), name
-
-
-def echoing(config, tensors: dict[str, Tensor]) -> None:
-    """Make the draft layer always right: a model without attention and experts that looks at its last token only."""
-    for name, t in tensors.items():
-        if name.endswith(("attn.wo_b.weight", "experts.w2", "shared_experts.w2.weight", "h_proj.weight")):
-            t.zero_()
-    d = config.hidden_size
-    tensors["mtp.0.e_proj.weight"] = torch.eye(d).bfloat16()
-    tensors["mtp.0.enorm.weight"] = torch.ones(d).bfloat16()
-    tensors["mtp.0.norm.weight"] = tensors["norm.weight"].clone()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
