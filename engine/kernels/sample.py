@@ -175,7 +175,7 @@ def _shape(logits: NDArray[np.float32], rows: Sequence[Row]) -> F64:
         np.add.at(shaped, (at[known], ids[known]), bias[known])
     for i, row in enumerate(rows):
         if row.mask is not None:
-            shaped[i, ~row.mask] = -np.inf
+            np.putmask(shaped[i], ~row.mask, -np.inf)
         if _is_short(row):
             before = shaped[i].copy()
             shaped[i, [token for token in row.banned if token < vocab_size]] = -np.inf
@@ -210,62 +210,80 @@ def _penalise(shaped: F64, rows: Sequence[Row], penalised: list[int]) -> None:
 def _draw(scores: F64, rows: list[Row]) -> Ids:
     """scores [S, V], logits over temperature -> [S] tokens."""
     chosen = np.zeros(len(rows), dtype=np.int64)
+    keys = _keys([row.params for row in rows], [row.position for row in rows])
     filtered = np.array([row.params.top_k > 0 or row.params.top_p < 1 or row.params.min_p > 0 for row in rows])
     free = np.flatnonzero(~filtered)
     if len(free):
-        everything = np.arange(scores.shape[-1])
-        chosen[free] = (scores[free] + _noise([rows[i] for i in free], everything)).argmax(axis=-1)
+        chosen[free] = (scores[free] + _gumbel(keys[free, None], np.arange(scores.shape[-1]))).argmax(axis=-1)
     left = np.flatnonzero(filtered)
-    for width in (CANDIDATES, scores.shape[-1]):
-        if len(left):
-            tokens, sure = _draw_filtered(scores[left], [rows[i] for i in left], width)
-            chosen[left[sure]] = tokens[sure]
-            left = left[~sure]
+    if len(left):
+        kept, ids = np.nonzero(_keep(scores[left], [rows[int(i)] for i in left]))
+        noisy = scores[left[kept], ids] + _gumbel(keys[left[kept]], ids)
+        first = np.searchsorted(kept, np.arange(len(left)))
+        best = np.flatnonzero(noisy == np.maximum.reduceat(noisy, first)[kept])
+        chosen[left] = ids[best[np.searchsorted(kept[best], np.arange(len(left)))]]
     return chosen
 
 
-def _draw_filtered(scores: F64, rows: list[Row], width: int) -> tuple[Ids, NDArray[np.bool_]]:
-    """([S] tokens, [S] whether the `width` most likely tokens were enough to tell)."""
-    ids, candidates, sure = _most_likely(scores, width)
-    whole = candidates.shape[-1] == scores.shape[-1]
-    rank = np.arange(candidates.shape[-1])
-    top_k = np.array([row.params.top_k or scores.shape[-1] for row in rows])[:, None]
-    top_p = _column(rows, "top_p")[:, None]
-    min_p = _column(rows, "min_p")[:, None]
-    weights = np.exp(candidates - candidates[:, :1])
-    within = np.where(rank < top_k, weights, 0.0)
-    # Summed over the whole row where top_k leaves it whole, in one order whatever the width.
-    total = np.where(
-        (top_k >= scores.shape[-1])[:, 0], np.exp(scores - candidates[:, :1]).sum(axis=-1), within.sum(axis=-1)
-    )
-    before = np.cumsum(within, axis=-1) - within
-    keep = rank < top_k
-    keep &= (before < top_p * total[:, None]) | (top_p >= 1)
-    keep &= weights >= min_p
-    keep[:, 0] = True
-    keep &= np.isfinite(candidates)
-    if not whole:
-        # The filters keep the first so many; had they kept the last candidate, they might keep one we have not seen.
-        sure &= ~keep[:, -1]
-    noisy = np.where(keep, candidates + _noise(rows, ids), -np.inf)
-    return np.take_along_axis(ids, noisy.argmax(axis=-1)[:, None], axis=-1)[:, 0], sure
+def _keep(scores: F64, rows: list[Row]) -> NDArray[np.bool_]:
+    """[S, V] tokens that the filters leave; at least the most likely one of each row."""
+    size = scores.shape[-1]
+    keep = np.zeros(scores.shape, dtype=bool)
+    left = np.arange(len(rows))
+    for width in (CANDIDATES, size):
+        if not len(left):
+            break
+        part = scores[left]
+        counts, least = _count_kept(part, [rows[int(i)] for i in left], width)
+        # Had they kept the last candidate, they might keep one that we have not seen.
+        sure = (counts < width) | (width >= size)
+        part, counts, least = part[sure], counts[sure], least[sure, None]
+        kept = part >= least
+        for i in np.flatnonzero(kept.sum(axis=-1) > counts):
+            equals = np.flatnonzero(part[i] == least[i])
+            kept[i, equals[counts[i] - np.count_nonzero(part[i] > least[i]) :]] = False
+        keep[left[sure]] = kept
+        left = left[~sure]
+    return keep
 
 
-def _most_likely(scores: F64, width: int) -> tuple[Ids, F64, NDArray[np.bool_]]:
-    """The `width` highest scores of each row, highest first, the lower id first among equals.
-
-    -> [S, K] ids, [S, K] scores, [S] whether no equal of the last one was left out
+def _count_kept(scores: F64, rows: list[Row], width: int) -> tuple[Ids, F64]:
+    """([S] how many tokens the filters leave, the most likely first; [S] the score of the last of them), as far as the
+    `width` most likely ones tell.
     """
     size = scores.shape[-1]
-    if width >= size:
-        ids = np.argsort(-scores, axis=-1, kind="stable")
-        return ids, np.take_along_axis(scores, ids, axis=-1), np.ones(len(scores), dtype=bool)
-    ids = np.sort(np.argpartition(scores, size - width, axis=-1)[:, size - width :], axis=-1)
-    values = np.take_along_axis(scores, ids, axis=-1)
-    order = np.argsort(-values, axis=-1, kind="stable")
-    values = np.take_along_axis(values, order, axis=-1)
-    sure = (scores >= values[:, -1:]).sum(axis=-1) == width
-    return np.take_along_axis(ids, order, axis=-1), values, sure
+    if width < size:
+        values = np.sort(np.partition(scores, size - width, axis=-1)[:, size - width :], axis=-1)[:, ::-1]
+    else:
+        values = np.sort(scores, axis=-1)[:, ::-1]
+    rank = np.arange(values.shape[-1])
+    top_k = np.array([min(row.params.top_k or size, size) for row in rows])
+    top_p, min_p = _column(rows, "top_p"), _column(rows, "min_p")[:, None]
+    weights = np.exp(values - values[:, :1])
+    keep = (rank < top_k[:, None]) & (weights >= min_p) & np.isfinite(values)
+    if (nucleus := np.flatnonzero(top_p < 1)).size:
+        within = np.where(rank < top_k[nucleus, None], weights[nucleus], 0.0)
+        total = within.sum(axis=-1)
+        # Summed over the whole row where top_k leaves it whole, in one order whatever the width.
+        if (whole := np.flatnonzero(top_k[nucleus] == size)).size:
+            total[whole] = np.exp(scores[nucleus[whole]] - values[nucleus[whole], :1]).sum(axis=-1)
+        before = np.cumsum(within, axis=-1) - within
+        keep[nucleus] &= before < top_p[nucleus, None] * total[:, None]
+    keep[:, 0] = True
+    # Each condition holds up to some rank and then no more, so a count says it all.
+    counts = keep.sum(axis=-1)
+    return counts, np.take_along_axis(values, counts[:, None] - 1, axis=-1)[:, 0]
+
+
+def _most_likely(scores: F64, width: int) -> Ids:
+    """[S, K] ids of the `width` highest scores of each row, highest first, the lower id first among equals."""
+    size = scores.shape[-1]
+    least = np.partition(scores, size - width, axis=-1)[:, size - width]
+    ids = np.zeros((len(scores), width), dtype=np.int64)
+    for i, row in enumerate(scores):
+        among = np.flatnonzero(row >= least[i])
+        ids[i] = among[np.argsort(-row[among], kind="stable")][:width]
+    return ids
 
 
 # Noise
@@ -282,18 +300,21 @@ def gumbel(seeds: Sequence[int], choices: Sequence[int], positions: Sequence[int
     """[S, K] standard Gumbel noise of tokens `ids` ([S, K] or [K]) at `positions` [S] of sequences with these 64-bit
     seeds [S] and choices [S].
     """
-    key = _mix(np.array([seed & (2**64 - 1) for seed in seeds], dtype=np.uint64))
-    key = _mix(key + np.array(choices, dtype=np.uint64) * _GOLDEN)
-    key = _mix(key + np.array(positions, dtype=np.uint64) * _GOLDEN)
-    bits = _mix(key[:, None] + (ids.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+    params = [SamplingParams(max_tokens=1, seed=s, choice=c) for s, c in zip(seeds, choices, strict=True)]
+    return _gumbel(_keys(params, positions)[:, None], ids)
+
+
+def _keys(params: Sequence[SamplingParams], positions: Sequence[int]) -> NDArray[np.uint64]:
+    key = _mix(np.array([p.seed & (2**64 - 1) for p in params], dtype=np.uint64))
+    key = _mix(key + np.array([p.choice for p in params], dtype=np.uint64) * _GOLDEN)
+    return _mix(key + np.array(positions, dtype=np.uint64) * _GOLDEN)
+
+
+def _gumbel(keys: NDArray[np.uint64], ids: Ids) -> F64:
+    bits = _mix(keys + (ids.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
     # 53 bits, shifted by half a step so that neither 0 nor 1 occurs and both logarithms are finite.
     uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     return -np.log(-np.log(uniform))
-
-
-def _noise(rows: Sequence[Row], ids: Ids) -> F64:
-    params = [row.params for row in rows]
-    return gumbel([p.seed for p in params], [p.choice for p in params], [row.position for row in rows], ids)
 
 
 # Log probabilities
@@ -307,9 +328,7 @@ def _with_logprobs(logits: NDArray[np.float32], rows: list[Row], chosen: Ids) ->
     tops: list[tuple[tuple[int, float], ...]] = [()] * len(rows)
     if width:
         # By logit, as ranks of equal logits must not depend on how a logarithm rounds.
-        ids, _, sure = _most_likely(scores, width)
-        for i in np.flatnonzero(~sure):
-            ids[i] = np.argsort(-scores[i], kind="stable")[:width]
+        ids = _most_likely(scores, width)
         values = np.take_along_axis(logprobs, ids, axis=-1).astype(np.float32)
         tops = [
             tuple(zip(ids[i, : row.params.top_logprobs].tolist(), values[i].tolist(), strict=False))
