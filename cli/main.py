@@ -423,6 +423,19 @@ def bench_engine(
     return 0
 
 
+@bench_app.command("sampling")
+def bench_sampling(
+    repeats: Annotated[int, flag("repeats", "Times each figure is taken.", min=3)] = 40,
+    threads: Threads = 2,
+    config: ConfigFile = None,
+) -> int:
+    """What each sampling option costs at batch 32, beside a decode step."""
+    from bench.sampling import run
+
+    run(threads, repeats)
+    return 0
+
+
 @bench_app.command("prefix")
 def bench_prefix(
     tokens: Annotated[int, flag("tokens", "Tokens of the prompt.", min=256)] = 900_000,
