@@ -183,7 +183,7 @@ def render(found: Inspection) -> RenderableType:
     if found.ignored:
         blocks.append(Text(f"never opened: {', '.join(found.ignored)}", style="yellow"))
     if found.draft_bytes:
-        blocks.append(Text(f"draft layers, {_size(found.draft_bytes)}, are not loaded", style="yellow"))
+        blocks.append(Text(f"draft layers, {_size(found.draft_bytes)}, are not counted below", style="yellow"))
     if found.config is not None:
         blocks.append(_facts_table(found, found.config))
     if found.num_tensors:

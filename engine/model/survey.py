@@ -94,7 +94,7 @@ class Survey:
     formats: Formats = field(default_factory=Formats)
     shards: dict[str, Header] = field(default_factory=dict)  # by file name
     where: dict[str, str] = field(default_factory=dict)  # tensor -> file name
-    draft: list[str] = field(default_factory=list)  # tensors of MTP or block-draft layers, which are not loaded
+    draft: list[str] = field(default_factory=list)  # tensors of MTP or block-draft layers
     ignored: list[str] = field(default_factory=list)  # files that are never opened
     tokenizer: Path | None = None
     identity: bytes = b""  # digest of config, index, and each shard's header and size

@@ -216,7 +216,7 @@ def test_the_terminal_shows_what_matters(flash: Path) -> None:
     text = shown(flash)
     for words in ("43: 2 plain, 21 C4, 20 C128", "159,609,485,896", "3,899.25", "H200 141 GB", "147,169,738,752"):
         assert words in text
-    assert "draft layers, 3.59 GB, are not loaded" in text
+    assert "draft layers, 3.59 GB, are not counted below" in text
 
 
 def test_the_terminal_shows_problems_of_an_empty_directory(tmp_path: Path) -> None:
