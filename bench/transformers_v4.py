@@ -111,11 +111,17 @@ def transformers_model(c: ModelConfig, tensors: dict[str, Tensor]) -> DeepseekV4
 
 
 class Picks:
-    """Records which C4 rows the oracle's indexers chose: layer -> [T, k] block numbers, -1 for none."""
+    """Records what the oracle chose in its last forward: layer -> what was read or who was asked.
+
+    rows     [T, k] block numbers of the C4 rows its indexers picked, -1 for none
+    experts  [T, k] experts its scored routers picked
+    """
 
     def __init__(self, model: DeepseekV4ForCausalLM) -> None:
-        self.by_layer: dict[int, Tensor] = {}
+        self.rows: dict[int, Tensor] = {}
+        self.experts: dict[int, Tensor] = {}
         for n, layer in enumerate(model.model.layers):
             indexer = getattr(getattr(layer.self_attn, "compressor", None), "indexer", None)
             if indexer is not None:
-                indexer.register_forward_hook(lambda _m, _i, out, n=n: self.by_layer.__setitem__(n, out[0]))
+                indexer.register_forward_hook(lambda _m, _i, out, n=n: self.rows.__setitem__(n, out[0]))
+            layer.mlp.gate.register_forward_hook(lambda _m, _i, out, n=n: self.experts.__setitem__(n, out[2]))

@@ -40,6 +40,7 @@ class Paged:
             self.window.cover(sequence, sequence.length, end)
             batch.append(Segment(sequence=sequence, start=sequence.length, tokens=tokens.tolist(), sample=False))
         ids = torch.cat([tokens for _, tokens in parts])
+        self.positions = StepMeta.of(batch).positions  # of the step that runs, for whoever looks on
         logits = self.model.forward(ids, StepMeta.of(batch), torch.arange(len(ids)), self.pools)
         for sequence, tokens in parts:
             sequence.length += len(tokens)

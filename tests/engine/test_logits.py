@@ -8,9 +8,11 @@ from torch import Tensor
 
 from bench.transformers_v4 import Picks, transformers_model
 from engine.batch import Sequence, StepMeta
+from engine.kernels import experts
 from engine.kernels import index_topk as index_topk_module
+from engine.kernels.linear import Matrix, linear
 from engine.kernels.rows import RowPool, read_rows
-from engine.model import attention
+from engine.model import attention, moe
 from engine.model.deepseek_v4 import DeepseekV4
 from tests.engine.dense_forward import Stored, dense_forward, stored_index, stored_latent
 from tests.engine.geometries import PATTERNS, random_tensors, tiny_config
@@ -20,42 +22,58 @@ TIE_MARGIN = 1e-5
 LENGTHS = (1, 2, 3, 127, 128, 129, 255, 256, 257, 511, 1000, 3000)
 
 
-class JudgedPicks:
-    """Stands where the model calls `index_topk`: our picks must be the judge's, except among scores that tie.
+class Judged:
+    """Stands where the model chooses rows and experts: our choice must be the judge's, except among scores that tie.
 
     The judge's choice is then used, so that a tie broken the other way does not spread into every later logit.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, paged: Paged) -> None:
-        self.paged, self.picks, self.ties = paged, {}, 0
+        self.paged, self.ties = paged, 0
+        self.rows: dict[int, Tensor] = {}  # layer -> [T, rows] bool
+        self.experts: dict[int, Tensor] = {}  # layer -> [T, k]
         # Choices are judged between the kernels; test_fused.py shows that the one call makes the same.
         paged.model.fused = None
-        monkeypatch.setattr(attention, "index_topk", self)
+        self.layer_of = {id(layer.moe.gate): n for n, layer in enumerate(paged.model.layers)}
+        monkeypatch.setattr(attention, "index_topk", self.index_topk)
+        monkeypatch.setattr(moe, "route_scored", self.route_scored)
 
-    def judge_by(self, picks: dict[int, Tensor]) -> None:
-        """picks: layer -> [T, rows] bool."""
-        self.picks = picks
+    def _tie(self, layer: int, position: int, scores: Tensor) -> None:
+        """`scores` are those of all that one side chose and the other did not."""
+        assert scores.max() - scores.min() < TIE_MARGIN, f"layer {layer} position {position}: {scores}"
+        self.ties += 1
 
-    def __call__(self, q: Tensor, w: Tensor, pool: RowPool, meta: StepMeta, k: int) -> Tensor:
+    def index_topk(self, q: Tensor, w: Tensor, pool: RowPool, meta: StepMeta, k: int) -> Tensor:
         ours = index_topk_module.index_topk(q, w, pool, meta, k)
         layer = next(n for n, p in self.paged.pools.index.items() if p is pool)
         judged = ours.clone()
         for t, position in enumerate(meta.positions.tolist()):
             visible = (position + 1) // 4
-            theirs = self.picks[layer][position][:visible]
+            theirs = self.rows[layer][position][:visible]
             mine = torch.zeros(visible, dtype=torch.bool)
             mine[ours[t][ours[t] >= 0].long()] = True
             if not torch.equal(mine, theirs):
                 blocks = (mine ^ theirs).nonzero()[:, 0]
                 pages = meta.page_table[int(meta.segment[t])].long()
                 keys = read_rows(pool, pages[blocks // 64] * 64 + blocks % 64)
-                scores = ((keys @ q[t].T).relu() * w[t]).sum(-1)
-                assert scores.max() - scores.min() < TIE_MARGIN, f"layer {layer} position {position}: {scores}"
-                self.ties += 1
+                self._tie(layer, position, ((keys @ q[t].T).relu() * w[t]).sum(-1))
                 chosen = theirs.nonzero()[:, 0].int()
                 judged[t] = -1
                 judged[t, : len(chosen)] = chosen
         return judged
+
+    def route_scored(self, x: Tensor, gate: Matrix, bias: Tensor, k: int, scaling: float) -> tuple[Tensor, Tensor]:
+        picks, weights = experts.route_scored(x, gate, bias, k, scaling)
+        layer = self.layer_of[id(gate)]
+        theirs = self.experts[layer][self.paged.positions]
+        differ = (picks.long().sort(-1).values != theirs.sort(-1).values).any(-1)
+        for t in differ.nonzero()[:, 0].tolist():
+            scores = torch.nn.functional.softplus(linear(x[t : t + 1], gate)[0]).sqrt()
+            either = torch.tensor(sorted(set(picks[t].tolist()) ^ set(theirs[t].tolist())))
+            self._tie(layer, int(self.paged.positions[t]), (scores + bias)[either])
+            picks[t] = theirs[t].int()
+            weights[t] = scores[theirs[t]] / (scores[theirs[t]].sum() + 1e-20) * scaling
+        return picks, weights
 
 
 def as_mask(picks: Tensor, rows: int) -> Tensor:
@@ -73,13 +91,14 @@ def check_against_transformers(
     oracle = transformers_model(config, tensors)
     recorded = Picks(oracle)
     paged = Paged(DeepseekV4(config, dict(tensors)), "exact")
-    judged = JudgedPicks(monkeypatch, paged)
+    judged = Judged(monkeypatch, paged)
     prompt = torch.randint(config.vocab_size, (max(lengths),), generator=torch.Generator().manual_seed(seed))
 
     def expected(n: int) -> Tensor:
         with torch.inference_mode():
             logits = oracle(prompt[None, :n], use_cache=False).logits[0]
-        judged.judge_by({layer: as_mask(p, n // 4) for layer, p in recorded.by_layer.items()})
+        judged.rows = {layer: as_mask(p, n // 4) for layer, p in recorded.rows.items()}
+        judged.experts = recorded.experts
         return logits
 
     for n in lengths:
