@@ -33,12 +33,12 @@ from numpy.typing import NDArray
 from engine.batch import Sampled
 from wire.types import SamplingParams
 
-CANDIDATES = 1024
-"""The most likely tokens that filters look at first: what they keep is nearly always among these, and to find these
-in a vocabulary of 129,280 costs a tenth of sorting it."""
+CANDIDATES = 512
+"""At least as many of the most likely tokens filters look at first: what they keep is nearly always among these, and to
+find these in a vocabulary of 129,280 costs a tenth of sorting it."""
 
-BLOCK_LOGITS = 1 << 19
-"""Logits worked on at once: 4 MiB of them as doubles."""
+BLOCK_LOGITS = 1 << 16
+"""Logits worked on at once: half a MiB of them as doubles, which stays in a core's cache from pass to pass."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -227,16 +227,16 @@ def _draw(scores: F64, rows: list[Row]) -> Ids:
 
 def _keep(scores: F64, rows: list[Row]) -> NDArray[np.bool_]:
     """[S, V] tokens that the filters leave; at least the most likely one of each row."""
-    size = scores.shape[-1]
     keep = np.zeros(scores.shape, dtype=bool)
     left = np.arange(len(rows))
-    for width in (CANDIDATES, size):
+    for top in (_head, _all):
         if not len(left):
             break
         part = scores[left]
-        counts, least = _count_kept(part, [rows[int(i)] for i in left], width)
+        values, whole = top(part)
+        counts, least = _count_kept(part, values, [rows[int(i)] for i in left])
         # Had they kept the last candidate, they might keep one that we have not seen.
-        sure = (counts < width) | (width >= size)
+        sure = (counts < np.isfinite(values).sum(axis=-1)) | whole
         part, counts, least = part[sure], counts[sure], least[sure, None]
         kept = part >= least
         for i in np.flatnonzero(kept.sum(axis=-1) > counts):
@@ -247,15 +247,36 @@ def _keep(scores: F64, rows: list[Row]) -> NDArray[np.bool_]:
     return keep
 
 
-def _count_kept(scores: F64, rows: list[Row], width: int) -> tuple[Ids, F64]:
-    """([S] how many tokens the filters leave, the most likely first; [S] the score of the last of them), as far as the
-    `width` most likely ones tell.
+def _all(scores: F64) -> tuple[F64, bool]:
+    return np.sort(scores, axis=-1)[:, ::-1], True
+
+
+def _head(scores: F64) -> tuple[F64, bool]:
+    """([S, K] the highest scores of each row, highest first, rows of fewer padded with -inf; whether these are all).
+
+    At least CANDIDATES blocks of a row have a maximum of `least` or more, so as many scores do: two passes over
+    the row find them, where selecting them would take many.
     """
     size = scores.shape[-1]
-    if width < size:
-        values = np.sort(np.partition(scores, size - width, axis=-1)[:, size - width :], axis=-1)[:, ::-1]
-    else:
-        values = np.sort(scores, axis=-1)[:, ::-1]
+    block = size // (4 * CANDIDATES)
+    if block < 2:
+        return _all(scores)
+    num_blocks = size // block
+    maxima = scores[:, : num_blocks * block].reshape(len(scores), num_blocks, block).max(axis=-1)
+    least = np.partition(maxima, num_blocks - CANDIDATES, axis=-1)[:, num_blocks - CANDIDATES, None]
+    row, ids = np.nonzero(scores >= least)
+    lengths = np.bincount(row, minlength=len(scores))
+    place = np.arange(len(row)) - (np.cumsum(lengths) - lengths)[row]
+    values = np.full((len(scores), int(lengths.max())), -np.inf)
+    values[row, place] = scores[row, ids]
+    return np.sort(values, axis=-1)[:, ::-1], False
+
+
+def _count_kept(scores: F64, values: F64, rows: list[Row]) -> tuple[Ids, F64]:
+    """([S] how many tokens the filters leave, the most likely first; [S] the score of the last of them), as far as the
+    most likely ones, `values` [S, K], tell.
+    """
+    size = scores.shape[-1]
     rank = np.arange(values.shape[-1])
     top_k = np.array([min(row.params.top_k or size, size) for row in rows])
     top_p, min_p = _column(rows, "top_p"), _column(rows, "min_p")[:, None]
@@ -263,12 +284,13 @@ def _count_kept(scores: F64, rows: list[Row], width: int) -> tuple[Ids, F64]:
     keep = (rank < top_k[:, None]) & (weights >= min_p) & np.isfinite(values)
     if (nucleus := np.flatnonzero(top_p < 1)).size:
         within = np.where(rank < top_k[nucleus, None], weights[nucleus], 0.0)
-        total = within.sum(axis=-1)
+        # One after the other, since how many candidates there are depends on the other rows.
+        reached = np.cumsum(within, axis=-1)
+        total = reached[:, -1]
         # Summed over the whole row where top_k leaves it whole, in one order whatever the width.
         if (whole := np.flatnonzero(top_k[nucleus] == size)).size:
             total[whole] = np.exp(scores[nucleus[whole]] - values[nucleus[whole], :1]).sum(axis=-1)
-        before = np.cumsum(within, axis=-1) - within
-        keep[nucleus] &= before < top_p[nucleus, None] * total[:, None]
+        keep[nucleus] &= reached - within < top_p[nucleus, None] * total[:, None]
     keep[:, 0] = True
     # Each condition holds up to some rank and then no more, so a count says it all.
     counts = keep.sum(axis=-1)
@@ -278,7 +300,8 @@ def _count_kept(scores: F64, rows: list[Row], width: int) -> tuple[Ids, F64]:
 def _most_likely(scores: F64, width: int) -> Ids:
     """[S, K] ids of the `width` highest scores of each row, highest first, the lower id first among equals."""
     size = scores.shape[-1]
-    least = np.partition(scores, size - width, axis=-1)[:, size - width]
+    values, _ = _head(scores) if width <= CANDIDATES else _all(scores)
+    least = values[:, min(width, size) - 1]
     ids = np.zeros((len(scores), width), dtype=np.int64)
     for i, row in enumerate(scores):
         among = np.flatnonzero(row >= least[i])

@@ -292,3 +292,13 @@ def test_logits_that_are_not_numbers_fail_their_own_row_only(poison: float) -> N
     drawn = sample(rows, [Row(params=params(temperature=0), position=i) for i in range(3)])
     assert [d.ok for d in drawn] == [True, False, True]
     assert drawn[0].token_id == drawn[2].token_id == 0
+
+
+def test_what_a_row_keeps_does_not_depend_on_how_many_candidates_others_have() -> None:
+    rng = np.random.default_rng(5)
+    size = 40 * CANDIDATES
+    logits = rng.standard_normal((64, size)).astype(np.float32)
+    logits[1::2, : size // 2] = 3.0  # equals by the thousand: every one of them is a candidate
+    p = params(top_k=300, top_p=0.9)
+    rows = [Row(params=dataclasses.replace(p, seed=i), position=i) for i in range(64)]
+    assert sample(logits, rows) == [sample(logits[i : i + 1], rows[i : i + 1])[0] for i in range(64)]
