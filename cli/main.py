@@ -395,11 +395,15 @@ def dump_config(
 
 
 @bench_app.command("transfer")
-def bench_transfer(config: ConfigFile = None) -> int:
-    """NIXL GB/s of our page batches beside a contiguous NIXL read and memcpy, in one run."""
-    from bench.transfer import run
+def bench_transfer(
+    lengths: Annotated[str, flag("lengths", "Prompts whose exposed transfer is measured, in tokens.")] = "1024,65536",
+    config: ConfigFile = None,
+) -> int:
+    """NIXL GB/s of our pages beside a contiguous read and memcpy; then what of a transfer a client waits for."""
+    from bench import exposed, transfer
 
-    run()
+    transfer.run()
+    exposed.run(_integers("--lengths", lengths, "1024,65536"))
     return 0
 
 

@@ -134,6 +134,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._drafts_total = self._kept_total = self._drafted_steps_total = 0
         self._reader: Reader | None = None
         self._runs: dict[AttemptId, asyncio.Queue[StartEvent]] = {}
+        self._tails: dict[AttemptId, float] = {}  # when the last offer of a run came, until its first token
         self._claims: dict[AttemptId, asyncio.Task[None]] = {}
         self._tasks: asyncio.TaskGroup | None = None  # parent of every claim's tasks, while `run` runs
         self._channels = _Channels()
@@ -209,12 +210,15 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                             self._metrics.prefix_queries.inc(len(start.prompt))
                             self._metrics.prefix_hits.inc(event.resident_prefix)
                         elif isinstance(event, Tokens):
+                            if (tail := self._tails.pop(run, None)) is not None:
+                                self._metrics.transfer_exposed.observe(time.monotonic() - tail)
                             self._metrics.generation_tokens.inc(len(event.tokens))
                         yield convert.start_event_to_wire(event)
                         if ended:
                             break
         finally:
             del self._runs[run]
+            self._tails.pop(run, None)
             if not ended:
                 self._engine.post(Cancel(run))
 
@@ -307,7 +311,10 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         try:
             async with self._channels.use(claim.source.address) as channel:
                 async for message in _pages(channel).Claim(convert.claim_request_to_wire(request)):
-                    self._engine.post(OfferArrived(claim.run, convert.page_offer_from_wire(message)))
+                    offer = convert.page_offer_from_wire(message)
+                    if offer.tail is not None and claim.run in self._runs:
+                        self._tails[claim.run] = time.monotonic()
+                    self._engine.post(OfferArrived(claim.run, offer))
             error: PenumbraError = WorkerLost(f"worker {source} ended its offers for {claim.run} early")
         except grpc.aio.AioRpcError as failure:
             error = error_from_rpc(failure)

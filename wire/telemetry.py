@@ -231,6 +231,12 @@ class WorkerMetrics:
             buckets=TRANSFER_BUCKETS_S,
             registry=registry,
         )
+        self.transfer_exposed = Histogram(
+            "penumbra_kv_transfer_exposed_seconds",
+            "From the last offer of a prompt's pages to its first token: what computing did not hide",
+            buckets=TRANSFER_BUCKETS_S,
+            registry=registry,
+        )
         self.transfer_failures = Counter(
             "penumbra_kv_transfer_failures_total",
             "Read jobs that failed, by error code",
