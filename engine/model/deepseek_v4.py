@@ -49,7 +49,6 @@ class Layer:
         y = self.moe(rms_norm(x, self.ffn_norm, c.rms_norm_eps), token_ids)
         return mix_out(y, streams, post, comb)
 
-
     def write_window(self, streams: Tensor, positions: Tensor, rows: Tensor, window: RowPool) -> None:
         """Write the keys of tokens with `streams` [T, 4, D], and nothing else of what the layer does."""
         c = self.config
