@@ -291,7 +291,7 @@ async def test_a_silent_decode_worker_is_given_up_by_its_deadline(start_router, 
         await for_ever()
         yield Fetching(pages=0)
 
-    config = {"admission_timeout_s": 0.05, "max_attempts": 2}
+    config = {"admission_timeout_s": 0.5, "max_attempts": 2}
     async with cluster(start_router, redis_url, "silent", silent, **config) as (client, _, d0):
         answer = await client.post("/v1/completions", json=BODY)
         assert answer.status_code == 504
