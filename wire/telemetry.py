@@ -98,10 +98,24 @@ def configure_logging(service: str, worker_id: str = "", level: str = "info", js
 # Metrics
 
 
+def _count_tasks(registry: CollectorRegistry) -> None:
+    """Show how many asyncio tasks live; counted where the metrics are read, which is on the loop they belong to."""
+    tasks = Gauge("penumbra_asyncio_tasks", "Tasks of the event loop that answers this", registry=registry)
+    tasks.set_function(_tasks_now)
+
+
+def _tasks_now() -> float:
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:  # read outside an event loop, as a test or a shell may
+        return 0
+
+
 class RouterMetrics:
     """What the router measures: every time is as its client sees it."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        _count_tasks(registry)
         self.requests = Counter(
             "penumbra_http_requests_total",
             "HTTP requests by route and status",
@@ -170,6 +184,7 @@ class WorkerMetrics:
     """What a worker measures, of either role."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        _count_tasks(registry)
         self.running = Gauge("penumbra_num_requests_running", "Requests in the current batch", registry=registry)
         self.waiting = Gauge("penumbra_num_requests_waiting", "Requests not yet computed on", registry=registry)
         self.kv_cache_usage = Gauge(

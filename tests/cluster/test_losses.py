@@ -85,6 +85,15 @@ def resources(cluster: LocalCluster) -> dict[str, tuple[int, int]]:
     }
 
 
+def tasks(cluster: LocalCluster) -> dict[str, float]:
+    """Asyncio tasks of the router and of every worker, the one that answers included."""
+    doors = {"router": cluster.url} | {w["worker_id"]: f"http://{w['http_address']}" for w in cluster.workers()}
+    return {
+        name: parse_metrics(httpx.get(f"{door}/metrics", timeout=10).text)["penumbra_asyncio_tasks"]
+        for name, door in doors.items()
+    }
+
+
 @pytest.mark.timeout(300)
 def test_a_hundred_cancels_leave_no_page_task_or_descriptor_behind(cluster: LocalCluster, model: Path) -> None:
     rng = random.Random(11)
@@ -121,9 +130,11 @@ def test_a_hundred_cancels_leave_no_page_task_or_descriptor_behind(cluster: Loca
 
     asyncio.run(many(10))  # whatever is opened once and kept, is open now
     settle(cluster)
-    before = resources(cluster)
+    before, tasks_before = resources(cluster), tasks(cluster)
     asyncio.run(many(100))
     settle(cluster)
+    # Keep-alive connections come and go by a few; a task for each of a hundred requests would show.
+    assert all(now <= tasks_before[name] + 8 for name, now in tasks(cluster).items()), (tasks_before, tasks(cluster))
     # Work and pages are back. Descriptors may take a moment longer: closed sockets linger in the event loop's turn.
     deadline = time.monotonic() + 15
     while any(after[0] > before[name][0] for name, after in resources(cluster).items()):
