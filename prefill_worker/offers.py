@@ -27,14 +27,45 @@ class Pools(Protocol):
     def export_pages(self, page_class: PageClass, items: Items[int]) -> list[int]: ...
 
 
+class PageChecksums:
+    """Checksums of FULL pages as they were when first offered, for as long as each page lives.
+
+    Taken again at every offer, a checksum would vouch for whatever a cached page has become meanwhile.
+    """
+
+    def __init__(self, pools: Pools) -> None:
+        self._pools = pools
+        self._kept: dict[int, tuple[int, int]] = {}  # item -> (generation, checksum)
+
+    def of(self, items: Items[int]) -> tuple[int, ...]:
+        """The checksums to offer: kept ones, or for pages offered for the first time those of their bytes now."""
+        fresh = [item for item in items if self._known(item) is None]
+        for item, checksum in zip(fresh, self._pools.export_pages(PageClass.FULL, fresh), strict=True):
+            self._kept[item] = (self._pools.full.generation(item), checksum)
+        return tuple(self._kept[item][1] for item in items)
+
+    def changed(self, items: Items[int]) -> bool:
+        """Whether any of these pages no longer holds the bytes it was offered with."""
+        known = [item for item in items if self._known(item) is not None]
+        found = self._pools.export_pages(PageClass.FULL, known)
+        return any(checksum != self._known(item) for item, checksum in zip(known, found, strict=True))
+
+    def _known(self, item: int) -> int | None:
+        generation, checksum = self._kept.get(item, (-1, 0))
+        return checksum if generation == self._pools.full.generation(item) else None
+
+
 class Offers:
     """Offers of one run from page `skip // 256` on: each full page once, each window page and open row once.
 
     Classes without regions have no bytes to move and are never offered.
     """
 
-    def __init__(self, pools: Pools, sequence: Sequence, prompt_tokens: int, skip: int) -> None:
+    def __init__(
+        self, pools: Pools, checksums: PageChecksums, sequence: Sequence, prompt_tokens: int, skip: int
+    ) -> None:
         self._pools = pools
+        self._checksums = checksums
         self._sequence = sequence
         self._prompt_tokens = prompt_tokens
         self._next_page = skip // PAGE_TOKENS
@@ -80,12 +111,16 @@ class Offers:
         items = pages[positions.start : positions.stop]
         assert all(items), f"{page_class} pages {positions} of {self._sequence.request_id} are not all mapped"
         self._total += len(items)
+        if page_class is PageClass.FULL:
+            checksums = self._checksums.of(items)
+        else:
+            checksums = tuple(self._pools.export_pages(page_class, items))
         return (
             PageGroup(
                 page_class=page_class,
                 positions=tuple(positions),
                 items=tuple(items),
                 generations=tuple(allocator.generation(item) for item in items),
-                checksums=tuple(self._pools.export_pages(page_class, items)),
+                checksums=checksums,
             ),
         )

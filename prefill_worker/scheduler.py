@@ -20,7 +20,7 @@ from engine.batch import Sampled, Segment, Sequence, not_drawn, rebuild_tokens
 from engine.cache.shadow_radix import Lease, Match, ShadowRadix
 from engine.loop import Load, StepFailed, Tick
 from engine.window import WindowPages, first_window_page, most_window_pages, num_pages
-from prefill_worker.offers import Offers, Pools
+from prefill_worker.offers import Offers, PageChecksums, Pools
 from prefill_worker.pace import Pace
 from wire.convert import failed_from_error
 from wire.errors import ConfigError, InvalidRequest, Overloaded, PenumbraError, WorkerLost
@@ -155,6 +155,7 @@ class PrefillCore:
         self._pools = pools
         self._limits = limits
         self._cache = ShadowRadix(pools.full, pools.swa, retained_windows=limits.retained_windows)
+        self._checksums = PageChecksums(pools)
         self._window = WindowPages(pools.swa, reclaim=lambda n: self._cache.evict(PageClass.SWA, n))
         self._pace = Pace()
         self._rebuild_tokens = rebuild_tokens(limits.num_layers)
@@ -351,6 +352,11 @@ class PrefillCore:
         if missing > pools.full.free + self._cache.counts(PageClass.FULL).evictable:
             lease.release()
             return False
+        if self._checksums.changed(lease.items()):
+            # Memory went bad under the cache. Nothing is built on such pages, and this prompt is computed anew.
+            self._cache.discard(lease)
+            run.digests = []
+            return self._provide(run)
         sequence = run.sequence = Sequence(
             request_id=run.id.request_id,
             sampling=run.request.sampling,
@@ -358,7 +364,7 @@ class PrefillCore:
             prompt=run.request.prompt,
         )
         self._window.reserve(sequence, window)
-        run.offers = Offers(pools, sequence, run.total, run.request.skip)
+        run.offers = Offers(pools, self._checksums, sequence, run.total, run.request.skip)
         run.lease = lease
         self._resume(run, lease, self._cache.match(run.reusable))
         self._cache.evict(PageClass.FULL, missing - pools.full.free)
