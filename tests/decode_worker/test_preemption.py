@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import threading
 from collections.abc import Sequence
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from decode_worker.preemption import restore, save
 from decode_worker.scheduler import DecodeLimits
+from engine.batch import Drawn, Sampled, Segment
 from engine.cache.pools import PoolSizes
 from engine.colocated import generate
 from engine.config import KvLayout
@@ -40,6 +42,23 @@ def limits(runner: Runner, **changes: int) -> tuple[PrefillLimits, DecodeLimits]
     return prefill, decode
 
 
+class OnceTogether:
+    """A runner that dawdles until `size` requests have shared a batch, however slow the prefill before it is."""
+
+    def __init__(self, runner: Runner, size: int) -> None:
+        self._runner, self._size = runner, size
+        self.met = threading.Event()
+
+    def run(self, batch: list[Segment]) -> list[Sampled | None]:
+        return self._runner.run(batch)
+
+    def step(self, batch: list[Segment]) -> list[Drawn]:
+        if len(batch) >= self._size:
+            self.met.set()
+        self.met.wait(0.3)
+        return self._runner.step(batch)
+
+
 def said(events: Sequence[StartEvent]) -> list[TokenEvent]:
     assert not isinstance(events[-1], Failed), events[-1]
     return [token for event in events if isinstance(event, Tokens) for token in event.tokens]
@@ -53,16 +72,18 @@ async def test_preempted_requests_say_what_they_would_have_said_undisturbed(
     decode = make_runner(layout, PoolSizes(full=8, swa=12, slots=5))
     prompts = [prompt_of(n, seed=n) for n in (500, 490, 384, 250)]  # 7 pages now; 2 + 2 + 1 + 1 more before they end
     sampling = SamplingParams(max_tokens=30, seed=5, temperature=0.9, ignore_eos=True)
+    together = OnceTogether(decode, len(prompts))
     async with pair_of(
         next(names),
         (prefill.pools, prefill),
-        (decode.pools, decode),
+        (decode.pools, together),
         *limits(alone, growth_tokens=0),
     ) as workers:
         answers = await asyncio.gather(
             *(request(workers, f"r{i}", prompt, sampling=sampling) for i, prompt in enumerate(prompts))
         )
         await workers.settle()
+        assert together.met.is_set(), "they never decoded together: nothing had to make room"
         await until(lambda: workers.metric("penumbra_num_preemptions_total") > 0)
         await until(lambda: workers.metric("penumbra_preempted_host_bytes") == 0)
     for prompt, (_, events) in zip(prompts, answers, strict=True):
