@@ -13,11 +13,11 @@ import uvicorn
 import uvloop
 from prometheus_client import CollectorRegistry
 
-from router.chat import Text
 from router.config import ModelFacts, RouterConfig
 from router.fleet import Fleet
 from router.http import Front
 from router.mirror import PrefixMirror, follow
+from router.text import Text
 from wire.errors import ConfigError
 from wire.events import PrefixReader
 from wire.registry import Registry
@@ -86,7 +86,7 @@ async def serve(
                 try:
                     await server.serve(sockets=[listener])
                 except asyncio.CancelledError:
-                    front.draining = server.should_exit = True
+                    front.admission.draining = server.should_exit = True
                     await server.shutdown([listener])
                     raise
                 finally:
@@ -100,8 +100,8 @@ def _stop_signals(server: uvicorn.Server, front: Front) -> Iterator[None]:
     """The first signal drains: no new requests, running ones finish. The second one ends them."""
 
     def stop() -> None:
-        server.force_exit = front.draining
-        front.draining = server.should_exit = True
+        server.force_exit = front.admission.draining
+        front.admission.draining = server.should_exit = True
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

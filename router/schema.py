@@ -45,7 +45,7 @@ def parse_json(raw: bytes) -> Json:
         raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from error
     if not isinstance(value, dict):
         raise InvalidRequest(
-            f"The body must be a JSON object, not {_kind(value)}.",
+            f"The body must be a JSON object, not {kind_of(value)}.",
             code="invalid_type",
         )
     # A token-id prompt of a million numbers has two brackets: most bodies need no walk.
@@ -109,7 +109,7 @@ def _depth(value: Any) -> int:
     return depth
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
     names = {list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     return names.get(type(value), "null")
 
@@ -132,23 +132,16 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True,),
 }
 
-ROLES = ("system", "user", "assistant", "tool", "latest_reminder", "developer")
 
-RECIPE_FIELDS = (
-    *("model", "max_tokens", "temperature", "top_p", "seed", "stop", "logprobs", "top_logprobs"),
-    *("tools", "tool_choice", "response_format", "thinking", "reasoning_effort"),
-)
-
-
-class _Body(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class StreamOptions(_Body):
+class StreamOptions(Strict):
     include_usage: bool | None = None
 
 
-class _Generation(_Body):
+class Generating(Strict):
     """What both generating routes share."""
 
     model: str = Field(min_length=1, max_length=512)
@@ -194,7 +187,7 @@ class _Generation(_Body):
         return value
 
     @model_validator(mode="after")
-    def _options_need_a_stream(self) -> _Generation:
+    def _options_need_a_stream(self) -> Generating:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is only allowed with stream=true.", param="stream_options")
         return self
@@ -227,67 +220,7 @@ class _Generation(_Body):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class CompletionBody(_Generation):
-    prompt: Any  # text or token ids; `one_prompt` checks it, as a million ids are too many for a model's field
-    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    add_special_tokens: bool = True
-
-
-class ChatBody(_Generation):
-    """`messages`, tools and the like are checked by deepseek-recipe, which also renders them."""
-
-    messages: list[Json] = Field(min_length=1, max_length=10_000)
-    max_completion_tokens: int | None = Field(default=None, gt=0, lt=1 << 31)
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    tools: list[Json] | None = Field(default=None, max_length=512)
-    tool_choice: str | Json | None = None
-    response_format: Json | None = None
-    thinking: Json | None = None
-    reasoning_effort: str | None = None
-
-    @model_validator(mode="after")
-    def _top_needs_logprobs(self) -> ChatBody:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise InvalidRequest("top_logprobs is only allowed with logprobs=true.", param="top_logprobs")
-        return self
-
-    def for_recipe(self) -> Json:
-        """The body in the form deepseek-recipe reads: the fields it knows, nulls left out."""
-        body = {name: value for name in RECIPE_FIELDS if (value := getattr(self, name)) is not None}
-        body["messages"] = _checked_messages(self.messages)
-        if self.max_completion_tokens is not None:
-            body["max_tokens"] = self.max_completion_tokens
-        return body
-
-
-class TokenizeBody(_Body):
-    """Text, or a conversation as /v1/chat/completions would render it."""
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: list[Json] | None = Field(default=None, min_length=1, max_length=10_000)
-    tools: list[Json] | None = Field(default=None, max_length=512)
-    add_special_tokens: bool = True
-
-    @model_validator(mode="after")
-    def _one_of(self) -> TokenizeBody:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
-        return self
-
-    def for_recipe(self, model: str) -> Json:
-        body: Json = {"model": model, "messages": _checked_messages(self.messages or [])}
-        return body | ({"tools": self.tools} if self.tools else {})
-
-
-class DetokenizeBody(_Body):
-    model: str | None = None
-    tokens: Any
-    skip_special_tokens: bool = False
-
-
-Body = TypeVar("Body", bound=_Body)
+Body = TypeVar("Body", bound=Strict)
 
 
 def parse_body(kind: type[Body], raw: bytes) -> Body:
@@ -323,25 +256,6 @@ def _refusal(error: ValidationError) -> InvalidRequest:
     return InvalidRequest(f"{param}: {message}." if param else f"{message}.", param=param or None)
 
 
-def one_prompt(value: Any, vocab_size: int) -> str | tuple[int, ...]:
-    """A completion's `prompt` as text or as token ids. Several prompts in one request are not supported."""
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
-        value = value[0]
-    if isinstance(value, str):
-        if not value:
-            raise InvalidRequest(
-                "The prompt is empty. Send at least one character.", param="prompt", code="empty_prompt"
-            )
-        return value
-    if isinstance(value, list) and value and all(isinstance(part, str | list) for part in value[:2]):
-        raise InvalidRequest(
-            f"prompt holds {len(value)} prompts; one request takes one. Send one request for each.",
-            param="prompt",
-            code="unsupported_parameter",
-        )
-    return token_ids(value, vocab_size, param="prompt")
-
-
 def _biases(biases: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
     found: dict[int, float] = {}
     for key, bias in biases.items():
@@ -358,13 +272,13 @@ def _biases(biases: dict[str, float], vocab_size: int) -> tuple[tuple[int, float
 
 def token_ids(value: Any, vocab_size: int, *, param: str) -> tuple[int, ...]:
     if not isinstance(value, list):
-        raise InvalidRequest(f"{param} must be a string or an array of token ids, not {_kind(value)}.", param=param)
+        raise InvalidRequest(f"{param} must be a string or an array of token ids, not {kind_of(value)}.", param=param)
     if not value:
         raise InvalidRequest(f"{param} is empty. Send at least one token id.", param=param, code="empty_prompt")
     if set(map(type, value)) != {int}:  # bool is an int to Python, not to JSON
         at = next(i for i, item in enumerate(value) if type(item) is not int)
         raise InvalidRequest(
-            f"{param}[{at}] is {_kind(value[at])} that is no integer; token ids are integers.", param=f"{param}[{at}]"
+            f"{param}[{at}] is {kind_of(value[at])} that is no integer; token ids are integers.", param=f"{param}[{at}]"
         )
     if min(value) < 0 or max(value) >= vocab_size:
         at = next(i for i, item in enumerate(value) if not 0 <= item < vocab_size)
@@ -372,29 +286,3 @@ def token_ids(value: Any, vocab_size: int, *, param: str) -> tuple[int, ...]:
             f"{param}[{at}] is outside the vocabulary; token ids are 0 to {vocab_size - 1}.", param=f"{param}[{at}]"
         )
     return tuple(value)
-
-
-def _checked_messages(messages: list[Json]) -> list[Json]:
-    """Messages whose roles and content are of known kinds; what they must hold besides, deepseek-recipe checks."""
-    checked = []
-    for i, message in enumerate(messages):
-        role = message.get("role")
-        if role == "developer":  # OpenAI's later name for the same role
-            message = message | {"role": "system"}
-        elif not isinstance(role, str) or role not in ROLES:
-            raise InvalidRequest(f"messages[{i}].role must be one of {', '.join(ROLES)}.", param=f"messages[{i}].role")
-        content = message.get("content")
-        if isinstance(content, list):
-            for j, part in enumerate(content):
-                if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                    raise InvalidRequest(
-                        f"messages[{i}].content[{j}] must be a text part; images, audio and files are not supported.",
-                        param=f"messages[{i}].content[{j}]",
-                    )
-        elif not isinstance(content, str) and not (content is None and role == "assistant"):
-            raise InvalidRequest(
-                f"messages[{i}].content must be a string or an array of text parts, not {_kind(content)}.",
-                param=f"messages[{i}].content",
-            )
-        checked.append(message)
-    return checked

@@ -15,9 +15,9 @@ import pytest
 
 from deploy.redis import EmbeddedRedis
 from engine.model.tiny import tokenizer_json
-from router.chat import Text
 from router.config import ModelFacts, RouterConfig
 from router.process import serve
+from router.text import Text
 
 VOCAB_SIZE = 320
 MAX_CONTEXT = 4096

@@ -12,10 +12,12 @@ import httpx
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
-from router.chat import ChatPrompt, Header, Text
+from router.answers import Header
 from router.config import ModelFacts
 from router.grammar import KEPT_VERDICTS, GrammarChecker, grammar_of
-from router.schema import ChatBody, parse_body
+from router.protocols.chat import Chat, ChatBody
+from router.schema import parse_body
+from router.text import ChatPrompt, Text
 from tests.router.conftest import MODEL, RouterStarter
 from tests.router.test_router_stream import cluster, saying
 from wire.errors import InvalidRequest
@@ -170,7 +172,7 @@ def test_with_auto_an_answer_is_text_or_text_and_then_calls_of_the_right_form(
 
 def test_calls_that_follow_the_grammar_are_read_as_calls(text: Text) -> None:
     prompt = prompt_of(text, tools=TOOLS, tool_choice="required")
-    answer = text.chat(Header(answer_id="x", model=MODEL, prompt_ids=prompt.ids), prompt)
+    answer = Chat(Header(answer_id="x", model=MODEL, prompt_ids=prompt.ids), prompt, text)
     answer.opening()
     ids = text.encode(CALLS_GOOD[2] + INVOKE.format("stop", "") + END, add_special_tokens=False)
     answer.push([TokenEvent(index=i, token_id=token) for i, token in enumerate(ids)])

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from router.chat import Chat, Completion, Header, StopStrings, Text, Usage
+from router.answers import Header, Usage
 from router.config import ModelFacts
-from router.schema import ChatBody, parse_body
+from router.protocols.chat import Chat, ChatBody
+from router.protocols.completions import Completion, StopStrings
+from router.schema import parse_body
+from router.text import Text
 from tests.router.conftest import BOS, EOS, MODEL, byte_ids
 from wire.errors import ConfigError
 from wire.types import FinishReason, SamplingParams, TokenEvent
@@ -31,7 +34,7 @@ def header(**more: Any) -> Header:
 
 def completion(text: Text, *, stop: tuple[str, ...] = (), logprobs: bool = False, **more: Any) -> Completion:
     sampling = SamplingParams(max_tokens=99, seed=1, logprobs=logprobs)
-    return text.completion(header(**more), sampling, stop)
+    return Completion(header(**more), sampling, stop, text.vocabulary)
 
 
 def feed(answer: Completion | Chat, ids: list[int], sizes: list[int]) -> list[dict[str, Any]]:
@@ -135,7 +138,7 @@ def test_logprobs_name_each_token_by_its_text_or_its_bytes(text: Text):
 def chat(text: Text, *, return_token_ids: bool = False, **body: Any) -> tuple[Chat, list[int]]:
     raw = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]} | body
     prompt = text.convert_chat(parse_body(ChatBody, json.dumps(raw).encode()).for_recipe())
-    return text.chat(header(return_token_ids=return_token_ids), prompt), prompt.ids
+    return Chat(header(return_token_ids=return_token_ids), prompt, text), prompt.ids
 
 
 def content(chunks: list[dict[str, Any]]) -> str:

@@ -1,0 +1,202 @@
+"""/v1/completions: text or token ids in, exactly the text of the tokens out."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from pydantic import Field
+
+from router.answers import Header, Json, Usage
+from router.intake import Intake, Prepared, fit
+from router.schema import MAX_TOP_LOGPROBS, Generating, parse_body, token_ids
+from router.text import Vocabulary, draw_seed
+from wire.errors import InvalidRequest
+from wire.types import FinishReason, SamplingParams, TokenEvent
+
+DEFAULT_MAX_TOKENS = 16
+"""What OpenAI generates for a completion that does not say."""
+
+
+class CompletionBody(Generating):
+    prompt: Any  # text or token ids; `one_prompt` checks it, as a million ids are too many for a model's field
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    add_special_tokens: bool = True
+
+
+def one_prompt(value: Any, vocab_size: int) -> str | tuple[int, ...]:
+    """A completion's `prompt` as text or as token ids. Several prompts in one request are not supported."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
+        value = value[0]
+    if isinstance(value, str):
+        if not value:
+            raise InvalidRequest(
+                "The prompt is empty. Send at least one character.", param="prompt", code="empty_prompt"
+            )
+        return value
+    if isinstance(value, list) and value and all(isinstance(part, str | list) for part in value[:2]):
+        raise InvalidRequest(
+            f"prompt holds {len(value)} prompts; one request takes one. Send one request for each.",
+            param="prompt",
+            code="unsupported_parameter",
+        )
+    return token_ids(value, vocab_size, param="prompt")
+
+
+def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
+    body = parse_body(CompletionBody, raw)
+    intake.check_model(body.model)
+    vocab_size, text = intake.facts.vocab_size, intake.text
+    prompt = one_prompt(body.prompt, vocab_size)
+    if isinstance(prompt, str):
+        prompt = tuple(text.encode(prompt, add_special_tokens=body.add_special_tokens))
+    max_tokens = fit(len(prompt), body.max_tokens, context, default=DEFAULT_MAX_TOKENS)
+    sampling = SamplingParams(
+        **body.options(vocab_size, max_tokens),
+        seed=draw_seed() if body.seed is None else body.seed,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        logprobs=body.logprobs is not None,
+        top_logprobs=body.logprobs or 0,
+    )
+    requests = intake.requests(prompt, sampling, cache_salt=body.cache_salt, n=body.n)
+    header = Header(
+        answer_id=f"cmpl-{requests[0].request_id}",
+        model=body.model,
+        prompt_ids=prompt,
+        return_token_ids=bool(body.return_token_ids),
+    )
+    return Prepared(
+        choices=tuple(
+            (request, Completion(replace(header, choice=i), sampling, body.stop or (), text.vocabulary))
+            for i, request in enumerate(requests)
+        ),
+        stream=bool(body.stream),
+        include_usage=body.include_usage,
+    )
+
+
+class StopStrings:
+    """Holds text back for as long as it may be the beginning of a stop string."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """(text that is certain, whether a stop string matched); the match itself and what follows is dropped."""
+        self._held += text
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            certain, self._held = self._held[: min(found)], ""
+            return certain, True
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        cut = len(self._held) - keep
+        certain, self._held = self._held[:cut], self._held[cut:]
+        return certain, False
+
+    def rest(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Completion:
+    """An Answer of /v1/completions: exactly the text of the tokens, special tokens left out."""
+
+    def __init__(self, header: Header, sampling: SamplingParams, stop: Sequence[str], vocabulary: Vocabulary) -> None:
+        self._header = header
+        self._logprobs = sampling.logprobs
+        self._vocabulary = vocabulary
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._stop = StopStrings(stop)
+        self._parts: list[str] = []
+        self._tokens: list[TokenEvent] = []
+        self._sent = 0  # tokens that chunks already reported
+        self._reason: FinishReason | None = None
+        self._name_offset = 0
+        self.num_tokens = 0
+        self.stopped = False
+
+    def opening(self) -> list[Json]:
+        return []
+
+    def push(self, tokens: Sequence[TokenEvent]) -> list[Json]:
+        certain = ""
+        for token in tokens:
+            self._tokens.append(token)
+            raw = b"" if token.token_id in self._vocabulary.specials else self._vocabulary.bytes_of(token.token_id)
+            text, self.stopped = self._stop.push(self._decoder.decode(raw))
+            certain += text
+            if self.stopped:
+                break
+        self.num_tokens = len(self._tokens)
+        if not certain and not self._header.return_token_ids and not self._logprobs:
+            return []
+        return [self._chunk(certain)]
+
+    def close(self, reason: FinishReason, usage: Usage) -> list[Json]:
+        rest = ""
+        if not self.stopped:
+            text, self.stopped = self._stop.push(self._decoder.decode(b"", final=True))
+            rest = text + self._stop.rest()
+        self._reason = FinishReason.STOP if self.stopped else reason
+        return [self._chunk(rest)]
+
+    def response(self, usage: Usage) -> Json:
+        self._sent = self._name_offset = 0
+        choice = self._choice("".join(self._parts))
+        return self._envelope([choice]) | {"usage": usage.to_json()}
+
+    def _chunk(self, text: str) -> Json:
+        self._parts.append(text)
+        return self._envelope([self._choice(text)])
+
+    def _choice(self, text: str) -> Json:
+        first, self._sent = self._sent, len(self._tokens)
+        choice: Json = {
+            "index": self._header.choice,
+            "text": text,
+            "logprobs": self._logprobs_of(self._tokens[first:]) if self._logprobs else None,
+            "finish_reason": self._reason,
+        }
+        if self._header.return_token_ids:
+            choice["token_ids"] = [token.token_id for token in self._tokens[first:]]
+            if first == 0:
+                choice["prompt_token_ids"] = self._header.prompt_ids
+        return choice
+
+    def _logprobs_of(self, tokens: Sequence[TokenEvent]) -> Json:
+        names = [self._vocabulary.name_of(token.token_id) for token in tokens]
+        offsets = []
+        for name in names:
+            offsets.append(self._name_offset)
+            self._name_offset += len(name)
+        return {
+            "tokens": names,
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [self._top(token) for token in tokens],
+            "text_offset": offsets,
+        }
+
+    def _top(self, token: TokenEvent) -> dict[str, float]:
+        # Two ids may share a name (ids that stand for nothing); the likelier one keeps it.
+        top: dict[str, float] = {}
+        for token_id, logprob in (*token.top, (token.token_id, token.logprob)):
+            top.setdefault(self._vocabulary.name_of(token_id), logprob)
+        return top
+
+    def _envelope(self, choices: list[Json]) -> Json:
+        return {
+            "id": self._header.answer_id,
+            "object": "text_completion",
+            "created": self._header.created,
+            "model": self._header.model,
+            "choices": choices,
+        }
