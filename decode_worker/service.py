@@ -12,12 +12,14 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import grpc
 import structlog
 
 from decode_worker.admission import Place
+from decode_worker.first_token import FirstTokenClock
 from decode_worker.preemption import PageMemory, restore, save
 from decode_worker.scheduler import (
     Cancel,
@@ -134,7 +136,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._drafts_total = self._kept_total = self._drafted_steps_total = 0
         self._reader: Reader | None = None
         self._runs: dict[AttemptId, asyncio.Queue[StartEvent]] = {}
-        self._tails: dict[AttemptId, float] = {}  # when the last offer of a run came, until its first token
+        self._clocks: dict[str, FirstTokenClock] = {}  # of the open calls, by the run's name
         self._claims: dict[AttemptId, asyncio.Task[None]] = {}
         self._tasks: asyncio.TaskGroup | None = None  # parent of every claim's tasks, while `run` runs
         self._channels = _Channels()
@@ -197,28 +199,34 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             raise Draining(f"decode worker {self._worker_id} is going away; use another")
         if run in self._runs:
             raise StaleAttempt(f"run {run} is here already; retry with a new attempt")
-        arrived, ended = time.monotonic(), False
+        arrived, answered, ended = time.monotonic(), False, False
         events = self._runs[run] = asyncio.Queue()
+        clock = self._clocks[str(run)] = FirstTokenClock(arrived)
         try:
             async with self._hold_grammar(start.sampling.grammar):
                 self._engine.post(Start(start, secrets.token_bytes(16)))
                 while not ended:
                     for event in _merged(await events.get(), events):
                         ended = isinstance(event, Finished | Failed)
+                        now = time.monotonic()
                         if isinstance(event, Admitted):
-                            self._metrics.queue_time.observe(time.monotonic() - arrived)
+                            clock.admitted(now)
+                            self._metrics.queue_time.observe(now - arrived)
                             self._metrics.prefix_queries.inc(len(start.prompt))
                             self._metrics.prefix_hits.inc(event.resident_prefix)
                         elif isinstance(event, Tokens):
-                            if (tail := self._tails.pop(run, None)) is not None:
-                                self._metrics.transfer_exposed.observe(time.monotonic() - tail)
+                            if not answered:
+                                answered = True
+                                event = replace(event, times=clock.times(now))
+                                if (exposed := clock.exposed_s(now)) is not None:
+                                    self._metrics.transfer_exposed.observe(exposed)
                             self._metrics.generation_tokens.inc(len(event.tokens))
                         yield convert.start_event_to_wire(event)
                         if ended:
                             break
         finally:
             del self._runs[run]
-            self._tails.pop(run, None)
+            del self._clocks[str(run)]
             if not ended:
                 self._engine.post(Cancel(run))
 
@@ -237,6 +245,9 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
     # The reader's thread.
 
     def reader_results(self, result: ReadResult) -> None:
+        run, _, _ = result.job_id.rpartition("/")  # a job is named after its run and its offer
+        if result.ok and (clock := self._clocks.get(run)) is not None:
+            clock.landed(time.monotonic())
         self._engine.post(ReadEnded(result))
         if result.ok:
             self._metrics.transfer_bytes.inc(result.num_bytes)
@@ -312,8 +323,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             async with self._channels.use(claim.source.address) as channel:
                 async for message in _pages(channel).Claim(convert.claim_request_to_wire(request)):
                     offer = convert.page_offer_from_wire(message)
-                    if offer.tail is not None and claim.run in self._runs:
-                        self._tails[claim.run] = time.monotonic()
+                    if offer.tail is not None and (clock := self._clocks.get(str(claim.run))) is not None:
+                        clock.last_offer(time.monotonic(), offer.tail.times)
                     self._engine.post(OfferArrived(claim.run, offer))
             error: PenumbraError = WorkerLost(f"worker {source} ended its offers for {claim.run} early")
         except grpc.aio.AioRpcError as failure:

@@ -12,6 +12,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import structlog
@@ -37,6 +38,7 @@ from wire.types import (
     AttemptId,
     Failed,
     OwnerCard,
+    PrefillTimes,
     PrefixEvent,
     Progress,
     Role,
@@ -53,6 +55,18 @@ CLAIM_POLL_S = 1.0
 """A claim's stream looks at its claim at least this often, so an expiry is told even if nothing else happens.
 """
 ENGINE_STOP_S = 10.0
+
+
+@dataclass(slots=True)
+class _Begun:
+    """When a run arrived and when its turn came, in monotonic seconds."""
+
+    arrived: float
+    turn: float | None = None
+
+    def times(self, now_s: float) -> PrefillTimes:
+        turn = now_s if self.turn is None else self.turn
+        return PrefillTimes(queue_us=round((turn - self.arrived) * 1e6), compute_us=round((now_s - turn) * 1e6))
 
 
 class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer):
@@ -95,6 +109,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
         )
         self._total_tokens = self._engine.load.free_tokens  # nothing is held yet
         self._runs: dict[AttemptId, asyncio.Queue[RunEvent]] = {}
+        self._begun: dict[AttemptId, _Begun] = {}
         self._changed: dict[AttemptId, list[asyncio.Event]] = {}  # of the claims of a run
 
     # The worker's frame.
@@ -148,6 +163,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
         arrived = time.monotonic()
         self._free(self._table.expect(arrived, run, run_request.secret, run_request.skip))
         events = self._runs[run] = asyncio.Queue()
+        self._begun[run] = _Begun(arrived)
         self._notify(run)
         computed, ended = -1, False
         try:
@@ -166,7 +182,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
                         self._metrics.prefix_hits.inc(event.cached_tokens)
                     yield convert.run_event_to_wire(event)
         finally:
-            del self._runs[run]
+            del self._runs[run], self._begun[run]
             if not ended:
                 error = Cancelled(f"run {run} was cancelled by its router")
                 self._free(self._table.revoke(time.monotonic(), run, error))
@@ -224,8 +240,12 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
         for action in actions:
             match action:
                 case Progressed(run, progress):
+                    if (begun := self._begun.get(run)) is not None and begun.turn is None:
+                        begun.turn = now_s
                     self._tell(run, progress)
                 case Offered(run, groups, tail):
+                    if tail is not None and (begun := self._begun.get(run)) is not None:
+                        tail = replace(tail, times=begun.times(now_s))
                     self._table.offer(now_s, run, groups, tail)
                     self._notify(run)
                 case Ended(run, RunFinished() as outcome):

@@ -23,10 +23,12 @@ from wire.types import (
     Fetching,
     Finished,
     FinishReason,
+    FirstTokenTimes,
     OwnerCard,
     PageClass,
     PageGroup,
     PageOffer,
+    PrefillTimes,
     Progress,
     Region,
     RegionClass,
@@ -305,6 +307,14 @@ def page_group_from_wire(message: kv_pb2.PageGroup) -> PageGroup:
     return group
 
 
+def prefill_times_to_wire(times: PrefillTimes) -> kv_pb2.PrefillTimes:
+    return kv_pb2.PrefillTimes(queue_us=times.queue_us, compute_us=times.compute_us)
+
+
+def prefill_times_from_wire(message: kv_pb2.PrefillTimes) -> PrefillTimes:
+    return PrefillTimes(queue_us=message.queue_us, compute_us=message.compute_us)
+
+
 def tail_to_wire(tail: Tail) -> kv_pb2.Tail:
     return kv_pb2.Tail(
         prompt_tokens=tail.prompt_tokens,
@@ -312,6 +322,7 @@ def tail_to_wire(tail: Tail) -> kv_pb2.Tail:
         first=token_to_wire(tail.first),
         draft_state=tail.draft_state,
         total_pages=tail.total_pages,
+        times=prefill_times_to_wire(tail.times),
     )
 
 
@@ -326,6 +337,7 @@ def tail_from_wire(message: kv_pb2.Tail) -> Tail:
         first=token_from_wire(message.first),
         total_pages=message.total_pages,
         draft_state=message.draft_state,
+        times=prefill_times_from_wire(message.times),
     )
 
 
@@ -446,6 +458,26 @@ def _failed_from_wire(message: worker_pb2.Failed) -> Failed:
     return Failed(code=_text("code", message.code), message=message.message, retryable=message.retryable)
 
 
+def first_token_times_to_wire(times: FirstTokenTimes) -> worker_pb2.FirstTokenTimes:
+    return worker_pb2.FirstTokenTimes(
+        admit_us=times.admit_us,
+        pages_us=times.pages_us,
+        transfer_us=times.transfer_us,
+        emit_us=times.emit_us,
+        prefill=prefill_times_to_wire(times.prefill),
+    )
+
+
+def first_token_times_from_wire(message: worker_pb2.FirstTokenTimes) -> FirstTokenTimes:
+    return FirstTokenTimes(
+        admit_us=message.admit_us,
+        pages_us=message.pages_us,
+        transfer_us=message.transfer_us,
+        emit_us=message.emit_us,
+        prefill=prefill_times_from_wire(message.prefill),
+    )
+
+
 def start_event_to_wire(event: StartEvent) -> worker_pb2.StartEvent:
     match event:
         case Admitted():
@@ -456,7 +488,8 @@ def start_event_to_wire(event: StartEvent) -> worker_pb2.StartEvent:
             return worker_pb2.StartEvent(fetching=worker_pb2.Fetching(pages=event.pages))
         case Tokens():
             tokens = [token_to_wire(token) for token in event.tokens]
-            return worker_pb2.StartEvent(tokens=worker_pb2.Tokens(attempt=event.attempt, tokens=tokens))
+            times = None if event.times is None else first_token_times_to_wire(event.times)
+            return worker_pb2.StartEvent(tokens=worker_pb2.Tokens(attempt=event.attempt, tokens=tokens, times=times))
         case Finished():
             finished = worker_pb2.Finished(
                 reason=event.reason.value,
@@ -495,7 +528,8 @@ def _tokens_from_wire(message: worker_pb2.Tokens) -> Tokens:
     first = tokens[0].index
     if any(token.index != first + i for i, token in enumerate(tokens)):
         _refuse("tokens", f"indices {[token.index for token in tokens]} are not consecutive")
-    return Tokens(attempt=message.attempt, tokens=tokens)
+    times = first_token_times_from_wire(message.times) if message.HasField("times") else None
+    return Tokens(attempt=message.attempt, tokens=tokens, times=times)
 
 
 def _finished_from_wire(message: worker_pb2.Finished) -> Finished:

@@ -157,6 +157,25 @@ class TokenEvent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillTimes:
+    """Where a prompt's time went on the worker that computed it: microseconds on that worker's own clock."""
+
+    queue_us: int = 0  # from Run to its first step
+    compute_us: int = 0  # from there to the last offer, turns given to other prompts included
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstTokenTimes:
+    """Where the time to token 0 went, part after part: microseconds on the decode worker's own clock."""
+
+    admit_us: int = 0  # from Start to Admitted
+    pages_us: int = 0  # from there to the last offer: prefill, as it is waited for
+    transfer_us: int = 0  # from there to the last verified page: what prefill did not hide
+    emit_us: int = 0  # from there to the message with token 0
+    prefill: PrefillTimes = PrefillTimes()  # as the last offer told them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tail:
     """What decoding needs besides pages; comes with the last offer."""
 
@@ -165,6 +184,7 @@ class Tail:
     first: TokenEvent
     total_pages: int
     draft_state: bytes = field(default=b"", repr=False)
+    times: PrefillTimes = PrefillTimes()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,6 +253,7 @@ class Fetching:
 class Tokens:
     attempt: int
     tokens: tuple[TokenEvent, ...]
+    times: FirstTokenTimes | None = None  # with token 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

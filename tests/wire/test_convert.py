@@ -20,10 +20,12 @@ from wire.types import (
     Fetching,
     Finished,
     FinishReason,
+    FirstTokenTimes,
     OwnerCard,
     PageClass,
     PageGroup,
     PageOffer,
+    PrefillTimes,
     Progress,
     Region,
     RegionClass,
@@ -115,6 +117,10 @@ def groups(draw: st.DrawFn) -> PageGroup:
     )
 
 
+prefill_times = st.builds(PrefillTimes, queue_us=u64, compute_us=u64)
+first_token_times = st.builds(
+    FirstTokenTimes, admit_us=u64, pages_us=u64, transfer_us=u64, emit_us=u64, prefill=prefill_times
+)
 tails = st.integers(1, 2**40).flatmap(
     lambda n: st.builds(
         Tail,
@@ -123,6 +129,7 @@ tails = st.integers(1, 2**40).flatmap(
         first=tokens,
         total_pages=u64,
         draft_state=st.binary(),
+        times=prefill_times,
     )
 )
 offers = st.one_of(
@@ -170,14 +177,16 @@ start_events = st.one_of(
     st.builds(Admitted, resident_prefix=pages, secret=secrets),
     st.builds(Fetching, pages=u64),
     st.builds(
-        lambda attempt, batch: Tokens(
+        lambda attempt, batch, times: Tokens(
             attempt=attempt,
+            times=times,
             tokens=tuple(
                 TokenEvent(index=i, token_id=t.token_id, logprob=t.logprob, top=t.top) for i, t in enumerate(batch)
             ),
         ),
         u32,
         st.lists(tokens, min_size=1, max_size=4),
+        st.none() | first_token_times,
     ),
     st.builds(
         Finished,

@@ -101,13 +101,29 @@ class Fetching(_message.Message):
     pages: int
     def __init__(self, pages: _Optional[int] = ...) -> None: ...
 
+class FirstTokenTimes(_message.Message):
+    __slots__ = ("admit_us", "pages_us", "transfer_us", "emit_us", "prefill")
+    ADMIT_US_FIELD_NUMBER: _ClassVar[int]
+    PAGES_US_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_US_FIELD_NUMBER: _ClassVar[int]
+    EMIT_US_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    admit_us: int
+    pages_us: int
+    transfer_us: int
+    emit_us: int
+    prefill: _kv_pb2.PrefillTimes
+    def __init__(self, admit_us: _Optional[int] = ..., pages_us: _Optional[int] = ..., transfer_us: _Optional[int] = ..., emit_us: _Optional[int] = ..., prefill: _Optional[_Union[_kv_pb2.PrefillTimes, _Mapping]] = ...) -> None: ...
+
 class Tokens(_message.Message):
-    __slots__ = ("attempt", "tokens")
+    __slots__ = ("attempt", "tokens", "times")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
     attempt: int
     tokens: _containers.RepeatedCompositeFieldContainer[_kv_pb2.Token]
-    def __init__(self, attempt: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[_kv_pb2.Token, _Mapping]]] = ...) -> None: ...
+    times: FirstTokenTimes
+    def __init__(self, attempt: _Optional[int] = ..., tokens: _Optional[_Iterable[_Union[_kv_pb2.Token, _Mapping]]] = ..., times: _Optional[_Union[FirstTokenTimes, _Mapping]] = ...) -> None: ...
 
 class Finished(_message.Message):
     __slots__ = ("reason", "prompt_tokens", "cached_tokens", "completion_tokens")
