@@ -38,7 +38,9 @@ class Fetch:
         signature: str,
         vocab_size: int,
     ) -> None:
+        assert request.source is not None, "there is nothing to fetch"
         self._request = request
+        self.source = request.source
         self._run = AttemptId(request.request_id, request.attempt)
         self._signature = signature
         self._vocab_size = vocab_size
@@ -95,7 +97,7 @@ class Fetch:
         """Offer 0: the owner is the worker the router named, in the life the router knew, with pages like
         ours.
         """
-        card, source = offer.owner, self._request.source
+        card, source = offer.owner, self.source
         if card is None or offer.groups or offer.tail is not None:
             raise self._wrong("offer 0 does not carry the owner's card alone")
         if (card.worker_id, card.epoch) != (source.worker_id, source.epoch):
@@ -146,4 +148,4 @@ class Fetch:
         self.tail = tail
 
     def _wrong(self, problem: str) -> TransferFailed:
-        return TransferFailed(f"worker {self._request.source.worker_id} sent a bad offer for {self._run}: {problem}")
+        return TransferFailed(f"worker {self.source.worker_id} sent a bad offer for {self._run}: {problem}")

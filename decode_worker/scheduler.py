@@ -44,6 +44,7 @@ from wire.types import (
     PageClass,
     PageOffer,
     PrefixEvent,
+    RegionClass,
     StartEvent,
     StartRequest,
     TokenEvent,
@@ -253,6 +254,10 @@ class DecodeCore:
         self._host_bytes = 0
         self._preemptions_total = 0
 
+    @property
+    def classes(self) -> tuple[RegionClass, ...]:
+        return self._pools.classes
+
     def step(self, now_s: float, event: DecodeEvent | Tick | StepFailed) -> list[DecodeAction]:
         match event:
             case Start(request, secret):
@@ -394,6 +399,8 @@ class DecodeCore:
         newest = max((a for r, a in self._runs if r == request.request_id), default=-1)
         if request.attempt <= newest:
             raise StaleAttempt(f"run {run_id} comes after attempt {newest}, which is here; send a higher attempt")
+        if request.source is None:
+            raise InvalidRequest("this worker computes no prompts; name the worker that does", param="source")
         if request.emitted:
             raise InvalidRequest("this worker can not replay emitted tokens; start the request afresh", param="resume")
         if n == 0:
@@ -541,7 +548,7 @@ class DecodeCore:
             actions += [
                 Emit(run.id, Admitted(resident_prefix=resident * PAGE_TOKENS, secret=run.secret)),
                 Emit(run.id, Fetching(pages=run.fetch.total_pages)),
-                OpenClaim(run.id, run.request.source, resident * PAGE_TOKENS, run.secret),
+                OpenClaim(run.id, run.fetch.source, resident * PAGE_TOKENS, run.secret),
             ]
         return actions
 
@@ -636,7 +643,8 @@ class DecodeCore:
                     what = f"no room for {len(run.request.prompt)} prompt tokens within {limits.queue_timeout_s:g} s"
                     error = Overloaded(f"{what}; try again")
                 case _State.FETCHING:
-                    source = run.request.source.worker_id
+                    assert run.fetch is not None
+                    source = run.fetch.source.worker_id
                     error = DeadlineExceeded(f"worker {source} offered nothing for {limits.offer_timeout_s:g} s")
                 case _:
                     what = f"no page for token {run.num_tokens} of the answer within {limits.queue_timeout_s:g} s"
@@ -671,4 +679,4 @@ class DecodeCore:
         return actions
 
     def _close_claim(self, run: _Run, fetch: Fetch) -> CloseClaim:
-        return CloseClaim(run.id, run.request.source, fetch.claim_id, run.secret)
+        return CloseClaim(run.id, fetch.source, fetch.claim_id, run.secret)

@@ -44,6 +44,7 @@ from decode_worker.scheduler import (
 )
 from engine.batch import Drawn, Segment
 from engine.loop import EngineLoop
+from kvtransfer.plan import token_bytes
 from kvtransfer.reader import Reader, ReadResult
 from wire import convert
 from wire.errors import Draining, PenumbraError, StaleAttempt, TransferFailed, WorkerLost
@@ -69,6 +70,8 @@ PUBLISH_S = 0.25
 RELEASE_TIMEOUT_S = 5.0
 """A release that is not heard costs nothing but the owner's patience with the broken stream."""
 MAX_IDLE_CHANNELS = 64
+RECENT_WEIGHT = 0.9
+"""What is left of a measurement's weight after each further one: the last twenty make up nearly all of a mean."""
 STOP_S = 10.0
 
 
@@ -131,6 +134,9 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             perform=self._perform,
         )
         self._total_tokens = self._engine.load.free_tokens  # nothing is held yet
+        self._kv_token_bytes = token_bytes(core.classes)
+        self._reads = Recent()
+        self._exposed = Recent()
         self._quarantined_total = 0
         self._preemptions_total = 0
         self._drafts_total = self._kept_total = self._drafted_steps_total = 0
@@ -169,6 +175,12 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             running=load.running,
             waiting=load.waiting,
             queued_tokens=load.queued_tokens,
+            prefill_token_ns=load.prefill_token_ns,
+            prefill_depth_ns=load.prefill_depth_ns,
+            transfer_bytes_per_s=int(self._reads.mean),
+            exposed_us=int(self._exposed.mean * 1e6),
+            kv_token_bytes=self._kv_token_bytes,
+            computing_tokens=load.computing_tokens,
         )
 
     def attach(self, reader: Reader) -> None:
@@ -220,6 +232,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                                 event = replace(event, times=clock.times(now))
                                 if (exposed := clock.exposed_s(now)) is not None:
                                     self._metrics.transfer_exposed.observe(exposed)
+                                    self._exposed.add(exposed, 1)
                             self._metrics.generation_tokens.inc(len(event.tokens))
                         yield convert.start_event_to_wire(event)
                         if ended:
@@ -252,6 +265,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         if result.ok:
             self._metrics.transfer_bytes.inc(result.num_bytes)
             self._metrics.transfer_time.observe(result.seconds)
+            self._reads.add(result.num_bytes, result.seconds)
         else:
             self._metrics.transfer_failures.labels(result.error.code if result.error else "unknown").inc()
 
@@ -380,6 +394,22 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                 quarantined=counts.quarantined,
                 cached=counts.evictable,
             )
+
+
+class Recent:
+    """A ratio of two sums in which older parts count ever less: bytes over seconds, seconds over occasions."""
+
+    def __init__(self) -> None:
+        self._amount = self._of = 0.0
+
+    def add(self, amount: float, of: float) -> None:
+        self._amount = RECENT_WEIGHT * self._amount + amount
+        self._of = RECENT_WEIGHT * self._of + of
+
+    @property
+    def mean(self) -> float:
+        """0 before anything was added."""
+        return self._amount / self._of if self._of else 0.0
 
 
 def _pages(channel: grpc.aio.Channel) -> Any:

@@ -46,6 +46,9 @@ class Load:
     waiting: int = 0
     queued_tokens: int = 0  # prompt tokens not yet computed (prefill) or not yet fetched (decode)
     free_tokens: int = 0  # full-pool tokens not spoken for
+    prefill_token_ns: int = 0  # measured: a prompt token at the start of a prompt
+    prefill_depth_ns: int = 0  # and so much more for each 1,024 tokens in front of it
+    computing_tokens: int = 0  # of prompts that a decode worker computes itself, not computed yet
     pages: dict[PageClass, PoolCounts] = field(default_factory=dict)  # request slots under STATE
     quarantined_total: int = 0  # items ever quarantined
     preemptions_total: int = 0  # requests ever moved to host memory to make room

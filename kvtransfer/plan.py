@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from wire.errors import LayoutMismatch, TransferFailed
-from wire.types import PageClass, PageGroup, RegionClass
+from wire.types import PAGE_TOKENS, PageClass, PageGroup, RegionClass
 
 MAX_SLICE_BYTES = 32 << 20
 """Between processes of one host a read is copied inside the call that posts it: about 10 ms for 32 MiB."""
@@ -34,6 +34,11 @@ class Slice:
 def item_bytes(region_class: RegionClass) -> int:
     """Bytes of one item over every region of its class."""
     return sum(region.item_bytes for region in region_class.regions)
+
+
+def token_bytes(classes: Sequence[RegionClass]) -> int:
+    """Bytes that stay for each token of a long prompt: its share of a full page."""
+    return sum(item_bytes(cls) for cls in classes if cls.name is PageClass.FULL) // PAGE_TOKENS
 
 
 def num_items(region_class: RegionClass) -> int:

@@ -19,9 +19,9 @@ from itertools import islice
 from engine.batch import Sampled, Segment, Sequence, not_drawn, rebuild_tokens
 from engine.cache.shadow_radix import Lease, Match, ShadowRadix
 from engine.loop import Load, StepFailed, Tick
+from engine.pace import Pace
 from engine.window import WindowPages, first_window_page, most_window_pages, num_pages
 from prefill_worker.offers import Offers, PageChecksums, Pools
-from prefill_worker.pace import Pace
 from wire.convert import failed_from_error
 from wire.errors import ConfigError, InvalidRequest, Overloaded, PenumbraError, WorkerLost
 from wire.prefix import page_hashes
@@ -264,11 +264,14 @@ class PrefillCore:
 
     def load(self) -> Load:
         pools, full = self._pools, self._cache.counts(PageClass.FULL)
+        token_ns, depth_ns = self._pace.line()
         return Load(
             running=len(self._computing),
             waiting=len(self._waiting),
             queued_tokens=self._uncomputed,
             free_tokens=(pools.full.free + full.evictable) * PAGE_TOKENS,
+            prefill_token_ns=token_ns,
+            prefill_depth_ns=depth_ns,
             pages={
                 PageClass.FULL: full,
                 PageClass.SWA: self._cache.counts(PageClass.SWA),

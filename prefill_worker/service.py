@@ -19,6 +19,7 @@ import structlog
 
 from engine.loop import EngineLoop, StepRunner
 from kvtransfer.owner import ClaimTable, Freed
+from kvtransfer.plan import token_bytes
 from prefill_worker.scheduler import (
     Drop,
     Ended,
@@ -108,6 +109,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
             on_step=metrics.step_time.observe,
         )
         self._total_tokens = self._engine.load.free_tokens  # nothing is held yet
+        self._kv_token_bytes = token_bytes(card.classes)
         self._runs: dict[AttemptId, asyncio.Queue[RunEvent]] = {}
         self._begun: dict[AttemptId, _Begun] = {}
         self._changed: dict[AttemptId, list[asyncio.Event]] = {}  # of the claims of a run
@@ -141,6 +143,9 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
             running=load.running,
             waiting=load.waiting,
             queued_tokens=load.queued_tokens,
+            prefill_token_ns=load.prefill_token_ns,
+            prefill_depth_ns=load.prefill_depth_ns,
+            kv_token_bytes=self._kv_token_bytes,
         )
 
     async def run(self) -> None:

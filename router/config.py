@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from router.placement import PlacementRules, Policy
 from wire.errors import ConfigError
 
 MAX_BODY_BYTES = 32 << 20
@@ -43,6 +45,10 @@ class RouterConfig:
     client_stall_s: float = 60.0  # a client that stops reading its stream
     shutdown_grace_s: float = 30.0  # running requests may take this long after SIGTERM
 
+    policy: Policy = "expected_ttft"  # how a pair of workers is chosen
+    local_prefill_tokens: int = 0  # a decode worker computes at most so many of a prompt itself, where that is faster
+    on_no_prefill: Literal["local", "reject"] = "reject"  # what becomes of requests without any prefill worker
+
     registry_poll_s: float = 0.5
     log_level: str = "info"
     log_json: bool = False
@@ -50,6 +56,12 @@ class RouterConfig:
     @property
     def model_names(self) -> tuple[str, ...]:
         return self.served_model_names or (self.model.resolve().name,)
+
+    @property
+    def placement(self) -> PlacementRules:
+        return PlacementRules(
+            policy=self.policy, local_prefill_tokens=self.local_prefill_tokens, on_no_prefill=self.on_no_prefill
+        )
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -211,6 +212,11 @@ class Fleet:
         self._models: frozenset[str] = frozenset()
         self._watches: dict[WorkerRef, asyncio.Task[None]] = {}
         self._connections: dict[WorkerRef, _Connection] = {}
+        self._turns = itertools.count()
+
+    def next_turn(self) -> int:
+        """Counts placements."""
+        return next(self._turns)
 
     def snapshot(self) -> FleetSnapshot:
         return self._core.snapshot(time.monotonic())

@@ -22,6 +22,7 @@ from router.dialects import Dialect, dump
 from router.fleet import Fleet
 from router.intake import Prepared
 from router.mirror import PrefixMirror
+from router.placement import Placement
 from router.relay import RelayLimits, RelayRequest, relay
 from wire.errors import PenumbraError
 from wire.telemetry import RouterMetrics
@@ -82,6 +83,7 @@ class Generation(Response):
         self._client_id = client_request_id
         self._began = False  # the status line is out
         self._num_events = 0
+        self._placements: dict[str, Placement] = {}  # where each choice went last
         self._sending = asyncio.Lock()
         self.background = None
 
@@ -148,7 +150,13 @@ class Generation(Response):
             serving.metrics.retries.labels(error.code).inc()
             self._log("attempt_failed", choice, attempt=attempt, error_code=error.code, error=str(error))
 
-        async with relay(serving.fleet, request, serving.limits, serving.mirror, on_retry=on_retry) as tokens:
+        def on_place(placement: Placement) -> None:
+            self._placements[request.request_id] = placement
+            serving.metrics.placements.labels(placement.decision, placement.reason.value).inc()
+
+        async with relay(
+            serving.fleet, request, serving.limits, serving.mirror, on_retry=on_retry, on_place=on_place
+        ) as tokens:
             async for batch in tokens:
                 self._measure(choice, batch)
                 opening = answer.opening() if answer.num_tokens == 0 else []
@@ -174,8 +182,9 @@ class Generation(Response):
             cached_tokens=usage.cached_tokens,
             finish_reason=reason.value,
             attempts=tokens.attempts,
-            prefill=placed and placed.prefill.worker_id,
+            prefill=placed and placed.prefill and placed.prefill.worker_id,
             decode=placed and placed.decode.worker_id,
+            placement=placed and f"{placed.decision}/{placed.reason.value}",
         )
         if prepared.stream and last:
             await self._send_events(send, last)
@@ -233,6 +242,8 @@ class Generation(Response):
                     (b"cache-control", b"no-cache"),
                     (b"x-accel-buffering", b"no"),
                 ]
+                if (placed := self._placements.get(self._choices[0].request.request_id)) is not None:
+                    headers.append((b"x-penumbra-placement", _told(placed).encode()))
                 if not more:
                     headers.append((b"content-length", str(len(body)).encode()))
                 await self._put(send, {"type": "http.response.start", "status": 200, "headers": headers})
@@ -246,6 +257,15 @@ class Generation(Response):
                 await send(message)
         except (TimeoutError, OSError) as error:
             raise _ClientGone from error
+
+
+def _told(placement: Placement) -> str:
+    """`x-penumbra-placement`: what was decided, why, and the workers."""
+    parts = [f"{placement.decision}; reason={placement.reason.value}"]
+    if placement.prefill is not None:
+        parts.append(f"prefill={placement.prefill.worker_id}")
+    parts.append(f"decode={placement.decode.worker_id}; expected_ms={placement.expected_s * 1e3:.0f}")
+    return "; ".join(parts)
 
 
 async def _until_gone(receive: Receive) -> None:

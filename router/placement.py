@@ -1,34 +1,84 @@
-"""Which prefill and which decode worker a request goes to. Pure: the same fleet and request, the same pair."""
+"""Which prefill and which decode worker a request goes to. Pure: the same fleet and request, the same pair.
+
+What counts is the expected time to the first token, from rates that the workers measure on themselves and report with
+their load:
+
+    tokens nobody holds x seconds a token + what is in front of them + bytes not there x seconds a byte
+
+Not every request needs two workers. Where computing the few tokens that a decode worker does not hold takes it less
+time than prefill and a transfer would, it computes them itself, and where no prefill worker is left it may have to.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from types import MappingProxyType
+from typing import Literal
 
 from router.fleet import FleetSnapshot, WorkerView
 from wire.errors import InvalidRequest, LayoutMismatch, NoWorkers, PenumbraError
 from wire.types import PAGE_TOKENS, WorkerInfo
 
+Policy = Literal["expected_ttft", "round_robin", "power_of_two", "least_tokens"]
+
+TOKEN_S = 1e-3
+"""Computing a prompt token, while no worker has measured it. Only ratios matter then."""
+
 MOVED_TOKEN_COST = 1 / 32
-"""What moving a token's pages costs, where computing the token costs 1. Even far off, it tells a decode worker that
-holds a long prefix from one that does not."""
+"""What moving a token's pages costs while nobody has measured it, where computing the token costs 1. Even far off, it
+tells a decode worker that holds a long prefix from one that does not."""
 
 ROOM_COST = 64
 """What a token costs that a full pool has no room for: others have to finish first, one decode step at a time."""
 
 SEQUENCE_COST = 256
-"""What each sequence costs that shares decode steps with this one."""
+"""What each sequence costs that shares decode steps with this one. Not a part of the first token's time, but of all
+later ones'."""
+
+DEPTH_TOKENS = 1024
+"""Workers report how much more a token takes for each so many tokens in front of it."""
+
+
+class Reason(StrEnum):
+    """Why a request was placed as it was; the values label a metric, so there are few."""
+
+    POLICY = "policy"  # two workers, as the policy chose them
+    LONG = "long"  # two workers: more tokens to compute than a decode worker takes on
+    FASTER = "faster"  # two workers, measured faster than one
+    UNMEASURED = "unmeasured"  # two workers: no decode worker knows how fast it computes prompts
+    SHORT = "short"  # the decode worker alone, measured faster
+    CACHED = "cached"  # the same, and most of the prompt was there
+    NO_PREFILL = "no_prefill"  # the decode worker alone, for want of any other
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementRules:
+    """What an operator decides about placement."""
+
+    policy: Policy = "expected_ttft"
+    local_prefill_tokens: int = 0  # a decode worker computes at most so many of a prompt itself; 0: none
+    on_no_prefill: Literal["local", "reject"] = "reject"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """A pair, and how many of the prompt's tokens each of the two was believed to hold."""
+    """Where a request goes, and how many of the prompt's tokens each worker was believed to hold.
 
-    prefill: WorkerInfo
+    Without `prefill` the decode worker computes the prompt itself.
+    """
+
+    prefill: WorkerInfo | None
     decode: WorkerInfo
     prefill_resident: int = 0
     decode_resident: int = 0
+    reason: Reason = Reason.POLICY
+    expected_s: float = 0.0  # to the first token
+
+    @property
+    def decision(self) -> Literal["disaggregated", "local"]:
+        return "local" if self.prefill is None else "disaggregated"
 
 
 def choose(
@@ -37,45 +87,170 @@ def choose(
     max_tokens: int,
     exclude: Collection[str] = (),
     resident: Mapping[str, int] = MappingProxyType({}),
+    *,
+    rules: PlacementRules = PlacementRules(),
+    turn: int = 0,
 ) -> Placement | None:
-    """The compatible pair with the least expected cost, or None when there is none.
+    """The best placement the rules allow, or None when there is none.
 
     resident  prompt tokens that a worker already holds, by worker id; a worker not named holds none
+    turn      counts placements; what round robin goes by, and the chance in the power of two choices
 
     A worker that could never hold the request is passed over; one that is merely full is not, its tokens that
     have to leave first count as cost. Ties go to the lower worker ids.
     """
+    request = _Request(fleet, prompt_tokens, max_tokens, resident)
     pairs = [
         (prefill, decode)
         for prefill, decode in _pairs(fleet, exclude)
         if _holds(prefill, prompt_tokens) and _holds(decode, prompt_tokens + max_tokens)
     ]
+    alone = [
+        decode
+        for decode in fleet.decode
+        if decode.usable
+        and decode.info.worker_id not in exclude
+        and decode.info.local_prefill
+        and _holds(decode, prompt_tokens + max_tokens)
+    ]
     if not pairs:
-        return None
+        if rules.on_no_prefill == "reject" or not alone or any(view.usable for view in fleet.prefill):
+            return None
+        return request.local(min(alone, key=request.local_cost), Reason.NO_PREFILL)
+    pair = _POLICIES[rules.policy](request, pairs, turn)
+    if not rules.local_prefill_tokens or not alone:
+        return request.pair(pair, Reason.POLICY)
+    decode = min(alone, key=request.local_cost)
+    if prompt_tokens - request.held(decode) > rules.local_prefill_tokens:
+        return request.pair(pair, Reason.LONG)
+    if not decode.info.prefill_token_ns:
+        return request.pair(pair, Reason.UNMEASURED)
+    if request.local_cost(decode) >= request.pair_cost(pair):
+        return request.pair(pair, Reason.FASTER)
+    return request.local(decode, Reason.CACHED if 2 * request.held(decode) >= prompt_tokens else Reason.SHORT)
 
-    def held(worker: WorkerView) -> int:
+
+Pair = tuple[WorkerView, WorkerView]
+Cost = tuple[float, str, str]
+
+
+class _Request:
+    """One request's costs on a fleet, in seconds and then by worker ids."""
+
+    def __init__(self, fleet: FleetSnapshot, prompt_tokens: int, max_tokens: int, resident: Mapping[str, int]) -> None:
+        self._prompt_tokens = prompt_tokens
+        self._max_tokens = max_tokens
+        self._resident = resident
+        measured = [view.info.prefill_token_ns for view in fleet.prefill if view.info.prefill_token_ns]
+        # Who has measured nothing yet is taken to be like the others.
+        self._token_s = sum(measured) / len(measured) / 1e9 if measured else TOKEN_S
+
+    def held(self, worker: WorkerView) -> int:
         # The last token is always computed: it is what the first answer token is drawn from.
-        return min(resident.get(worker.info.worker_id, 0), prompt_tokens - 1)
+        return min(self._resident.get(worker.info.worker_id, 0), self._prompt_tokens - 1)
 
-    def cost(pair: tuple[WorkerView, WorkerView]) -> tuple[float, str, str]:
-        """In prompt tokens to compute, and then by ids."""
+    def pair_cost(self, pair: Pair) -> Cost:
         prefill, decode = pair
-        compute, move = prompt_tokens - held(prefill), prompt_tokens - held(decode)
-        return (
-            prefill.pending_tokens
-            + compute
-            + ROOM_COST * max(0, compute - prefill.free_tokens)
-            + MOVED_TOKEN_COST * move
-            + ROOM_COST * max(0, move + max_tokens - decode.free_tokens)
-            + SEQUENCE_COST * decode.num_requests,
-            prefill.info.worker_id,
-            decode.info.worker_id,
+        seconds = self._prefill_s(prefill) + self._transfer_s(decode) + self._shared_s(decode)
+        return seconds, prefill.info.worker_id, decode.info.worker_id
+
+    def local_cost(self, decode: WorkerView) -> Cost:
+        """Everybody in the batch waits while the chunks of this prompt are computed, so their time counts as well."""
+        missing = self._prompt_tokens - self.held(decode)
+        compute_s = self._compute_s(decode, missing + decode.info.computing_tokens, self.held(decode))
+        seconds = compute_s * (1 + decode.num_requests) + self._shared_s(decode)
+        return seconds, "", decode.info.worker_id
+
+    def pair(self, pair: Pair, reason: Reason) -> Placement:
+        prefill, decode = pair
+        return Placement(
+            prefill=prefill.info,
+            decode=decode.info,
+            prefill_resident=self.held(prefill),
+            decode_resident=self.held(decode),
+            reason=reason,
+            expected_s=self._prefill_s(prefill) + self._transfer_s(decode),
         )
 
-    prefill, decode = min(pairs, key=cost)
-    return Placement(
-        prefill=prefill.info, decode=decode.info, prefill_resident=held(prefill), decode_resident=held(decode)
-    )
+    def local(self, decode: WorkerView, reason: Reason) -> Placement:
+        missing, held = self._prompt_tokens - self.held(decode), self.held(decode)
+        return Placement(
+            prefill=None,
+            decode=decode.info,
+            decode_resident=held,
+            reason=reason,
+            expected_s=self._compute_s(decode, missing + decode.info.computing_tokens, held),
+        )
+
+    def _prefill_s(self, prefill: WorkerView) -> float:
+        missing = self._prompt_tokens - self.held(prefill)
+        # Prompts take turns and the one with the least left goes first every other time: so a prompt waits for at
+        # most as much of each other one as it has itself, and 2,000 tokens not for 900,000.
+        ahead = min(prefill.pending_tokens, max(1, prefill.num_requests) * missing)
+        full = ROOM_COST * self._token_s * max(0, missing - prefill.free_tokens)
+        return self._compute_s(prefill, missing, self.held(prefill)) + self._compute_s(prefill, ahead, 0) + full
+
+    def _transfer_s(self, decode: WorkerView) -> float:
+        info, missing = decode.info, self._prompt_tokens - self.held(decode)
+        if info.transfer_bytes_per_s:
+            return missing * info.kv_token_bytes / info.transfer_bytes_per_s + info.exposed_us / 1e6
+        return missing * MOVED_TOKEN_COST * self._token_s
+
+    def _shared_s(self, decode: WorkerView) -> float:
+        missing = self._prompt_tokens - self.held(decode)
+        full = ROOM_COST * max(0, missing + self._max_tokens - decode.free_tokens)
+        return (full + SEQUENCE_COST * decode.num_requests) * self._token_s
+
+    def _compute_s(self, worker: WorkerView, tokens: int, depth: int) -> float:
+        """Of so many tokens in a row behind `depth` others."""
+        info = worker.info
+        middle = (depth + tokens / 2) / DEPTH_TOKENS
+        each = (info.prefill_token_ns + middle * info.prefill_depth_ns) / 1e9 or self._token_s
+        return tokens * each
+
+
+def _least_ttft(request: _Request, pairs: list[Pair], turn: int) -> Pair:
+    return min(pairs, key=request.pair_cost)
+
+
+def _round_robin(request: _Request, pairs: list[Pair], turn: int) -> Pair:
+    """Every worker in its turn, whatever it holds or has to do."""
+    ordered = sorted(pairs, key=_ids)
+    prefills = sorted({prefill.info.worker_id for prefill, _ in ordered})
+    mine = [pair for pair in ordered if pair[0].info.worker_id == prefills[turn % len(prefills)]]
+    return mine[turn // len(prefills) % len(mine)] if len(mine) > 1 else mine[0]
+
+
+def _power_of_two(request: _Request, pairs: list[Pair], turn: int) -> Pair:
+    """The cheaper of two pairs taken as if by chance: nearly as even as the best of all, without a herd."""
+    ordered = sorted(pairs, key=_ids)
+    # Knuth's multiplicative hash: turns that follow each other land far apart.
+    draw = turn * 2_654_435_761 % (1 << 32)
+    first = draw % len(ordered)
+    second = (first + 1 + (draw >> 16) % max(1, len(ordered) - 1)) % len(ordered)
+    return min((ordered[first], ordered[second]), key=request.pair_cost)
+
+
+def _least_tokens(request: _Request, pairs: list[Pair], turn: int) -> Pair:
+    """The fewest tokens in front of the prompt, and then in the answer's batch; what workers hold does not count."""
+
+    def load(pair: Pair) -> tuple[int, int, str, str]:
+        prefill, decode = pair
+        return prefill.pending_tokens, decode.info.total_tokens - decode.free_tokens, *_ids(pair)
+
+    return min(pairs, key=load)
+
+
+_POLICIES: dict[Policy, Callable[[_Request, list[Pair], int], Pair]] = {
+    "expected_ttft": _least_ttft,
+    "round_robin": _round_robin,
+    "power_of_two": _power_of_two,
+    "least_tokens": _least_tokens,
+}
+
+
+def _ids(pair: Pair) -> tuple[str, str]:
+    return pair[0].info.worker_id, pair[1].info.worker_id
 
 
 def why_not(fleet: FleetSnapshot, prompt_tokens: int, max_tokens: int) -> PenumbraError:
@@ -106,7 +281,7 @@ def capacity(fleet: FleetSnapshot) -> int | None:
     return max((_size(decode) for _, decode in _pairs(fleet, ())), default=None)
 
 
-def _pairs(fleet: FleetSnapshot, exclude: Collection[str]) -> Iterator[tuple[WorkerView, WorkerView]]:
+def _pairs(fleet: FleetSnapshot, exclude: Collection[str]) -> Iterator[Pair]:
     for prefill in fleet.prefill:
         for decode in fleet.decode:
             if (

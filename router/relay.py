@@ -28,7 +28,7 @@ import grpc
 from router.config import RouterConfig
 from router.fleet import Fleet, FleetSnapshot
 from router.mirror import PrefixMirror
-from router.placement import Placement, choose, why_not
+from router.placement import Placement, PlacementRules, choose, why_not
 from wire import convert
 from wire.errors import Cancelled, DeadlineExceeded, InvalidRequest, PenumbraError, WorkerLost
 from wire.prefix import DEFAULT_TENANT, namespace
@@ -54,6 +54,8 @@ from wire.v1 import worker_pb2_grpc
 
 GAP_WINDOW = 64
 """Gaps between tokens that the watchdog's median looks back on."""
+
+SILENT_DECODE = "The decode worker, which computes the prompt itself, fell silent"
 
 RETRY_PAUSE_S = 0.1
 """Upper end of the first pause before another attempt; doubles with each, drawn evenly from zero."""
@@ -90,6 +92,7 @@ class RelayLimits:
     prefill_silence_s: float
     token_silence_s: float
     token_silence_factor: float
+    placement: PlacementRules = PlacementRules()  # noqa: RUF009  frozen
 
     @classmethod
     def of(cls, config: RouterConfig) -> RelayLimits:
@@ -100,6 +103,7 @@ class RelayLimits:
             prefill_silence_s=config.prefill_silence_s,
             token_silence_s=config.token_silence_s,
             token_silence_factor=config.token_silence_factor,
+            placement=config.placement,
         )
 
 
@@ -236,6 +240,11 @@ class RelayCore:
         return self._attempt
 
     @property
+    def _local(self) -> bool:
+        """Whether the decode worker computes the prompt itself."""
+        return self._placement is not None and self._placement.prefill is None
+
+    @property
     def num_delivered(self) -> int:
         return self._next_index
 
@@ -276,9 +285,17 @@ class RelayCore:
                 if said.resident_prefix > len(self._request.prompt):
                     return self._lied(f"to hold {said.resident_prefix} tokens of {len(self._request.prompt)}")
                 self._admitted = True
+                if self._placement.prefill is None:
+                    self.cached_tokens = said.resident_prefix
+                    self._wait(now, self._limits.prefill_silence_s, Role.DECODE, SILENT_DECODE)
+                    return []
                 self._wait(now, self._limits.prefill_queue_s, Role.PREFILL, "The prefill worker did not start")
                 return [StartPrefill(self._attempt, self._placement, said.resident_prefix, said.secret)]
             case Fetching():
+                return []
+            case Progress() if self._admitted and self._local and not self._next_index:
+                self.cached_tokens = said.cached
+                self._wait(now, self._limits.prefill_silence_s, Role.DECODE, SILENT_DECODE)
                 return []
             case Tokens() if self._admitted:
                 return self._tokens(now, said)
@@ -355,7 +372,8 @@ class RelayCore:
         if self._next_index or not retryable or self._attempt >= self._limits.max_attempts:
             return self._end(Fail(error))
         if self._placement is not None:
-            worker = self._placement.decode if role is Role.DECODE else self._placement.prefill
+            prefill = self._placement.prefill
+            worker = self._placement.decode if role is Role.DECODE or prefill is None else prefill
             self._avoid.add(worker.worker_id)
         given_up = self._attempt
         self._attempt += 1
@@ -413,6 +431,7 @@ async def relay(
     mirror: PrefixMirror,
     *,
     on_retry: Callable[[int, PenumbraError], None] = lambda attempt, error: None,
+    on_place: Callable[[Placement], None] = lambda placement: None,
 ) -> AsyncIterator[Relay]:
     """Run the request while inside. Leaving, for whatever reason, ends both RPCs before it returns.
 
@@ -421,7 +440,7 @@ async def relay(
     feed = Relay()
     failure: Exception | None = None
     async with asyncio.TaskGroup() as tasks:
-        shell = _Shell(fleet, request, limits, mirror, feed, tasks, on_retry)
+        shell = _Shell(fleet, request, limits, mirror, feed, tasks, on_retry, on_place)
         driver = tasks.create_task(shell.run(), name=f"relay {request.request_id}")
         try:
             yield feed
@@ -463,9 +482,12 @@ class _Shell:
         feed: Relay,
         tasks: asyncio.TaskGroup,
         on_retry: Callable[[int, PenumbraError], None],
+        on_place: Callable[[Placement], None],
     ) -> None:
         self._fleet = fleet
         self._request = request
+        self._rules = limits.placement
+        self._on_place = on_place
         self._mirror = mirror
         self._core = RelayCore(request, limits)
         self._feed = feed
@@ -526,16 +548,19 @@ class _Shell:
         # A worker that failed us once is better than none: on a cluster of one pair it is the only one there is,
         # and a dead one is out of the snapshot by its own health.
         resident = self._resident(fleet)
-        placement = choose(fleet, prompt_tokens, max_tokens, avoid, resident) or choose(
-            fleet, prompt_tokens, max_tokens, resident=resident
+        rules, turn = self._rules, self._fleet.next_turn()
+        placement = choose(fleet, prompt_tokens, max_tokens, avoid, resident, rules=rules, turn=turn) or choose(
+            fleet, prompt_tokens, max_tokens, resident=resident, rules=rules, turn=turn
         )
         if placement is None:
             return NotPlaced(attempt, why_not(fleet, prompt_tokens, max_tokens))
         self._feed.attempts, self._feed.placement = attempt, placement
+        self._on_place(placement)
         # Counted at once, before the next placement looks, not when a task gets to run.
         holds = self._attempts.setdefault(attempt, _Attempt()).holds
-        to_compute = prompt_tokens - placement.prefill_resident
-        holds[Role.PREFILL].enter_context(self._fleet.assigned(placement.prefill.ref, to_compute))
+        if placement.prefill is not None:
+            to_compute = prompt_tokens - placement.prefill_resident
+            holds[Role.PREFILL].enter_context(self._fleet.assigned(placement.prefill.ref, to_compute))
         holds[Role.DECODE].enter_context(self._fleet.assigned(placement.decode.ref, prompt_tokens + max_tokens))
         return Placed(attempt, placement)
 
@@ -570,7 +595,7 @@ class _Shell:
             attempt=attempt,
             prompt=self._request.prompt,
             sampling=self._request.sampling,
-            source=placement.prefill.ref,
+            source=None if placement.prefill is None else placement.prefill.ref,
             namespace=self._request.namespace(placement.decode.model),
         )
         async with self._fleet.channel(placement.decode.ref) as channel:
@@ -582,6 +607,7 @@ class _Shell:
                 call.cancel()
 
     async def _prefill(self, attempt: int, placement: Placement, skip: int, secret: bytes) -> AsyncIterator[RunEvent]:
+        assert placement.prefill is not None, "a decode worker that computes the prompt itself needs no prefill"
         request = RunRequest(
             request_id=self._request.request_id,
             attempt=attempt,

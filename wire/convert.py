@@ -399,7 +399,7 @@ def start_request_to_wire(request: StartRequest, packed: bytes | None = None) ->
         attempt=request.attempt,
         prompt=pack_tokens(request.prompt) if packed is None else packed,
         sampling=sampling_to_wire(request.sampling),
-        source=worker_ref_to_wire(request.source),
+        source=None if request.source is None else worker_ref_to_wire(request.source),
         resume=worker_pb2.Resume(tokens=pack_tokens(request.emitted)) if request.emitted else None,
         namespace=request.namespace,
     )
@@ -411,7 +411,7 @@ def start_request_from_wire(message: worker_pb2.StartRequest) -> StartRequest:
         attempt=message.attempt,
         prompt=_prompt(message.prompt),
         sampling=sampling_from_wire(message.sampling),
-        source=worker_ref_from_wire(message.source),
+        source=worker_ref_from_wire(message.source) if message.HasField("source") else None,
         emitted=unpack_tokens("resume", message.resume.tokens),
         namespace=_namespace(message.namespace),
     )
@@ -478,6 +478,16 @@ def first_token_times_from_wire(message: worker_pb2.FirstTokenTimes) -> FirstTok
     )
 
 
+def _progress_to_wire(progress: Progress) -> worker_pb2.Progress:
+    return worker_pb2.Progress(done=progress.done, total=progress.total, cached=progress.cached)
+
+
+def _progress_from_wire(message: worker_pb2.Progress) -> Progress:
+    if message.done > message.total or message.cached > message.total:
+        _refuse("progress", f"{message.done} done and {message.cached} cached of {message.total}")
+    return Progress(done=message.done, total=message.total, cached=message.cached)
+
+
 def start_event_to_wire(event: StartEvent) -> worker_pb2.StartEvent:
     match event:
         case Admitted():
@@ -498,6 +508,8 @@ def start_event_to_wire(event: StartEvent) -> worker_pb2.StartEvent:
                 completion_tokens=event.completion_tokens,
             )
             return worker_pb2.StartEvent(finished=finished)
+        case Progress():
+            return worker_pb2.StartEvent(progress=_progress_to_wire(event))
         case Failed():
             return worker_pb2.StartEvent(failed=_failed_to_wire(event))
 
@@ -515,6 +527,8 @@ def start_event_from_wire(message: worker_pb2.StartEvent) -> StartEvent:
             return _tokens_from_wire(message.tokens)
         case "finished":
             return _finished_from_wire(message.finished)
+        case "progress":
+            return _progress_from_wire(message.progress)
         case "failed":
             return _failed_from_wire(message.failed)
         case _:
@@ -548,9 +562,7 @@ def _finished_from_wire(message: worker_pb2.Finished) -> Finished:
 def run_event_to_wire(event: RunEvent) -> worker_pb2.RunEvent:
     match event:
         case Progress():
-            return worker_pb2.RunEvent(
-                progress=worker_pb2.Progress(done=event.done, total=event.total, cached=event.cached)
-            )
+            return worker_pb2.RunEvent(progress=_progress_to_wire(event))
         case RunFinished():
             return worker_pb2.RunEvent(
                 finished=worker_pb2.RunFinished(prompt_tokens=event.prompt_tokens, cached_tokens=event.cached_tokens)
@@ -562,10 +574,7 @@ def run_event_to_wire(event: RunEvent) -> worker_pb2.RunEvent:
 def run_event_from_wire(message: worker_pb2.RunEvent) -> RunEvent:
     match message.WhichOneof("event"):
         case "progress":
-            progress = message.progress
-            if progress.done > progress.total or progress.cached > progress.total:
-                _refuse("progress", f"{progress.done} done and {progress.cached} cached of {progress.total}")
-            return Progress(done=progress.done, total=progress.total, cached=progress.cached)
+            return _progress_from_wire(message.progress)
         case "finished":
             return RunFinished(
                 prompt_tokens=message.finished.prompt_tokens,

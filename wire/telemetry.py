@@ -159,6 +159,12 @@ class RouterMetrics:
         )
         self.prompt_tokens = Counter("penumbra_prompt_tokens_total", "Prompt tokens accepted", registry=registry)
         self.generation_tokens = Counter("penumbra_generation_tokens_total", "Tokens delivered", registry=registry)
+        self.placements = Counter(
+            "penumbra_placement_total",
+            "Placed attempts: on two workers or on the decode worker alone, and why",
+            ["decision", "reason"],
+            registry=registry,
+        )
         self.workers = Gauge("penumbra_workers", "Workers known, by role", ["role"], registry=registry)
         self.registry_stale = Gauge("penumbra_registry_stale_seconds", "Age of the worker list", registry=registry)
         self.prefix_events = Counter(

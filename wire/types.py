@@ -96,6 +96,14 @@ class WorkerInfo:
     running: int = 0
     waiting: int = 0
     queued_tokens: int = 0
+    # What the worker has measured on itself; 0 while it has not.
+    prefill_token_ns: int = 0  # computing one prompt token at the start of a prompt
+    prefill_depth_ns: int = 0  # and so much more for each 1,024 tokens in front of it
+    transfer_bytes_per_s: int = 0  # reading pages from others
+    exposed_us: int = 0  # from the last offer of a prompt's pages to its first token
+    kv_token_bytes: int = 0  # page bytes of one token
+    local_prefill: bool = False  # a decode worker that computes prompts itself when asked to
+    computing_tokens: int = 0  # of such prompts, not computed yet
 
     @property
     def ref(self) -> WorkerRef:
@@ -211,13 +219,15 @@ class ClaimRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartRequest:
-    """Decode this request; pull its pages from `source`. `emitted` tokens are replayed, not sampled again."""
+    """Decode this request; pull its pages from `source`, or compute them here if there is none. `emitted` tokens are
+    replayed, not sampled again.
+    """
 
     request_id: str
     attempt: int
     prompt: tuple[int, ...] = field(repr=False)
     sampling: SamplingParams
-    source: WorkerRef
+    source: WorkerRef | None
     emitted: tuple[int, ...] = ()
     namespace: bytes = b""  # `wire.prefix.namespace`: pages are shared within one only
 
@@ -286,7 +296,7 @@ class Failed:
     retryable: bool
 
 
-StartEvent = Admitted | Fetching | Tokens | Finished | Failed
+StartEvent = Admitted | Fetching | Progress | Tokens | Finished | Failed
 RunEvent = Progress | RunFinished | Failed
 
 

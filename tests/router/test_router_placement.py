@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from router.fleet import FleetSnapshot, WorkerView
-from router.placement import capacity, choose, why_not
+from router.placement import PlacementRules, Reason, capacity, choose, why_not
 from wire.errors import InvalidRequest, LayoutMismatch, NoWorkers
 from wire.types import Role, WorkerInfo
 
@@ -152,14 +152,19 @@ PREFIX_ROWS: dict[str, tuple[FleetSnapshot, dict[str, int], tuple[str, str]]] = 
         ("p1", "d0"),
     ),
     "a longer queue is not": (
-        fleet(prefill("p0"), prefill("p1", queued_tokens=3_900), decode("d0")),
+        fleet(prefill("p0"), prefill("p1", running=30, queued_tokens=3_900), decode("d0")),
         {"p1": 3_840},
         ("p0", "d0"),
     ),
     "our own requests there count as a queue": (
-        fleet(prefill("p0"), prefill("p1", assigned=(1, 3_900)), decode("d0")),
+        fleet(prefill("p0"), prefill("p1", assigned=(30, 3_900)), decode("d0")),
         {"p1": 3_840},
         ("p0", "d0"),
+    ),
+    "one long prompt is no queue: those with less left go first every other time": (
+        fleet(prefill("p0"), prefill("p1", running=1, queued_tokens=900_000), decode("d0")),
+        {"p1": 3_840},
+        ("p1", "d0"),
     ),
     "the longer of two prefixes": (
         fleet(prefill("p0"), prefill("p1"), decode("d0")),
@@ -216,3 +221,182 @@ def test_a_prompt_larger_than_every_pool_is_refused_with_both_numbers():
     assert error.detail_code == "context_length_exceeded"
     assert "3000 tokens" in str(error)
     assert "prompts of at most 2048 tokens" in str(error)
+
+
+# Measured rates
+
+KIB = 1_000  # bytes a token, for round numbers
+
+
+def fast(worker_id: str, **info) -> WorkerView:
+    """A prefill worker that computes 10,000 tokens a second."""
+    return prefill(worker_id, **({"prefill_token_ns": 100_000, "kv_token_bytes": KIB} | info))
+
+
+def near(worker_id: str, **info) -> WorkerView:
+    """A decode worker that reads a megabyte a second, which is 1,000 tokens."""
+    return decode(worker_id, **({"transfer_bytes_per_s": 1_000_000, "kv_token_bytes": KIB} | info))
+
+
+TTFT_ROWS: dict[str, tuple[FleetSnapshot, dict[str, int], tuple[str, str], float]] = {
+    "tokens x rate + bytes / rate": (fleet(fast("p0"), near("d0")), {}, ("p0", "d0"), 0.4 + 4.0),
+    "half of it held by prefill": (fleet(fast("p0"), near("d0")), {"p0": 2_000}, ("p0", "d0"), 0.2 + 4.0),
+    "half of it held by both": (fleet(fast("p0"), near("d0")), {"p0": 2_000, "d0": 2_000}, ("p0", "d0"), 0.2 + 2.0),
+    "and the queue": (fleet(fast("p0", running=9, queued_tokens=3_000), near("d0")), {}, ("p0", "d0"), 0.7 + 4.0),
+    "what is exposed of a transfer anyway": (
+        fleet(fast("p0"), near("d0", exposed_us=250_000)),
+        {},
+        ("p0", "d0"),
+        0.4 + 4.25,
+    ),
+    "the faster of two": (fleet(fast("p0", prefill_token_ns=150_000), fast("p1"), near("d0")), {}, ("p1", "d0"), 4.4),
+    "the slower one where it holds enough": (
+        fleet(fast("p0", prefill_token_ns=150_000), fast("p1"), near("d0")),
+        {"p0": 2_000},
+        ("p0", "d0"),
+        0.3 + 4.0,
+    ),
+    "depth costs: 4,000 tokens have 2,000 in front of them on average": (
+        fleet(fast("p0", prefill_depth_ns=51_200), near("d0")),
+        {},
+        ("p0", "d0"),
+        0.8 + 4.0,
+    ),
+    "the nearer of two": (
+        fleet(fast("p0"), near("d0"), near("d1", transfer_bytes_per_s=2_000_000)),
+        {},
+        ("p0", "d1"),
+        0.4 + 2.0,
+    ),
+    "who has measured nothing is taken to be like the others": (
+        fleet(fast("p0", running=9, queued_tokens=500), prefill("p1"), near("d0")),
+        {},
+        ("p1", "d0"),
+        0.4 + 4.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TTFT_ROWS)
+def test_the_pair_with_the_least_expected_time_to_the_first_token_wins(name: str):
+    snapshot, resident, expected, seconds = TTFT_ROWS[name]
+    placement = choose(snapshot, 4_000, 10, resident=resident)
+    assert placement is not None
+    assert placement.prefill is not None
+    assert (placement.prefill.worker_id, placement.decode.worker_id) == expected
+    assert placement.expected_s == pytest.approx(seconds, rel=0.01)
+
+
+def turns(policy: str, snapshot: FleetSnapshot, n: int, **more) -> list[tuple[str, str]]:
+    placements = [
+        choose(snapshot, 1_000, 10, rules=PlacementRules(policy=policy), turn=turn, **more) for turn in range(n)
+    ]
+    return [(p.prefill.worker_id, p.decode.worker_id) for p in placements]
+
+
+def test_round_robin_gives_every_pair_its_turn_whatever_it_holds():
+    snapshot = fleet(prefill("p0", queued_tokens=9_999), prefill("p1"), decode("d0"), decode("d1", running=9))
+    once = turns("round_robin", snapshot, 4, resident={"p1": 768})
+    assert sorted(once) == [("p0", "d0"), ("p0", "d1"), ("p1", "d0"), ("p1", "d1")]
+    assert [prefill for prefill, _ in once] == ["p0", "p1", "p0", "p1"]
+    assert turns("round_robin", snapshot, 8) == once + once
+
+
+def test_the_power_of_two_choices_spreads_and_shuns_the_busy():
+    snapshot = fleet(*(prefill(f"p{i}", queued_tokens=50_000 * (i == 0), running=99) for i in range(4)), decode("d0"))
+    counts = {f"p{i}": 0 for i in range(4)}
+    for chosen_prefill, _ in turns("power_of_two", snapshot, 400):
+        counts[chosen_prefill] += 1
+    assert counts["p0"] == 0  # of two different ones, the busiest never wins
+    assert all(counts[f"p{i}"] > 60 for i in (1, 2, 3)), counts
+
+
+def test_least_tokens_looks_at_tokens_alone():
+    snapshot = fleet(
+        prefill("p0", queued_tokens=20), prefill("p1", queued_tokens=10), decode("d0", free_tokens=90), decode("d1")
+    )
+    assert turns("least_tokens", snapshot, 1, resident={"p0": 768}) == [("p1", "d1")]
+
+
+# One worker instead of two
+
+SHORT = PlacementRules(local_prefill_tokens=512)
+
+
+def alone(worker_id: str, **info) -> WorkerView:
+    """A decode worker that computes a token in a millisecond."""
+    return near(worker_id, **({"local_prefill": True, "prefill_token_ns": 1_000_000, "exposed_us": 50_000} | info))
+
+
+LOCAL_ROWS: dict[str, tuple[FleetSnapshot, int, dict[str, int], PlacementRules, str, Reason]] = {
+    "short": (fleet(fast("p0"), alone("d0")), 40, {}, SHORT, "local", Reason.SHORT),
+    "off by default": (fleet(fast("p0"), alone("d0")), 40, {}, PlacementRules(), "disaggregated", Reason.POLICY),
+    "not so short": (fleet(fast("p0"), alone("d0")), 513, {}, SHORT, "disaggregated", Reason.LONG),
+    "long but mostly held": (fleet(fast("p0"), alone("d0")), 4_000, {"d0": 3_840}, SHORT, "local", Reason.CACHED),
+    "not with neighbours to keep waiting": (
+        fleet(fast("p0"), alone("d0", running=3)),
+        40,
+        {},
+        SHORT,
+        "disaggregated",
+        Reason.FASTER,
+    ),
+    "not behind other prompts of its own": (
+        fleet(fast("p0"), alone("d0", computing_tokens=400)),
+        40,
+        {},
+        SHORT,
+        "disaggregated",
+        Reason.FASTER,
+    ),
+    "while prefill is far behind": (
+        fleet(fast("p0", running=40, queued_tokens=9_000), alone("d0", running=3)),
+        40,
+        {},
+        SHORT,
+        "local",
+        Reason.SHORT,
+    ),
+    "who has measured nothing is not trusted with it": (
+        fleet(fast("p0"), alone("d0", prefill_token_ns=0)),
+        40,
+        {},
+        SHORT,
+        "disaggregated",
+        Reason.UNMEASURED,
+    ),
+    "a worker that can not": (
+        fleet(fast("p0"), alone("d0", local_prefill=False)),
+        40,
+        {},
+        SHORT,
+        "disaggregated",
+        Reason.POLICY,
+    ),
+    "without any prefill worker, however long": (
+        fleet(fast("p0", serving=False), alone("d0")),
+        4_000,
+        {},
+        PlacementRules(on_no_prefill="local"),
+        "local",
+        Reason.NO_PREFILL,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOCAL_ROWS)
+def test_a_decode_worker_computes_the_prompt_itself_where_that_is_measured_cheaper(name: str):
+    snapshot, prompt, resident, rules, decision, reason = LOCAL_ROWS[name]
+    placement = choose(snapshot, prompt, 10, resident=resident, rules=rules)
+    assert placement is not None
+    assert (placement.decision, placement.reason) == (decision, reason)
+    assert (placement.prefill is None) == (decision == "local")
+
+
+def test_without_prefill_workers_requests_are_refused_unless_told_otherwise():
+    snapshot = fleet(prefill("p0", serving=False), alone("d0"))
+    assert choose(snapshot, 40, 10) is None
+    assert choose(snapshot, 40, 10, rules=SHORT) is None
+    # A prefill worker that is merely avoided is still one: it will be asked again.
+    busy = fleet(prefill("p0"), alone("d0"))
+    assert choose(busy, 40, 10, {"p0"}, rules=PlacementRules(on_no_prefill="local")) is None

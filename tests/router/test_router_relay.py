@@ -360,3 +360,36 @@ def test_tokens_that_travel_together_share_their_gap():
     driver.now += 3.0
     driver.decode(tokens(1, 1, 1, first=1))
     assert driver.core.next_deadline() == driver.now + 10
+
+
+# A decode worker that computes the prompt itself
+
+ALONE = Placement(prefill=None, decode=worker("d0", Role.DECODE))
+
+
+def test_a_decode_worker_alone_is_asked_for_everything_and_watched():
+    drive = Driver()
+    drive.step(Begun())
+    assert drive.step(Placed(1, ALONE)) == [StartDecode(1, ALONE)]
+    assert drive.step(Said(1, Role.DECODE, Admitted(resident_prefix=0, secret=SECRET))) == []
+    assert drive.core.next_deadline() == 100 + LIMITS.prefill_silence_s
+    drive.now = 110.0
+    assert drive.step(Said(1, Role.DECODE, Progress(done=1, total=3, cached=0))) == []
+    assert drive.core.next_deadline() == 110 + LIMITS.prefill_silence_s
+    tokens = (TokenEvent(index=0, token_id=9),)
+    assert drive.step(Said(1, Role.DECODE, Tokens(attempt=1, tokens=tokens))) == [Deliver(tokens)]
+    # A progress behind the first token is a worker that lost its place.
+    (_, failure) = drive.step(Said(1, Role.DECODE, Progress(done=3, total=3, cached=0)))
+    assert isinstance(failure, Fail)
+
+
+def test_a_decode_worker_alone_that_falls_silent_is_avoided():
+    drive = Driver()
+    drive.step(Begun())
+    drive.step(Placed(1, ALONE))
+    drive.step(Said(1, Role.DECODE, Admitted(resident_prefix=0, secret=SECRET)))
+    drive.now = drive.core.next_deadline()
+    dropped, retried, placing = drive.step(Ticked())
+    assert dropped == Drop(1)
+    assert isinstance(retried.error, DeadlineExceeded)
+    assert placing.avoid == {"d0"}

@@ -148,18 +148,20 @@ class Failed(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., retryable: _Optional[bool] = ...) -> None: ...
 
 class StartEvent(_message.Message):
-    __slots__ = ("admitted", "fetching", "tokens", "finished", "failed")
+    __slots__ = ("admitted", "fetching", "tokens", "finished", "failed", "progress")
     ADMITTED_FIELD_NUMBER: _ClassVar[int]
     FETCHING_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
     admitted: Admitted
     fetching: Fetching
     tokens: Tokens
     finished: Finished
     failed: Failed
-    def __init__(self, admitted: _Optional[_Union[Admitted, _Mapping]] = ..., fetching: _Optional[_Union[Fetching, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ...) -> None: ...
+    progress: Progress
+    def __init__(self, admitted: _Optional[_Union[Admitted, _Mapping]] = ..., fetching: _Optional[_Union[Fetching, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ...) -> None: ...
 
 class RunRequest(_message.Message):
     __slots__ = ("request_id", "attempt", "prompt", "sampling", "skip", "secret", "namespace")

@@ -26,6 +26,18 @@ class Pace:
         """How long so many tokens behind `depth` take; 0 while nothing has been measured."""
         return num_tokens * self._cost_at(depth)
 
+    def line(self) -> tuple[int, int]:
+        """Nanoseconds for a token at the start of a prompt, and how many more for each 1,024 tokens in front of it:
+        the line through the shallowest and the deepest measurement. Zeros while nothing has been measured.
+        """
+        if not self._cost:
+            return 0, 0
+        first, last = min(self._cost), max(self._cost)
+        between = (_middle(last) - _middle(first)) / 1024
+        slope = max(0.0, (self._cost[last] - self._cost[first]) / between) if between else 0.0
+        start = max(0.0, self._cost[first] - slope * _middle(first) / 1024) if between else self._cost[first]
+        return max(1, round(start * 1e9)), round(slope * 1e9)
+
     def record(self, parts: Iterable[tuple[int, int]], seconds: float) -> None:
         """A step of (depth, number of tokens) parts took so long."""
         parts = list(parts)
@@ -52,3 +64,8 @@ class Pace:
 
 def _class(depth: int) -> int:
     return (depth // _FIRST_DEPTH).bit_length()
+
+
+def _middle(depth_class: int) -> float:
+    """A depth of the class that stands for all of them."""
+    return _FIRST_DEPTH * (0.75 * 2.0**depth_class if depth_class else 0.5)
