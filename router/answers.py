@@ -38,8 +38,8 @@ class Answer(Protocol):
     num_tokens: int  # tokens the answer counts; a stop string may leave later ones out
     stopped: bool  # a stop string matched: no further token is wanted
 
-    def opening(self) -> list[Json]:
-        """Chunks to send before the first token."""
+    def opening(self, usage: Usage) -> list[Json]:
+        """Chunks to send before the first token; `usage` is the prompt's."""
 
     def push(self, tokens: Sequence[TokenEvent]) -> list[Json]:
         """Chunks that became certain with these tokens. Never called again after `stopped`."""

@@ -58,6 +58,15 @@ class _Choice:
     last_token: float | None = None
     usage: Usage | None = None  # once it is complete
 
+    def used(self, cached_tokens: int) -> Usage:
+        """So far."""
+        prompt_tokens = len(self.request.prompt)
+        return Usage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=self.answer.num_tokens,
+            cached_tokens=min(cached_tokens, prompt_tokens),
+        )
+
     def timing(self) -> dict[str, float]:
         if self.first_token is None or self.last_token is None:
             return {}
@@ -159,18 +168,14 @@ class Generation(Response):
         ) as tokens:
             async for batch in tokens:
                 self._measure(choice, batch)
-                opening = answer.opening() if answer.num_tokens == 0 else []
+                opening = answer.opening(choice.used(tokens.cached_tokens)) if answer.num_tokens == 0 else []
                 chunks = opening + answer.push(batch)
                 if prepared.stream and chunks:
                     await self._send_events(send, chunks)
                 if answer.stopped:
                     break
         finished = tokens.finished
-        choice.usage = usage = Usage(
-            prompt_tokens=len(request.prompt),
-            completion_tokens=answer.num_tokens,
-            cached_tokens=min(tokens.cached_tokens, len(request.prompt)),
-        )
+        choice.usage = usage = choice.used(tokens.cached_tokens)
         reason = FinishReason.STOP if finished is None else finished.reason
         last = answer.close(reason, usage)
         serving.metrics.cached_tokens.inc(usage.cached_tokens)

@@ -41,25 +41,27 @@ _ARGUMENT_LAYOUT = {"whitespace_flexible": False, "key_separator": ": ", "item_s
 # Constraint to grammar
 
 
-def grammar_of(kind: str, source: str, *, thinking_end: int | None) -> str:
+def grammar_of(kind: str, source: str, *, thinking_end: int | None, one_call: bool = False) -> str:
     """The llguidance grammar (Lark) of a constraint as deepseek-recipe names it.
 
     thinking_end  id of the token that ends the reasoning an answer begins with; None when it begins without
+    one_call      no second call may follow the first
     Raises InvalidRequest for what can not be a grammar; most mistakes only compiling shows.
     """
     if len(source) > MAX_SOURCE_CHARS:
         raise InvalidRequest(f"it has {len(source)} characters, at most {MAX_SOURCE_CHARS} are allowed")
+    calls = "call" if one_call else "call+"
     match kind:
         case "json":
             rules = [f"answer: {_json_rule(json.loads(source) if source else {'type': 'object'}, _LAYOUT)}"]
         case "regex":
             rules = [f"answer: /{regex_to_lark(source, 'd')}/"]
         case "tool_call_required":
-            rules = [f'answer: call+ "</{DSML}tool_calls>"', *_calls(json.loads(source))]
+            rules = [f'answer: {calls} "</{DSML}tool_calls>"', *_calls(json.loads(source))]
         case "tool_call":
             begin = f"<{DSML}tool_calls>"
             rules = [
-                f'answer: TEXT | opening call+ "</{DSML}tool_calls>"',
+                f'answer: TEXT | opening {calls} "</{DSML}tool_calls>"',
                 f"TEXT: /(?s:.*)/ & ~/(?s:.*){begin}(?s:.*)/",
                 f'opening[suffix="{begin}\\n"]: /(?s:.*)/',
                 *_calls(json.loads(source)),

@@ -37,7 +37,7 @@ from router.fleet import Fleet
 from router.generation import Generation, Serving
 from router.intake import Intake, Prepared
 from router.mirror import PrefixMirror
-from router.protocols import chat, completions, tokenize
+from router.protocols import chat, completions, messages, responses, tokenize
 from router.relay import RelayLimits
 from router.status import Status
 from router.text import Text
@@ -49,10 +49,13 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 GENERATING: Mapping[str, Callable[[Intake, bytes, int], Prepared]] = {
     "/v1/completions": completions.prepare,
     "/v1/chat/completions": chat.prepare,
+    "/v1/responses": responses.prepare,
+    "/v1/messages": messages.prepare,
 }
 """Routes whose answers are generated, by what prepares their requests."""
 
 CONVERTING: Mapping[str, Callable[[Intake, bytes, int], Json]] = {
+    "/v1/messages/count_tokens": messages.count_tokens,
     "/tokenize": tokenize.tokenize,
     "/detokenize": tokenize.detokenize,
 }

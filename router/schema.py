@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from wire.errors import InvalidRequest
 
@@ -116,42 +116,41 @@ def kind_of(value: object) -> str:
 
 # Models
 
-# Fields that cannot change the answer here; accepted so that OpenAI clients need no special case.
-IGNORED = frozenset(
-    {
-        *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity"),
-        *("prompt_cache_retention", "modalities"),
-    }
-)
+TYPES_OF_UNIONS = ("str", "list[dict[str,any]]", "dict[str,any]", "[key]")
 
-# Fields accepted only where they ask for what happens anyway.
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "parallel_tool_calls": (True,),
-}
+Label = Annotated[str, Field(max_length=512, pattern=r"^[^\x00-\x1f\x7f]*$")]
+"""Words that are only taken note of: short, and safe to show."""
+Tags = Annotated[dict[Annotated[Label, Field(max_length=64)], Label], Field(max_length=16)]
+
+
+def only(value: Any) -> Any:
+    """A field's metadata: it may say what happens anyway, and nothing else."""
+
+    def check(given: Any) -> Any:
+        if given is not None and given != value:
+            raise PydanticCustomError("unsupported", f"is only supported as {json.dumps(value)}")
+        return given
+
+    return AfterValidator(check), Field(json_schema_extra={"enum": [value, None]})
 
 
 class Strict(BaseModel):
+    """A body, or a part of one, with nothing in it that we do not know."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class StreamOptions(Strict):
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # accepted and not done: nothing here pads chunks
 
 
-class Generating(Strict):
-    """What both generating routes share."""
+class Sampled(Strict):
+    """What every protocol takes besides its own fields: the model, and how tokens are drawn from it."""
 
     model: str = Field(min_length=1, max_length=512)
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(default=None, gt=0, lt=1 << 31)
-    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
-    temperature: float | None = Field(default=None, ge=0, le=2)
     top_k: int | None = Field(default=None, ge=-1, lt=1 << 31)
-    top_p: float | None = Field(default=None, gt=0, le=1)
     min_p: float | None = Field(default=None, ge=0, le=1)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
@@ -160,41 +159,20 @@ class Generating(Strict):
     min_tokens: int | None = Field(default=None, ge=0, lt=1 << 31)
     stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, max_length=MAX_STOP_TOKENS)
     seed: int | None = Field(default=None, ge=0, lt=1 << 63)
-    stop: list[str] | None = None
     ignore_eos: bool | None = None
-    cache_salt: str | None = None  # prefixes are shared only among requests that say the same
-    return_token_ids: bool | None = None
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _stops(cls, value: Any) -> Any:
-        stops = [value] if isinstance(value, str) else value
-        if stops is None:
-            return None
-        if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-            raise ValueError("must be a string or an array of strings")
-        if len(stops) > MAX_STOPS:
-            raise ValueError(f"holds {len(stops)} strings, at most {MAX_STOPS} are allowed")
-        if any(not 0 < len(stop.encode()) <= MAX_STOP_BYTES for stop in stops):
-            raise ValueError(f"strings must have 1 to {MAX_STOP_BYTES} bytes")
-        return stops
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=MAX_SALT_BYTES)
+    """Prefixes are shared only among requests that say the same."""
 
     @field_validator("cache_salt")
     @classmethod
     def _salt(cls, value: str | None) -> str | None:
-        if value is not None and not 0 < len(value.encode()) <= MAX_SALT_BYTES:
+        if value is not None and len(value.encode()) > MAX_SALT_BYTES:
             raise ValueError(f"must have 1 to {MAX_SALT_BYTES} bytes; leave it out to share with everyone")
         return value
 
-    @model_validator(mode="after")
-    def _options_need_a_stream(self) -> Generating:
-        if self.stream_options is not None and not self.stream:
-            raise InvalidRequest("stream_options is only allowed with stream=true.", param="stream_options")
-        return self
-
     def options(self, vocab_size: int, max_tokens: int) -> Json:
-        """The fields of `SamplingParams` that both routes take as they are. Raises InvalidRequest for ids outside the
-        vocabulary and a `min_tokens` above `max_tokens`.
+        """The fields of `SamplingParams` that all protocols take as they are. Raises InvalidRequest for ids outside
+        the vocabulary and a `min_tokens` above `max_tokens`.
         """
         if (self.min_tokens or 0) > max_tokens:
             raise InvalidRequest(
@@ -215,9 +193,56 @@ class Generating(Strict):
             "ignore_eos": bool(self.ignore_eos),
         }
 
+
+class OpenAI(Sampled):
+    """What OpenAI's protocols share. The second half changes nothing here, and its clients need no special case."""
+
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    stream_options: StreamOptions | None = None
+
+    user: Label | None = None
+    safety_identifier: Label | None = None
+    prompt_cache_key: Label | None = None
+    prompt_cache_retention: Label | None = None
+    service_tier: Label | None = None
+    metadata: Tags | None = None
+    store: bool | None = None
+
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options is only allowed with stream=true.", param="stream_options")
+        return self
+
+
+class Choices(OpenAI):
+    """What its older protocols share, whose answers are choices."""
+
+    max_tokens: int | None = Field(default=None, gt=0, lt=1 << 31)
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    stop: str | list[str] | None = None
+    return_token_ids: bool | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop(cls, value: Any) -> list[str] | None:
+        return None if value is None else stop_strings([value] if isinstance(value, str) else value)
+
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+
+def stop_strings(stops: Any) -> list[str]:
+    """Raises ValueError for other things than strings, and for more or longer ones than we look for."""
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError("must be a string or an array of strings")
+    if len(stops) > MAX_STOPS:
+        raise ValueError(f"holds {len(stops)} strings, at most {MAX_STOPS} are allowed")
+    if any(not 0 < len(stop.encode()) <= MAX_STOP_BYTES for stop in stops):
+        raise ValueError(f"strings must have 1 to {MAX_STOP_BYTES} bytes")
+    return stops
 
 
 Body = TypeVar("Body", bound=Strict)
@@ -225,19 +250,8 @@ Body = TypeVar("Body", bound=Strict)
 
 def parse_body(kind: type[Body], raw: bytes) -> Body:
     """A body's bytes as `kind`. Raises InvalidRequest naming the field and what it must be."""
-    data = parse_json(raw)
-    for name, allowed in NEUTRAL.items():
-        if (value := data.get(name)) is not None and not any(
-            type(value) is type(other) and value == other
-            for other in (*allowed, *(float(n) for n in allowed if type(n) is int))
-        ):
-            raise InvalidRequest(
-                f"{name} is only supported as {' or '.join(json.dumps(other) for other in allowed)}.",
-                param=name,
-                code="unsupported_parameter",
-            )
     try:
-        return kind.model_validate({key: data[key] for key in data.keys() - IGNORED - NEUTRAL.keys()})
+        return kind.model_validate(parse_json(raw))
     except ValidationError as error:
         raise _refusal(error) from error
 
@@ -246,12 +260,17 @@ def _refusal(error: ValidationError) -> InvalidRequest:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     param = ""
     for part in first["loc"]:
+        if part in TYPES_OF_UNIONS:  # what pydantic puts behind a field that takes several
+            break
         param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else str(part)
     param = param[:200]
-    if first["type"] == "extra_forbidden":
-        return InvalidRequest(f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
-    if first["type"] == "missing":
-        return InvalidRequest(f"{param} is required.", param=param, code="missing_parameter")
+    match first["type"]:
+        case "extra_forbidden":
+            return InvalidRequest(f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
+        case "missing":
+            return InvalidRequest(f"{param} is required.", param=param, code="missing_parameter")
+        case "unsupported":
+            return InvalidRequest(f"{param} {first['msg']}.", param=param, code="unsupported_parameter")
     message = first["msg"].removeprefix("Value error, ")
     return InvalidRequest(f"{param}: {message}." if param else f"{message}.", param=param or None)
 

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepseek_recipe as recipe
 
@@ -22,6 +22,9 @@ from wire.errors import ConfigError, InvalidRequest
 from wire.types import SamplingParams
 
 Json = dict[str, Any]
+
+ProtocolRequest = recipe.ChatCompletionRequest | recipe.ResponsesRequest | recipe.MessagesRequest
+R = TypeVar("R", recipe.ChatCompletionRequest, recipe.ResponsesRequest, recipe.MessagesRequest)
 
 NEEDED_SPECIALS = (
     recipe.SpecialToken.Bos,
@@ -131,35 +134,73 @@ class Text:
             ids.insert(0, self._bos)
         return ids
 
-    def convert_chat(self, body: Json) -> ChatPrompt:
-        """An OpenAI or DeepSeek chat body to ids. User text that spells a special token stays text.
-
-        Raises InvalidRequest with what deepseek-recipe says is wrong.
-        """
+    def read(self, kind: type[R], body: Json) -> R:
+        """A body as deepseek-recipe understands its protocol. Raises InvalidRequest with what it says is wrong."""
         try:
-            request = recipe.ChatCompletionRequest(body).convert(self._options)
-            return ChatPrompt(ids=self._encoding.encode(request.conversation), request=request)
-        except recipe.ConversionError as error:
-            raise InvalidRequest(_conversion_message(error)) from error
+            return kind(body)
         except ValueError as error:
             reason = str(error).removeprefix("invalid request body: ")
             raise InvalidRequest(f"The conversation can not be read: {reason}.") from error
 
-    def grammar_of(self, prompt: ChatPrompt) -> str:
+    def namespaces(self, request: recipe.ResponsesRequest) -> dict[str, tuple[str, str]]:
+        """Functions of tools that are declared in groups, as the model knows them -> (group, name)."""
+        try:
+            return request.namespace_tool_map(self._options)
+        except recipe.ConversionError as error:
+            raise InvalidRequest(_conversion_message(error)) from error
+
+    def convert(
+        self, request: ProtocolRequest, *, call_required: bool = False, schema: Json | None = None
+    ) -> ChatPrompt:
+        """A conversation in ids. User text that spells a special token stays text.
+
+        `call_required` and `schema` demand of the answer what its protocol has words for and deepseek-recipe passes
+        over. Raises InvalidRequest with what it says is wrong.
+        """
+        try:
+            converted = request.convert(self._options)
+            conversation, parsing = converted.conversation, converted.parsing_options
+            constraint = converted.inference_options.output_constraint
+            demand = None if constraint is None else (constraint.kind, constraint.schema)
+            if call_required or schema is not None:
+                if call_required and conversation.thinking_mode:
+                    raise InvalidRequest("Thinking mode does not support this tool_choice.", param="tool_choice")
+                conversation = recipe.Conversation(
+                    conversation.messages,
+                    thinking_mode=conversation.thinking_mode,
+                    tools=conversation.tools,
+                    tool_choice="required" if call_required else conversation.tool_choice,
+                    reasoning_effort=conversation.reasoning_effort,
+                    response_schema=schema,
+                )
+                if call_required:
+                    parsing.starts_in_tool_calls = True
+                    demand = None if demand is None else ("tool_call_required", demand[1])
+                elif demand is None:
+                    demand = ("json", json.dumps(schema))
+            return ChatPrompt(
+                ids=self._encoding.encode(conversation), request=converted, parsing=parsing, demand=demand
+            )
+        except recipe.ConversionError as error:
+            raise InvalidRequest(_conversion_message(error)) from error
+        except ValueError as error:
+            raise InvalidRequest(f"The conversation can not be read: {error}.") from error
+
+    def grammar_of(self, prompt: ChatPrompt, *, one_call: bool = False) -> str:
         """The grammar its answer must follow, known to compile; empty when it may be anything.
 
         Raises InvalidRequest with the reason for one that can not be followed.
         """
-        constraint = prompt.request.inference_options.output_constraint
-        if constraint is None:
+        if prompt.demand is None:
             return ""
+        kind, source = prompt.demand
         thinking = prompt.ids[-1] == self.vocabulary.added[recipe.SpecialToken.ThinkingStart.default_str()]
         end = self.vocabulary.added[recipe.SpecialToken.ThinkingEnd.default_str()] if thinking else None
         try:
-            grammar = grammar_of(constraint.kind, constraint.schema, thinking_end=end)
+            grammar = grammar_of(kind, source, thinking_end=end, one_call=one_call)
             self._checker.check(grammar)
         except InvalidRequest as error:
-            what = "tools" if constraint.kind.startswith("tool") else "response_format"
+            what = "tools" if kind.startswith("tool") else "response_format"
             raise InvalidRequest(f"{what} can not be followed: {error}.", param=what, code="invalid_grammar") from error
         return grammar
 
@@ -193,22 +234,28 @@ def _conversion_message(error: recipe.ConversionError) -> str:
         return str(error)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChatPrompt:
+    """A conversation as the model gets it, and how to read what it says."""
+
     ids: list[int] = field(repr=False)
     request: recipe.ConversationRequest = field(repr=False)
+    parsing: recipe.ParsingOptions = field(repr=False)
+    demand: tuple[str, str] | None = field(repr=False)  # kind and source of what the answer must follow
 
     def max_tokens(self, context: int) -> int:
         """What the client asked for, else deepseek-recipe's default, within a context that holds the prompt."""
         asked = self.request.inference_options.max_tokens
         return asked if asked is not None else self.request.resolve_max_tokens(len(self.ids), context)
 
-    def sampling(self, shared: Json, temperature: float | None, top_p: float | None) -> SamplingParams:
-        """`shared`: the fields that both generating routes take as they are; then what the client asked for."""
+    def sampling(
+        self, shared: Json, temperature: float | None, top_p: float | None, *, seed: int | None
+    ) -> SamplingParams:
+        """`shared`: the fields that all protocols take as they are; then what the client asked for."""
         options = self.request.inference_options
         return SamplingParams(
             **shared,
-            seed=draw_seed() if options.seed is None else options.seed,
+            seed=draw_seed() if seed is None else seed,
             temperature=_resolved(options.temperature, temperature),
             top_p=_resolved(options.top_p, top_p),
             logprobs=options.logprobs,

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated
 
 import deepseek_recipe as recipe
 from pydantic import Field, model_validator
 
-from router.answers import Header, Json, Usage
+from router.answers import Header, Json
 from router.intake import Intake, Prepared
-from router.schema import MAX_TOP_LOGPROBS, Generating, kind_of, parse_body
+from router.protocols.parsed import Parsed
+from router.schema import MAX_TOP_LOGPROBS, Choices, Label, kind_of, only, parse_body
 from router.text import ChatPrompt, Text
 from wire.errors import InvalidRequest
-from wire.types import FinishReason, TokenEvent
 
 ROLES = ("system", "user", "assistant", "tool", "latest_reminder", "developer")
 
 RECIPE_FIELDS = (
-    *("model", "max_tokens", "temperature", "top_p", "seed", "stop", "logprobs", "top_logprobs"),
+    *("model", "max_tokens", "temperature", "top_p", "stop", "logprobs", "top_logprobs"),
     *("tools", "tool_choice", "response_format", "thinking", "reasoning_effort"),
 )
 
 
-class ChatBody(Generating):
+class ChatBody(Choices):
     """`messages`, tools and the like are checked by deepseek-recipe, which also renders them."""
 
     messages: list[Json] = Field(min_length=1, max_length=10_000)
@@ -37,6 +35,9 @@ class ChatBody(Generating):
     response_format: Json | None = None
     thinking: Json | None = None
     reasoning_effort: str | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: Annotated[list[str] | None, *only(["text"])] = None
+    verbosity: Label | None = None
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatBody:
@@ -82,10 +83,11 @@ def checked_messages(messages: list[Json]) -> list[Json]:
 def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
     body = parse_body(ChatBody, raw)
     intake.check_model(body.model)
-    prompt = intake.text.convert_chat(body.for_recipe())
+    text = intake.text
+    prompt = text.convert(text.read(recipe.ChatCompletionRequest, body.for_recipe()))
     options = body.options(intake.facts.vocab_size, intake.answer_tokens(prompt, context))
-    options["grammar"] = intake.text.grammar_of(prompt)
-    sampling = prompt.sampling(options, body.temperature, body.top_p)
+    options["grammar"] = text.grammar_of(prompt, one_call=body.parallel_tool_calls is False)
+    sampling = prompt.sampling(options, body.temperature, body.top_p, seed=body.seed)
     requests = intake.requests(tuple(prompt.ids), sampling, cache_salt=body.cache_salt, n=body.n)
     header = Header(
         answer_id=f"chatcmpl-{requests[0].request_id}",
@@ -94,82 +96,45 @@ def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
         return_token_ids=bool(body.return_token_ids),
     )
     return Prepared(
-        choices=tuple(
-            (request, Chat(replace(header, choice=i), prompt, intake.text)) for i, request in enumerate(requests)
-        ),
+        choices=tuple((request, Chat(replace(header, choice=i), prompt, text)) for i, request in enumerate(requests)),
         stream=bool(body.stream),
         include_usage=body.include_usage,
     )
 
 
-class Chat:
-    """An Answer of /v1/chat/completions, parsed by deepseek-recipe."""
+class Chat(Parsed):
+    """An Answer of /v1/chat/completions."""
 
     def __init__(self, header: Header, prompt: ChatPrompt, text: Text) -> None:
-        request = prompt.request
-        self._header = header
-        self._eos = text.eos_token_ids
-        self._logprobs = request.inference_options.logprobs
-        generator = recipe.ChatCompletionRequest.chunk_generator(request, header.answer_id, header.model)
-        self._processor = recipe.StreamProcessor(generator, request.parsing_options, text.tokenizer)
-        self._whole = recipe.ChatCompletionResponse(header.answer_id, header.model, header.created, 0, 0)
-        self._ids: list[int] = []
-        self._reported = 0
-        self.num_tokens = 0
-        self.stopped = False
+        super().__init__(
+            header,
+            prompt,
+            text,
+            recipe.ChatCompletionRequest.chunk_generator(prompt.request, header.answer_id, header.model),
+            recipe.ChatCompletionResponse(header.answer_id, header.model, header.created, 0, 0),
+        )
+        self._reported = 0  # tokens whose ids were sent
+        self._opened = False
 
-    def opening(self) -> list[Json]:
-        chunks = self._emit(self._processor.push(recipe.InferenceChunk.ready()))
-        if self._header.return_token_ids and chunks:
-            chunks[0]["prompt_token_ids"] = self._header.prompt_ids
-        return chunks
+    def shape(self, chunk: Json) -> Json:
+        header, (choice,) = self.header, chunk["choices"]
+        chunk.pop("usage", None)  # sent when asked for, behind all choices
+        chunk["created"] = header.created
+        choice["index"] = header.choice
+        if header.return_token_ids:
+            if not self._opened:
+                chunk["prompt_token_ids"] = header.prompt_ids
+            choice["token_ids"] = self.ids[self._reported :]
+            self._reported = len(self.ids)
+        self._opened = True
+        return chunk
 
-    def push(self, tokens: Sequence[TokenEvent]) -> list[Json]:
-        chunks: list[Json] = []
-        for token in tokens:
-            self._ids.append(token.token_id)
-            if token.token_id in self._eos:
-                continue  # the parser would show its spelling
-            logprobs = [(token.logprob, list(token.top))] if self._logprobs else None
-            chunks += self._emit(self._processor.push(recipe.InferenceChunk.tokens([token.token_id], logprobs)))
-            if self._processor.finished:
-                self.stopped = True
-                break
-        self.num_tokens = len(self._ids)
-        return chunks
-
-    def close(self, reason: FinishReason, usage: Usage) -> list[Json]:
-        if self.stopped:
-            return []  # the parser closed the answer with the stop string
-        ending = recipe.InferenceFinishReason.Length
-        if reason is FinishReason.STOP:
-            ending = recipe.InferenceFinishReason.Stop
-        chunks = self._processor.push(recipe.InferenceChunk.finish(ending)) + self._processor.finish()
-        return self._emit(chunks)
-
-    def response(self, usage: Usage) -> Json:
-        body: Json = json.loads(self._whole.to_json())
-        parsed = body.get("usage") or {}
-        body["usage"] = usage.to_json()
-        if details := parsed.get("completion_tokens_details"):
-            body["usage"]["completion_tokens_details"] = details
-        body["choices"][0]["index"] = self._header.choice
-        if self._header.return_token_ids:
-            body["prompt_token_ids"] = self._header.prompt_ids
-            body["choices"][0]["token_ids"] = self._ids
+    def shape_whole(self, body: Json) -> Json:
+        header, (choice,) = self.header, body["choices"]
+        details = (body.get("usage") or {}).get("completion_tokens_details")
+        body["usage"] = self.usage().to_json() | ({"completion_tokens_details": details} if details else {})
+        choice["index"] = header.choice
+        if header.return_token_ids:
+            body["prompt_token_ids"] = header.prompt_ids
+            choice["token_ids"] = self.ids
         return body
-
-    def _emit(self, parsed: Sequence[Any]) -> list[Json]:
-        chunks = []
-        for chunk in parsed:
-            data: Json = json.loads(chunk.to_json())
-            self._whole.accumulate(chunk)
-            # Usage is counted from the workers' tokens, not from what was parsed, and sent when asked for.
-            data.pop("usage", None)
-            data["created"] = self._header.created
-            data["choices"][0]["index"] = self._header.choice
-            if self._header.return_token_ids:
-                data["choices"][0]["token_ids"] = self._ids[self._reported :]
-                self._reported = len(self._ids)
-            chunks.append(data)
-        return chunks

@@ -5,13 +5,13 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from router.answers import Header, Json, Usage
 from router.intake import Intake, Prepared, fit
-from router.schema import MAX_TOP_LOGPROBS, Generating, parse_body, token_ids
+from router.schema import MAX_TOP_LOGPROBS, Choices, only, parse_body, token_ids
 from router.text import Vocabulary, draw_seed
 from wire.errors import InvalidRequest
 from wire.types import FinishReason, SamplingParams, TokenEvent
@@ -20,10 +20,13 @@ DEFAULT_MAX_TOKENS = 16
 """What OpenAI generates for a completion that does not say."""
 
 
-class CompletionBody(Generating):
+class CompletionBody(Choices):
     prompt: Any  # text or token ids; `one_prompt` checks it, as a million ids are too many for a model's field
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     add_special_tokens: bool = True
+    best_of: Annotated[int | None, *only(1)] = None
+    echo: Annotated[bool | None, *only(False)] = None
+    suffix: Annotated[str | None, *only("")] = None
 
 
 def one_prompt(value: Any, vocab_size: int) -> str | tuple[int, ...]:
@@ -124,7 +127,7 @@ class Completion:
         self.num_tokens = 0
         self.stopped = False
 
-    def opening(self) -> list[Json]:
+    def opening(self, usage: Usage) -> list[Json]:
         return []
 
     def push(self, tokens: Sequence[TokenEvent]) -> list[Json]:

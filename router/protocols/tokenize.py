@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import deepseek_recipe as recipe
 from pydantic import Field, model_validator
 
 from router.answers import Json
@@ -44,7 +45,8 @@ def tokenize(intake: Intake, raw: bytes, context: int) -> Json:
     if body.prompt is not None:
         ids = intake.text.encode(body.prompt, add_special_tokens=body.add_special_tokens)
     else:
-        ids = intake.text.convert_chat(body.for_recipe(intake.model_names[0])).ids
+        request = intake.text.read(recipe.ChatCompletionRequest, body.for_recipe(intake.model_names[0]))
+        ids = intake.text.convert(request).ids
     return {"count": len(ids), "max_model_len": context, "tokens": ids}
 
 

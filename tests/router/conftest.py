@@ -10,6 +10,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import deepseek_recipe as recipe
 import httpx
 import pytest
 
@@ -17,7 +18,7 @@ from deploy.redis import EmbeddedRedis
 from engine.model.tiny import tokenizer_json
 from router.config import ModelFacts, RouterConfig
 from router.process import serve
-from router.text import Text
+from router.text import ChatPrompt, Text
 
 VOCAB_SIZE = 320
 MAX_CONTEXT = 4096
@@ -28,6 +29,10 @@ MODEL = "nano"
 def byte_ids(text: str) -> list[int]:
     """The tiny tokenizer has one id per byte, behind BOS, EOS and pad."""
     return [3 + byte for byte in text.encode()]
+
+
+def convert_chat(text: Text, body: dict[str, Any]) -> ChatPrompt:
+    return text.convert(text.read(recipe.ChatCompletionRequest, body))
 
 
 @pytest.fixture(scope="session")

@@ -12,13 +12,13 @@ import httpx
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
-from router.answers import Header
+from router.answers import Header, Usage
 from router.config import ModelFacts
 from router.grammar import KEPT_VERDICTS, GrammarChecker, grammar_of
 from router.protocols.chat import Chat, ChatBody
 from router.schema import parse_body
 from router.text import ChatPrompt, Text
-from tests.router.conftest import MODEL, RouterStarter
+from tests.router.conftest import MODEL, RouterStarter, convert_chat
 from tests.router.test_router_stream import cluster, saying
 from wire.errors import InvalidRequest
 from wire.grammar import load_tokenizer
@@ -66,7 +66,7 @@ def checker(model_dir: Path, facts: ModelFacts) -> Iterator[GrammarChecker]:
 
 def prompt_of(text: Text, **fields: Any) -> ChatPrompt:
     body = {"model": MODEL, "messages": [{"role": "user", "content": "json, please"}], **fields}
-    return text.convert_chat(parse_body(ChatBody, json.dumps(body).encode()).for_recipe())
+    return convert_chat(text, parse_body(ChatBody, json.dumps(body).encode()).for_recipe())
 
 
 def accepts(tokenizer: LLTokenizer, text: Text, grammar: str, answer: str) -> bool:
@@ -173,10 +173,10 @@ def test_with_auto_an_answer_is_text_or_text_and_then_calls_of_the_right_form(
 def test_calls_that_follow_the_grammar_are_read_as_calls(text: Text) -> None:
     prompt = prompt_of(text, tools=TOOLS, tool_choice="required")
     answer = Chat(Header(answer_id="x", model=MODEL, prompt_ids=prompt.ids), prompt, text)
-    answer.opening()
+    usage = Usage(prompt_tokens=1, completion_tokens=0, cached_tokens=0)
+    answer.opening(usage)
     ids = text.encode(CALLS_GOOD[2] + INVOKE.format("stop", "") + END, add_special_tokens=False)
     answer.push([TokenEvent(index=i, token_id=token) for i, token in enumerate(ids)])
-    usage: Any = type("U", (), {"to_json": lambda self: {}})()
     answer.close(FinishReason.STOP, usage)
     (choice,) = answer.response(usage)["choices"]
     assert choice["finish_reason"] == "tool_calls"

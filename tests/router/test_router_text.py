@@ -17,7 +17,7 @@ from router.protocols.chat import Chat, ChatBody
 from router.protocols.completions import Completion, StopStrings
 from router.schema import parse_body
 from router.text import Text
-from tests.router.conftest import BOS, EOS, MODEL, byte_ids
+from tests.router.conftest import BOS, EOS, MODEL, byte_ids, convert_chat
 from wire.errors import ConfigError
 from wire.types import FinishReason, SamplingParams, TokenEvent
 
@@ -39,7 +39,7 @@ def completion(text: Text, *, stop: tuple[str, ...] = (), logprobs: bool = False
 
 def feed(answer: Completion | Chat, ids: list[int], sizes: list[int]) -> list[dict[str, Any]]:
     """Push `ids` in pieces of the given sizes (the last one repeats) and close; all chunks in order."""
-    chunks, at = answer.opening(), 0
+    chunks, at = answer.opening(USAGE), 0
     while at < len(ids) and not answer.stopped:
         size = sizes.pop(0) if len(sizes) > 1 else sizes[0]
         chunks += answer.push(events(ids[at : at + size], at))
@@ -137,7 +137,7 @@ def test_logprobs_name_each_token_by_its_text_or_its_bytes(text: Text):
 
 def chat(text: Text, *, return_token_ids: bool = False, **body: Any) -> tuple[Chat, list[int]]:
     raw = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]} | body
-    prompt = text.convert_chat(parse_body(ChatBody, json.dumps(raw).encode()).for_recipe())
+    prompt = convert_chat(text, parse_body(ChatBody, json.dumps(raw).encode()).for_recipe())
     return Chat(header(return_token_ids=return_token_ids), prompt, text), prompt.ids
 
 
@@ -186,7 +186,11 @@ def test_a_chat_ends_at_a_stop_string_and_hides_end_of_sentence(text: Text):
     assert answer.num_tokens == 7
 
     answer, _ = chat(text, return_token_ids=True)
-    chunks = [*answer.opening(), *answer.push(events([*byte_ids("hi"), EOS])), *answer.close(FinishReason.STOP, USAGE)]
+    chunks = [
+        *answer.opening(USAGE),
+        *answer.push(events([*byte_ids("hi"), EOS])),
+        *answer.close(FinishReason.STOP, USAGE),
+    ]
     assert content(chunks) == "hi"
     assert chunks[0]["prompt_token_ids"] == [7, 8, 9]
     assert [token for chunk in chunks for token in chunk["choices"][0]["token_ids"]] == [*byte_ids("hi"), EOS]
@@ -195,7 +199,7 @@ def test_a_chat_ends_at_a_stop_string_and_hides_end_of_sentence(text: Text):
 
 def test_chat_logprobs_come_with_their_text(text: Text):
     answer, _ = chat(text, logprobs=True, top_logprobs=1)
-    answer.opening()
+    answer.opening(USAGE)
     (a,) = byte_ids("a")
     chunks = answer.push([TokenEvent(index=0, token_id=a, logprob=-0.5, top=((a, -0.5),))])
     (entry,) = chunks[0]["choices"][0]["logprobs"]["content"]
@@ -205,10 +209,10 @@ def test_chat_logprobs_come_with_their_text(text: Text):
 
 def test_default_max_tokens_of_a_chat_stay_within_the_context(text: Text):
     raw = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
-    prompt = text.convert_chat(raw)
+    prompt = convert_chat(text, raw)
     assert prompt.max_tokens(1_000_000) == 8192
     assert prompt.max_tokens(100) == 100 - len(prompt.ids)
-    assert text.convert_chat(raw | {"max_tokens": 5}).max_tokens(100) == 5
+    assert convert_chat(text, raw | {"max_tokens": 5}).max_tokens(100) == 5
 
 
 def test_plain_text_gets_one_bos_and_no_more(text: Text):
