@@ -51,6 +51,7 @@ class Dialect:
     error_event: Callable[[PenumbraError, int], Json]  # in a stream, after so many events
     named: bool  # whether each event of a stream bears its chunk's type as its name
     done: bytes = b""  # behind the last event of a whole stream
+    request_id_headers: tuple[bytes, ...] = (b"x-request-id",)
 
     def event(self, chunk: Json) -> bytes:
         name = b"event: " + str(chunk["type"]).encode() + b"\n" if self.named else b""
@@ -124,6 +125,7 @@ ANTHROPIC = Dialect(
     error_body=_anthropic_error,
     error_event=lambda error, _: _anthropic_error(error),
     named=True,
+    request_id_headers=(b"x-request-id", b"request-id"),
 )
 
 

@@ -44,6 +44,9 @@ from router.text import Text
 from wire.errors import BodyTooLarge, InvalidRequest, PenumbraError
 from wire.telemetry import RouterMetrics
 
+REQUEST_ID_HEADERS = (b"x-request-id", b"x-correlation-id", b"x-trace-id", b"request-id")
+"""Where a client or a proxy may have named the request; the first usable one counts."""
+
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 GENERATING: Mapping[str, Callable[[Intake, bytes, int], Prepared]] = {
@@ -203,8 +206,10 @@ class _Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        sent = next((value.decode("latin-1") for key, value in scope["headers"] if key == b"x-request-id"), "")
-        request_id = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        headers = dict(reversed(scope["headers"]))  # of several the first counts
+        sent = (headers.get(name, b"").decode("latin-1") for name in REQUEST_ID_HEADERS)
+        request_id = next((name for name in sent if REQUEST_ID.fullmatch(name)), "") or uuid.uuid4().hex
+        names = dialect_of(scope["path"]).request_id_headers
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         status = 0
@@ -213,7 +218,7 @@ class _Door:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                message["headers"] = [*message["headers"], *((name, request_id.encode()) for name in names)]
             await send(message)
 
         try:
