@@ -5,7 +5,7 @@ The message says what is wrong, why, and what to do; it is safe to show to a cli
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import grpc
 
@@ -18,6 +18,13 @@ class PenumbraError(Exception):
     grpc_status: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
     retryable: ClassVar[bool] = False
     """Whether another worker, or the same one later, may succeed with the same request."""
+    retry_after_s: float | None = None
+    """After how long the same request may succeed, where that could be computed; 0: never."""
+
+    def after(self, seconds: float) -> Self:
+        """The same error, telling when to come again."""
+        self.retry_after_s = seconds
+        return self
 
 
 class ConfigError(PenumbraError):
@@ -51,6 +58,46 @@ class ModelNotFound(PenumbraError):
     code = "model_not_found"
     http_status = 404
     grpc_status = grpc.StatusCode.NOT_FOUND
+
+
+class InvalidKey(PenumbraError):
+    """No API key, or one that opens nothing."""
+
+    code = "invalid_api_key"
+    http_status = 401
+    grpc_status = grpc.StatusCode.UNAUTHENTICATED
+
+
+class NotAllowed(PenumbraError):
+    """A key that opens other doors, but not this one."""
+
+    code = "permission_denied"
+    http_status = 403
+    grpc_status = grpc.StatusCode.PERMISSION_DENIED
+
+
+class RateLimited(PenumbraError):
+    """A tenant has used what it may use; others are served."""
+
+    code = "rate_limit_exceeded"
+    http_status = 429
+    grpc_status = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class QueueTimeout(PenumbraError):
+    """The request waited for room as long as it may, and nothing was computed for it."""
+
+    code = "queue_timeout"
+    http_status = 408
+    grpc_status = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class WouldWait(PenumbraError):
+    """The client wants no place in the queue, and there is no room without one."""
+
+    code = "would_wait"
+    http_status = 412
+    grpc_status = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 class BodyTooLarge(PenumbraError):

@@ -227,15 +227,21 @@ async def _await(answer: Any) -> Any:
     return await answer
 
 
-def connect(url: str, timeout_s: float, retry: Retry) -> aioredis.Redis:
-    """A client that connects when first used. Raises ConfigError for a URL redis-py does not understand."""
+def connect(url: str, timeout_s: float, retry: Retry, *, max_connections: int = 2) -> aioredis.Redis:
+    """A client that connects when first used, and whose callers wait for one of `max_connections`.
+
+    Raises ConfigError for a URL redis-py does not understand.
+    """
     try:
-        return aioredis.Redis.from_url(
+        pool = aioredis.BlockingConnectionPool.from_url(
             url,
+            timeout=timeout_s,
             socket_timeout=timeout_s,
             socket_connect_timeout=timeout_s,
             retry=retry,
-            max_connections=2,
+            max_connections=max_connections,
         )
     except ValueError as error:
-        raise ConfigError(f"redis URL {url!r}: {error}") from error
+        # Not with the URL itself, which may hold a password.
+        raise ConfigError(f"The redis URL makes no sense: {error}") from error
+    return aioredis.Redis.from_pool(pool)

@@ -174,7 +174,7 @@ async def test_a_worker_id_that_can_not_be_a_key_is_refused(worker_id: str) -> N
 
 
 def test_a_url_that_is_none_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match="redis URL 'http://x'"):
+    with pytest.raises(ConfigError, match="redis URL"):
         Registry("http://x")
 
 
