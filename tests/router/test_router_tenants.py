@@ -1,4 +1,4 @@
-"""API keys and the tenants behind them: what is stored of a key, what a key file may say, and how keys are exchanged."""
+"""API keys and the tenants behind them: what is stored of a key, what a file may say, how keys are exchanged."""
 
 from __future__ import annotations
 
