@@ -38,7 +38,14 @@ Home = Annotated[
 ]
 Host = Annotated[str, flag("host", "Address to listen on.")]
 Model = Annotated[Path, flag("model", "Checkpoint folder in the official DeepSeek-V4 layout.")]
-ServedName = Annotated[str | None, flag("served-model-name", "The model's name in the API; else its folder's name.")]
+ServedName = Annotated[
+    str | None,
+    flag(
+        "served-model-name",
+        "The model's name in the API, or several with commas between; else its folder's name.",
+        metavar="NAME[,NAME...]",
+    ),
+]
 RedisUrl = Annotated[str, flag("redis", "URL of the Redis that is the registry.")]
 Device = Annotated[Literal["cpu"], flag("device", "Where the model runs.")]
 Dtype = Annotated[Literal["bfloat16", "float32"], flag("dtype", "Type of activations.")]
@@ -188,7 +195,7 @@ def router(
     return run(
         RouterConfig(
             model=model,
-            served_model_names=(served_model_name,) if served_model_name else (),
+            served_model_names=tuple(served_model_name.split(",")) if served_model_name else (),
             host=host,
             port=port,
             redis_url=redis,

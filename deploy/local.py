@@ -523,7 +523,7 @@ class _Cluster:
         return ClusterState(
             cluster=self._config.cluster,
             url=self._url,
-            model=self._served,
+            model=self._served.split(",")[0],
             ready=ready,
             supervisor=Member(
                 name="supervisor", pid=own.pid, started=own.create_time(), log=str(self._folder / "penumbra.log")

@@ -102,6 +102,12 @@ def _anthropic_error(error: PenumbraError) -> Json:
     return {"type": "error", "error": {"type": kind, "message": str(error)}}
 
 
+def _responses_error_event(error: PenumbraError, sequence: int) -> Json:
+    # The flat form is what the protocol documents; the nested one is what makes OpenAI's own clients raise.
+    body = _openai_error(error)
+    return {**body["error"], **body, "type": "error", "sequence_number": sequence}
+
+
 OPENAI = Dialect(
     status=lambda error: error.http_status,
     error_body=_openai_error,
@@ -113,10 +119,7 @@ OPENAI = Dialect(
 RESPONSES = Dialect(
     status=OPENAI.status,
     error_body=_openai_error,
-    # The flat form is what the protocol documents; the nested one is what makes OpenAI's own clients raise.
-    error_event=lambda error, sequence: (
-        {"type": "error", "sequence_number": sequence} | _openai_error(error)["error"] | _openai_error(error)
-    ),
+    error_event=_responses_error_event,
     named=True,
 )
 
