@@ -65,6 +65,7 @@ class Parsed:
     def close(self, reason: FinishReason, usage: Usage) -> list[Json]:
         if self.stopped:
             return []  # the parser closed the answer with the stop string
+        self._prompt_usage = usage
         ending = recipe.InferenceFinishReason.Length
         if reason is FinishReason.STOP:
             ending = recipe.InferenceFinishReason.Stop
