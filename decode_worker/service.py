@@ -20,6 +20,7 @@ import structlog
 
 from decode_worker.admission import Place
 from decode_worker.first_token import FirstTokenClock
+from decode_worker.links import Links
 from decode_worker.preemption import PageMemory, restore, save
 from decode_worker.scheduler import (
     Cancel,
@@ -141,6 +142,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._preemptions_total = 0
         self._drafts_total = self._kept_total = self._drafted_steps_total = 0
         self._reader: Reader | None = None
+        self._links = Links()
         self._runs: dict[AttemptId, asyncio.Queue[StartEvent]] = {}
         self._clocks: dict[str, FirstTokenClock] = {}  # of the open calls, by the run's name
         self._claims: dict[AttemptId, asyncio.Task[None]] = {}
@@ -181,6 +183,10 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             exposed_us=int(self._exposed.mean * 1e6),
             kv_token_bytes=self._kv_token_bytes,
             computing_tokens=load.computing_tokens,
+            read_bytes=self._links.read_bytes,
+            reading_bytes=self._links.reading_bytes,
+            links=self._links.report(),
+            **load.full_pages(),
         )
 
     def attach(self, reader: Reader) -> None:
@@ -262,6 +268,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         if result.ok and (clock := self._clocks.get(run)) is not None:
             clock.landed(time.monotonic())
         self._engine.post(ReadEnded(result))
+        self._links.ended(result)
         if result.ok:
             self._metrics.transfer_bytes.inc(result.num_bytes)
             self._metrics.transfer_time.observe(result.seconds)
@@ -289,6 +296,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                     if run in self._runs:
                         self._runs[run].put_nowait(event)
                 case SubmitRead(job):
+                    self._links.submitted(job)
                     try:
                         self._reader.submit(job)
                     except PenumbraError as error:

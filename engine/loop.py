@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypedDict, TypeVar
 
 from engine.batch import Segment
 from engine.cache.pools import PoolCounts
@@ -38,6 +38,15 @@ class StepFailed:
     error: str
 
 
+class FullPages(TypedDict):
+    """Items of the full pool by state, as a worker's record names them."""
+
+    free_pages: int
+    used_pages: int
+    cached_pages: int
+    quarantined_pages: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """What a worker has on its hands. Replaced whole after every turn, so any thread may read the latest."""
@@ -56,6 +65,16 @@ class Load:
     drafted_steps_total: int = 0  # steps of a request with drafts in them
     drafts_total: int = 0  # the drafts in those
     drafts_kept_total: int = 0  # and how many were what was drawn
+
+    def full_pages(self) -> FullPages:
+        """The full pool by state. Cached pages are those that nobody uses."""
+        counts = self.pages.get(PageClass.FULL, PoolCounts(free=0, used=0, quarantined=0))
+        return FullPages(
+            free_pages=counts.free,
+            used_pages=counts.used - counts.evictable,
+            cached_pages=counts.evictable,
+            quarantined_pages=counts.quarantined,
+        )
 
 
 EventIn = TypeVar("EventIn", contravariant=True)

@@ -146,6 +146,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
             prefill_token_ns=load.prefill_token_ns,
             prefill_depth_ns=load.prefill_depth_ns,
             kv_token_bytes=self._kv_token_bytes,
+            **load.full_pages(),
         )
 
     async def run(self) -> None:

@@ -21,6 +21,7 @@ from router.answers import Answer, Json, Usage, merged, usage_chunk
 from router.dialects import Dialect, dump
 from router.fleet import Fleet
 from router.intake import Prepared
+from router.live import LiveRequests
 from router.mirror import PrefixMirror
 from router.placement import Placement
 from router.relay import RelayLimits, RelayRequest, relay
@@ -44,6 +45,7 @@ class Serving:
     limits: RelayLimits
     admission: Admission
     metrics: RouterMetrics
+    requests: LiveRequests
     client_stall_s: float
 
 
@@ -163,17 +165,20 @@ class Generation(Response):
             self._placements[request.request_id] = placement
             serving.metrics.placements.labels(placement.decision, placement.reason.value).inc()
 
-        async with relay(
-            serving.fleet, request, serving.limits, serving.mirror, on_retry=on_retry, on_place=on_place
-        ) as tokens:
-            async for batch in tokens:
-                self._measure(choice, batch)
-                opening = answer.opening(choice.used(tokens.cached_tokens)) if answer.num_tokens == 0 else []
-                chunks = opening + answer.push(batch)
-                if prepared.stream and chunks:
-                    await self._send_events(send, chunks)
-                if answer.stopped:
-                    break
+        with serving.requests.follow(request, choice.arrived) as live:
+            async with relay(
+                serving.fleet, request, serving.limits, serving.mirror, on_retry=on_retry, on_place=on_place
+            ) as tokens:
+                live.feed = tokens
+                async for batch in tokens:
+                    self._measure(choice, batch)
+                    live.tokens(time.monotonic(), len(batch))
+                    opening = answer.opening(choice.used(tokens.cached_tokens)) if answer.num_tokens == 0 else []
+                    chunks = opening + answer.push(batch)
+                    if prepared.stream and chunks:
+                        await self._send_events(send, chunks)
+                    if answer.stopped:
+                        break
         finished = tokens.finished
         choice.usage = usage = choice.used(tokens.cached_tokens)
         reason = FinishReason.STOP if finished is None else finished.reason

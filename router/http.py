@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router.admission import Admission
 from router.answers import Json
+from router.board import Board
 from router.config import ModelFacts, RouterConfig
 from router.dialects import (
     BodyStalled,
@@ -34,8 +35,10 @@ from router.dialects import (
     json_response,
 )
 from router.fleet import Fleet
+from router.front_page import FrontPage
 from router.generation import Generation, Serving
 from router.intake import Intake, Prepared
+from router.live import LiveRequests
 from router.mirror import PrefixMirror
 from router.protocols import chat, completions, messages, responses, tokenize
 from router.relay import RelayLimits
@@ -83,15 +86,19 @@ class Front:
         self._config = config
         self._intake = Intake(config, facts, text, fleet)
         self.admission = Admission(config, metrics)
+        requests = LiveRequests()
         self._serving = Serving(
             fleet=fleet,
             mirror=mirror,
             limits=RelayLimits.of(config),
             admission=self.admission,
             metrics=metrics,
+            requests=requests,
             client_stall_s=config.client_stall_s,
         )
         self._status = Status(self._intake, self.admission, fleet, mirror, metrics, registry)
+        about = {"router_id": config.router_id, "models": list(config.model_names)}
+        self.page = FrontPage(Board(requests), fleet, mirror, self.admission, about)
         self.app = _Door(self._routes(), metrics)
 
     def close(self) -> None:
@@ -104,7 +111,8 @@ class Front:
         app.add_exception_handler(Exception, _on_crash)
         post = {path: self._generate(prepare) for path, prepare in GENERATING.items()}
         post |= {path: self._convert(convert) for path, convert in CONVERTING.items()}
-        for method, routes in (("GET", self._status.routes()), ("POST", post)):
+        self.page.add_to(app)
+        for method, routes in (("GET", self._status.routes() | self.page.routes()), ("POST", post)):
             for path, endpoint in routes.items():
                 app.add_api_route(path, endpoint, methods=[method], response_model=None)
         return app

@@ -79,6 +79,7 @@ async def serve(
             async with asyncio.TaskGroup() as tasks:
                 watches = [
                     tasks.create_task(fleet.run(), name="fleet"),
+                    tasks.create_task(front.page.run(), name="front-page"),
                     tasks.create_task(follow(mirror, prefixes, fleet.epochs, metrics), name="prefix-mirror"),
                 ]
                 log.info("router_ready", url=url, models=",".join(config.model_names))

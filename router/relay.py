@@ -229,6 +229,7 @@ class RelayCore:
         self._prefill_done = False
         self._next_index = 0
         self.cached_tokens = 0  # of the prompt, as the current attempt's prefill worker last said
+        self.progress: Progress | None = None  # of the current attempt's prefill
         self._avoid: set[str] = set()
         self._gaps: deque[float] = deque(maxlen=GAP_WINDOW)
         self._last_token_at = 0.0
@@ -308,7 +309,7 @@ class RelayCore:
 
     def _prefill_said(self, now: float, said: StartEvent | RunEvent) -> list[RelayAction]:
         if isinstance(said, Progress):
-            self.cached_tokens = said.cached
+            self.cached_tokens, self.progress = said.cached, said
         elif isinstance(said, RunFinished):
             self.cached_tokens = said.cached_tokens
         if self._next_index:
@@ -379,7 +380,7 @@ class RelayCore:
         self._attempt += 1
         self._placement = None
         self._admitted = self._prefill_done = False
-        self.cached_tokens = 0
+        self.cached_tokens, self.progress = 0, None
         self._deadline = None
         pause = self._random.uniform(0, RETRY_PAUSE_S * 2 ** (given_up - 1))
         return [Drop(given_up), Retry(given_up, error), Place(self._attempt, pause, frozenset(self._avoid))]
@@ -406,6 +407,8 @@ class Relay:
         self.cached_tokens = 0  # of the prompt; certain once `finished` is set
         self.attempts = 0
         self.placement: Placement | None = None
+        self.placed_at: float | None = None  # the current attempt, monotonic seconds
+        self.progress: Progress | None = None  # of its prefill
 
     def __aiter__(self) -> Relay:
         return self
@@ -507,6 +510,7 @@ class _Shell:
             except TimeoutError:
                 event = Ticked()
             await self._carry_out(self._core.step(time.monotonic(), event))
+            self._feed.progress = self._core.progress
 
     def drop_all(self) -> None:
         for attempt in self._attempts.values():
@@ -556,6 +560,7 @@ class _Shell:
             return NotPlaced(attempt, why_not(fleet, prompt_tokens, max_tokens))
         self._feed.attempts, self._feed.placement = attempt, placement
         self._on_place(placement)
+        self._feed.placed_at = time.monotonic()
         # Counted at once, before the next placement looks, not when a task gets to run.
         holds = self._attempts.setdefault(attempt, _Attempt()).holds
         if placement.prefill is not None:

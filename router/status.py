@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from router.admission import Admission
 from router.answers import Json
+from router.board import state_of
 from router.dialects import json_response
 from router.fleet import Fleet, WorkerView
 from router.intake import Intake
@@ -112,5 +113,4 @@ class Status:
 
 
 def _worker_card(view: WorkerView) -> Json:
-    state = "draining" if view.info.draining else "serving" if view.serving else "down"
-    return asdict(view.info) | {"epoch": f"{view.info.epoch:016x}", "state": state}
+    return asdict(view.info) | {"epoch": f"{view.info.epoch:016x}", "state": state_of(view)}

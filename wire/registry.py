@@ -26,14 +26,16 @@ from redis.exceptions import RedisError
 
 from wire.convert import WORKER_ID
 from wire.errors import ConfigError
-from wire.types import PROTOCOL_VERSION, Role, WorkerInfo
+from wire.types import PROTOCOL_VERSION, Link, Role, WorkerInfo
 
 LEASE_S = 3.0
 HEARTBEAT_S = 1.0
 SNAPSHOT_TIMEOUT_S = 0.2
 HEARTBEAT_TIMEOUT_S = 1.0
 MAX_RECORD_BYTES = 16_384
-"""A record is about 400 bytes; whatever is far larger was not written by a worker."""
+"""A record is about 1 kB; whatever is far larger was not written by a worker."""
+MAX_LINKS = 8
+"""Pairs that a worker's record tells of: a thousand workers make a quarter of a million, and each router reads them."""
 
 _UINT64 = 1 << 64
 
@@ -70,8 +72,22 @@ def decode_record(worker_id: str, record: bytes) -> WorkerInfo:
         raise ValueError(f"protocol {values.get('protocol')!r}, we speak {PROTOCOL_VERSION}")
     if values.get("worker_id") != worker_id:
         raise ValueError(f"it names worker {values.get('worker_id')!r}")
+    known = _checked(values, _FIELDS)
+    if (links := values.get("links", [])) and not isinstance(links, list):
+        raise ValueError(f"links is {type(links).__name__}, not list")
+    if len(links) > MAX_LINKS or not all(isinstance(link, dict) for link in links):
+        raise ValueError(f"links is not a list of at most {MAX_LINKS} objects")
+    try:
+        found = tuple(Link(**_checked(link, _LINK_FIELDS)) for link in links)
+        return WorkerInfo(**known | {"role": Role(known.get("role", "")), "links": found})
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def _checked(values: Mapping[str, Any], kinds: Mapping[str, type]) -> dict[str, Any]:
+    """Those of `values` that are known, of their types and in range. Raises ValueError."""
     known: dict[str, Any] = {}
-    for name, kind in _FIELDS.items():
+    for name, kind in kinds.items():
         if name not in values:
             continue
         value = values[name]
@@ -80,16 +96,13 @@ def decode_record(worker_id: str, record: bytes) -> WorkerInfo:
         if isinstance(value, int) and not 0 <= value < _UINT64:
             raise ValueError(f"{name}={value} is out of range")
         known[name] = value
-    try:
-        return WorkerInfo(**known | {"role": Role(known.get("role", ""))})
-    except TypeError as error:
-        raise ValueError(str(error)) from error
+    return known
 
 
 # JSON has no enums: a role travels as its text.
-_FIELDS: dict[str, type] = {
-    f.name: {"str": str, "int": int, "bool": bool, "Role": str}[str(f.type)] for f in fields(WorkerInfo)
-}
+_KINDS = {"str": str, "int": int, "bool": bool, "Role": str}
+_FIELDS: dict[str, type] = {f.name: _KINDS[str(f.type)] for f in fields(WorkerInfo) if f.name != "links"}
+_LINK_FIELDS: dict[str, type] = {f.name: _KINDS[str(f.type)] for f in fields(Link)}
 
 
 class Registry:

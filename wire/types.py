@@ -78,6 +78,17 @@ class WorkerRef:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """What a decode worker has measured on its reads from one other worker, of late: verification included."""
+
+    source: str  # worker id
+    bytes_per_s: int
+    p50_us: int  # of one read job
+    reads: int  # ever, those of this life of the reader
+    read_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerInfo:
     """A worker's record in the registry. A hint for placement, never the authority on anything."""
 
@@ -104,6 +115,14 @@ class WorkerInfo:
     kv_token_bytes: int = 0  # page bytes of one token
     local_prefill: bool = False  # a decode worker that computes prompts itself when asked to
     computing_tokens: int = 0  # of such prompts, not computed yet
+    # For people who look: nothing is decided by these.
+    free_pages: int = 0  # of the full pool, by state
+    used_pages: int = 0
+    cached_pages: int = 0
+    quarantined_pages: int = 0
+    read_bytes: int = 0  # ever, from other workers
+    reading_bytes: int = 0  # submitted and not yet verified
+    links: tuple[Link, ...] = ()  # the pairs it has read over last
 
     @property
     def ref(self) -> WorkerRef:
