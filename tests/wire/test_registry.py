@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from wire.errors import ConfigError
-from wire.registry import Registry, Snapshot, decode_record, encode_record
-from wire.types import Role, WorkerInfo
+from wire.registry import MAX_LINKS, Registry, Snapshot, decode_record, encode_record
+from wire.types import Link, Role, WorkerInfo
 
 INFO = WorkerInfo(
     worker_id="prefill-0",
@@ -180,6 +180,32 @@ def test_a_url_that_is_none_is_a_config_error() -> None:
 
 def test_a_record_comes_back_as_it_was() -> None:
     assert decode_record("prefill-0", encode_record(INFO)) == INFO
+
+
+LINK = Link(source="prefill-0", bytes_per_s=2**40, p50_us=1500, reads=3, read_bytes=2**50)
+
+
+def test_a_record_brings_the_pairs_its_worker_has_read_over() -> None:
+    info = replace(INFO, links=(LINK, replace(LINK, source="prefill-1")))
+    assert decode_record("prefill-0", encode_record(info)) == info
+
+
+@pytest.mark.parametrize(
+    "links",
+    [
+        "many",
+        {"source": "prefill-0"},
+        ["prefill-0"],
+        [{"source": "prefill-0"}],
+        [asdict(LINK) | {"reads": -1}],
+        [asdict(LINK) | {"reads": "3"}],
+        [asdict(LINK)] * (MAX_LINKS + 1),
+    ],
+)
+def test_pairs_that_make_no_sense_make_the_record_unusable(links: object) -> None:
+    record = json.dumps(asdict(INFO) | {"links": links}).encode()
+    with pytest.raises(ValueError, match=r"links|reads|missing"):
+        decode_record("prefill-0", record)
 
 
 async def test_a_poll_that_is_cancelled_at_any_moment_ends(redis_server) -> None:
