@@ -43,6 +43,17 @@ constexpr wide interleaving(std::index_sequence<kByte...>) {
     return wide{(uint8_t)(kByte / 16 * 16 + kHalf + kByte % 16 / 2 + kByte % 2 * kWide)...};
 }
 
+// Whose rows these are, one after the other: division is slow.
+struct Owner {
+    int64_t heads, token, left;
+
+    Owner(int64_t row, int64_t heads) : heads(heads), token(row / heads), left(heads - row % heads) {}
+
+    void next() {
+        if (--left == 0) ++token, left = heads;
+    }
+};
+
 // The e4m3 bytes of a unit, [sixteen][place][16 keys]; places run through the dimensions in the order of `dimension`.
 struct ByteKeys {
     static constexpr int kSlices = kWide / 16;
@@ -91,34 +102,77 @@ struct ByteKeys {
 #define PENUMBRA_ROUGH 1
 constexpr bool kHaveRough = true;
 
-// A unit's keys in bf16, as [pair of places][sixteen][16 keys] words of two. Subnormal e4m3 values, and zero, come out
-// up to kRoughError away.
+// A unit's keys in bf16, as [pair][sixteen][16 keys] words of two dimensions. Values are 2^-8 of what they were, so
+// that the exponent's bias can be put in by an OR. Subnormal e4m3 values, and zero, come out up to kRoughError (of the
+// right size) away.
 struct RoughKeys {
-    static constexpr float kRoughError = 0.0078125f;
+    static constexpr float kScale = 256.0f, kRoughError = 0.0078125f;
+    static constexpr float kLargest = 480.0f;  // what NaN's code comes out as; the largest value is 448
     alignas(64) uint32_t words[kIndexDim / 2 * kUnit];
-    alignas(64) float norms[kUnit];  // at least the length of each key
 
-    void set(const ByteKeys& keys) {
-        alignas(64) static constexpr uint16_t kPairs[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-        const __m512i order = _mm512_load_si512(kPairs), mask = _mm512_set1_epi16((short)0x87f0);
-        const __m512i bias = _mm512_set1_epi16(120 << 7);
-        for (int sixteen = 0; sixteen < kUnit / 16; ++sixteen) {
-            const uint8_t* source = keys.bytes + sixteen * kIndexDim * 16;
-            uint32_t* target = words + sixteen * 16;
-            __m512 squares = _mm512_setzero_ps();
-            for (int pair = 0; pair < kIndexDim / 2; ++pair) {
-                // Sign extension puts the sign where the shift leaves it in bit 15.
-                const __m512i wide = _mm512_cvtepi8_epi16(_mm256_load_si256((const __m256i*)(source + pair * 32)));
-                const __m512i half = _mm512_add_epi16(_mm512_and_si512(_mm512_slli_epi16(wide, 4), mask), bias);
-                const __m512i turned = _mm512_permutexvar_epi16(order, half);
-                _mm512_store_si512(target + pair * kUnit, turned);
-                squares = _mm512_dpbf16_ps(squares, (__m512bh)turned, (__m512bh)turned);
+    // The dimension in the lower or the upper half of a pair's words. Every four bytes of a key make two pairs.
+    static int64_t dimension(int64_t pair, int64_t upper) { return pair / 2 * 4 + pair % 2 + 2 * upper; }
+
+    // The keys lie one behind the other; those at `next` are wanted soon.
+    void set(const uint8_t* rows, const uint8_t* next) {
+        const __m512i mask = _mm512_set1_epi16((short)0x87f0), bias = _mm512_set1_epi16(112 << 7);
+        constexpr int kMaskOr = 0xea;  // a & b | c
+        for (int64_t first = 0; first < kUnit; first += 16) {
+            for (int64_t start = 0; start < kIndexDim; start += 64) {
+                __m512i a[16], b[16];
+#pragma GCC unroll 16
+                for (int k = 0; k < 16; ++k) {
+                    const int64_t at = (first + k) * kIndexDim + start;
+                    a[k] = _mm512_loadu_si512(rows + at);
+                    // Into the second cache, and spread out: the first has room for few requests at a time.
+                    _mm_prefetch((const char*)next + at, _MM_HINT_T1);
+                }
+                // Sixteen keys of sixteen times four bytes, turned: by twos, fours, then whole quarters.
+#pragma GCC unroll 8
+                for (int k = 0; k < 16; k += 2) {
+                    b[k] = _mm512_maskz_unpacklo_epi32(kAll, a[k], a[k + 1]);
+                    b[k + 1] = _mm512_maskz_unpackhi_epi32(kAll, a[k], a[k + 1]);
+                }
+#pragma GCC unroll 4
+                for (int k = 0; k < 16; k += 4) {
+                    a[k] = _mm512_maskz_unpacklo_epi64(0xff, b[k], b[k + 2]);
+                    a[k + 1] = _mm512_maskz_unpackhi_epi64(0xff, b[k], b[k + 2]);
+                    a[k + 2] = _mm512_maskz_unpacklo_epi64(0xff, b[k + 1], b[k + 3]);
+                    a[k + 3] = _mm512_maskz_unpackhi_epi64(0xff, b[k + 1], b[k + 3]);
+                }
+#pragma GCC unroll 4
+                for (int k = 0; k < 4; ++k) {
+                    b[k] = quarters<0x88>(a[k], a[k + 4]);
+                    b[k + 4] = quarters<0xdd>(a[k], a[k + 4]);
+                    b[k + 8] = quarters<0x88>(a[k + 8], a[k + 12]);
+                    b[k + 12] = quarters<0xdd>(a[k + 8], a[k + 12]);
+                }
+#pragma GCC unroll 4
+                for (int k = 0; k < 4; ++k) {
+                    a[k] = quarters<0x88>(b[k], b[k + 8]);
+                    a[k + 4] = quarters<0x88>(b[k + 4], b[k + 12]);
+                    a[k + 8] = quarters<0xdd>(b[k], b[k + 8]);
+                    a[k + 12] = quarters<0xdd>(b[k + 4], b[k + 12]);
+                }
+                uint32_t* target = words + start / 2 * kUnit + first;
+#pragma GCC unroll 16
+                for (int four = 0; four < 16; ++four, target += 2 * kUnit) {
+                    // The shift right copies the sign into the exponent, where the mask takes it out again.
+                    const __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(a[four], 8), 4);
+                    const __m512i odd = _mm512_srai_epi16(a[four], 4);
+                    _mm512_store_si512(target, _mm512_ternarylogic_epi32(even, mask, bias, kMaskOr));
+                    _mm512_store_si512(target + kUnit, _mm512_ternarylogic_epi32(odd, mask, bias, kMaskOr));
+                }
             }
-            // The full mask folds away and keeps GCC 12 from a false warning.
-            const __m512 length = _mm512_mul_ps(_mm512_maskz_sqrt_ps(0xffff, squares), _mm512_set1_ps(1.001f));
-            _mm512_store_ps(norms + sixteen * 16, _mm512_add_ps(length, _mm512_set1_ps(kRoughError * 12)));
         }
+    }
+
+  private:
+    static constexpr uint16_t kAll = 0xffff;  // full masks fold away and keep GCC 12 from a false warning
+
+    template <int kWhich>
+    PENUMBRA_INLINE __m512i quarters(__m512i a, __m512i b) {
+        return _mm512_maskz_shuffle_i32x4(kAll, a, b, kWhich);
     }
 };
 
@@ -138,8 +192,9 @@ void add_rough(const uint32_t* __restrict queries, const float* weight, const Ro
             for (int g = 0; g < kGroups; ++g) dot[r][g] = _mm512_dpbf16_ps(dot[r][g], key[g], query);
         }
     }
-    for (int r = 0; r < kRows; ++r) {
-        float* score = scores + (row + r) / heads * kUnit;
+    Owner owner{row, heads};
+    for (int r = 0; r < kRows; ++r, owner.next()) {
+        float* score = scores + owner.token * kUnit;
         for (int g = 0; g < kGroups; ++g) {
             vec all;
             std::memcpy(&all, &dot[r][g], sizeof all);
@@ -188,8 +243,9 @@ void add_heads(const float* __restrict queries, const float* weight, const Keys&
         for (int r = 0; r < kRows; ++r)
             for (int g = 0; g < kGroups; ++g) dot[r][g] += queries[r] * key[g];
     }
-    for (int r = 0; r < kRows; ++r) {
-        float* score = scores + (row + r) / heads * kUnit;
+    Owner owner{row, heads};
+    for (int r = 0; r < kRows; ++r, owner.next()) {
+        float* score = scores + owner.token * kUnit;
         for (int g = 0; g < kGroups; ++g) {
             const vec positive = dot[r][g] < 0.0f ? vec{} : dot[r][g];  // NaN stays
             store(score + g * kWidth, load<vec>(score + g * kWidth) + weight[row + r] * positive);
@@ -233,7 +289,7 @@ PENUMBRA_INLINE ivec ranks(vec score) {
 // The best k of a growing list, lower places first among equals.
 class Best {
   public:
-    explicit Best(int64_t k) : k_(k), ranks_(4 * k + 4 * kWidth), places_(4 * k + 4 * kWidth) {}
+    explicit Best(int64_t k) : k_(k), ranks_(2 * k + 4 * kWidth), places_(2 * k + 4 * kWidth) {}
 
     // Whether k have been kept, so that most of what comes need not be looked at.
     bool full() const { return full_; }
@@ -384,8 +440,7 @@ struct Search {
     struct Rough {
         std::vector<uint32_t> queries;  // of the whole tile, as `add_rough` reads them
         std::vector<float> alone;       // token by token, as `add_heads` reads them
-        // A token's score, before its key's scale, is at most this much higher: once, and times the key's length.
-        std::vector<float> error, error_by_length;
+        std::vector<float> error;       // a token's score, before its key's scale, is at most this much higher
     };
 
     Rough prepare(int64_t first, int64_t count) const {
@@ -399,33 +454,30 @@ struct Search {
             for (int64_t pair = 0; pair < dim / 2; ++pair) {
                 for (int64_t r = 0; r < m; ++r) {
                     const float* x = q + (first * heads + row + r) * dim;
-                    const uint32_t low = bf16_of(x[ByteKeys::dimension(2 * pair)]);
-                    const uint32_t high = bf16_of(x[ByteKeys::dimension(2 * pair + 1)]);
+                    const uint32_t low = bf16_of(x[RoughKeys::dimension(pair, 0)] * RoughKeys::kScale);
+                    const uint32_t high = bf16_of(x[RoughKeys::dimension(pair, 1)] * RoughKeys::kScale);
                     rough.queries[row * dim / 2 + pair * m + r] = high << 16 | low;
                 }
             }
         }
         for (int64_t t = 0; t < count; ++t) {
             lay_out<ByteKeys>((first + t) * heads, heads, &rough.alone[t * heads * dim]);
-            double error = 0, by_length = 0;
+            double error = 0;
             for (int64_t h = 0; h < heads; ++h) {
                 const float* x = q + ((first + t) * heads + h) * dim;
-                double changed = 0, size = 0, sum = 0;
+                double changed = 0, size = 0;
                 for (int64_t d = 0; d < dim; ++d) {
-                    const double rounded = float_of((uint32_t)bf16_of(x[d]) << 16);
-                    changed += (x[d] - rounded) * (x[d] - rounded);
-                    size += rounded * rounded;
-                    sum += std::fabs(rounded);
+                    const double rounded =
+                        float_of((uint32_t)bf16_of(x[d] * RoughKeys::kScale) << 16) / RoughKeys::kScale;
+                    changed += std::fabs(x[d] - rounded);
+                    size += std::fabs(rounded);
                 }
-                // By Cauchy and Schwarz. The last term is what float32 loses in either chain of products and heads,
-                // with room to spare.
-                const double weight = std::fabs((double)w[(first + t) * heads + h]);
-                const double lost = (std::sqrt(changed) + std::sqrt(size)) * (double)(4 * dim + 4 * heads) * 0x1p-24;
-                by_length += weight * (std::sqrt(changed) + lost);
-                error += weight * sum * RoughKeys::kRoughError;
+                // The last term is what float32 loses in either chain of products and heads, with room to spare.
+                const double lost = (changed + size) * (double)(4 * dim + 4 * heads) * 0x1p-24;
+                error += std::fabs((double)w[(first + t) * heads + h]) *
+                         (RoughKeys::kLargest * (changed + lost) + RoughKeys::kRoughError * size);
             }
             rough.error.push_back((float)(error * 1.001));
-            rough.error_by_length.push_back((float)(by_length * 1.001));
         }
 #endif
         return rough;
@@ -484,14 +536,12 @@ struct Search {
             const uint8_t* unit = item + start % n * row_bytes;
             const int64_t ahead = std::min(start + 2 * kUnit, to - 1);
             const uint8_t* next = pool.item(table[ahead / n]) + ahead % n * row_bytes;
-            for (int64_t i = 0; i < kUnit * row_bytes; i += 64) __builtin_prefetch(next + i);
-            keys.turn(unit);
             const float* scales = (const float*)(item + n * kIndexDim) + start % n;
 #ifdef PENUMBRA_ROUGH
             const auto full = [](const Best& b) { return b.full(); };
             if constexpr (std::is_same_v<Keys, ByteKeys>) {
                 if (!rough.error.empty() && std::all_of(best.begin(), best.end(), full)) {
-                    rough_keys.set(keys);
+                    rough_keys.set(unit, next);
                     std::fill(scores.begin(), scores.end(), 0.0f);
                     for (int64_t row = 0, m; row < rows; row += m) {
                         m = together(row, rows);
@@ -504,8 +554,7 @@ struct Search {
                     for (int64_t t = 0; t < count; ++t) {
                         const float threshold = best[t].threshold();
                         for (int g = 0; g < kGroups; ++g) {
-                            const vec error = load<vec>(rough_keys.norms + g * kWidth) * rough.error_by_length[t];
-                            const vec about = load<vec>(&scores[t * kUnit + g * kWidth]) + (error + rough.error[t]);
+                            const vec about = load<vec>(&scores[t * kUnit + g * kWidth]) + rough.error[t];
                             const ivec places = kCounted<vec> + (int32_t)(start + g * kWidth);
                             const ivec hopeless = about * load<vec>(scales + g * kWidth) <= threshold;  // NaN is not
                             uint32_t set = lanes_set(~hopeless & (places < (int32_t)visible(first + t)));
@@ -518,6 +567,8 @@ struct Search {
                 }
             }
 #endif
+            for (int64_t i = 0; i < kUnit * row_bytes; i += 64) __builtin_prefetch(next + i);
+            keys.turn(unit);
             score(queries.data(), weight, rows);
             for (int64_t t = 0; t < count; ++t) {
                 for (int g = 0; g < kGroups; ++g) {
@@ -547,8 +598,8 @@ extern "C" void penumbra_index_topk(const float* q, const float* w, const int64_
                                     int64_t dim, const penumbra::Pool* pool, int64_t k, int32_t* out, int64_t threads) {
     using namespace penumbra;
     const Search search{q, w, positions, page_table, pages, heads, dim, *pool, k, out};
-    // About 32 rows of queries a tile: turning a key then costs little beside its products.
-    const int64_t most = std::max<int64_t>(1, 32 / heads);
+    // About 64 rows of queries a tile: turning a key then costs little beside its products.
+    const int64_t most = std::max<int64_t>(1, 64 / heads);
     std::vector<Tile> tiles;
     for (int64_t s = 0; s < segments; ++s)
         for (int64_t t = offsets[s]; t < offsets[s + 1]; t += most)
