@@ -1,28 +1,29 @@
-"""One prompt of 900,000 tokens, prefilled and answered by the engine on the default geometry."""
+"""One prompt of 900,000 tokens through a whole cluster: router, prefill, NIXL, decode; then a follow-up on it.
+
+The prompt is made of fixed random token ids. While the prefill worker computes, its record says how far it is; what
+was computed is kept band by band, so that a run that ends early has still measured something.
+"""
 
 from __future__ import annotations
 
-import resource
-import tempfile
+import random
 import time
-from pathlib import Path
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from bench.flat import GREEDY, load_runner, write_default_model
+from bench.cluster import BYTE_TOKENS, Answer, Cluster, cluster
 from bench.record import append_rows, commit, load, machine
-from engine.batch import Segment, Sequence
 from engine.config import KvLayout
-from engine.window import WindowPages, most_window_pages, num_pages
 from wire.errors import PenumbraError
 
-CHUNK = 512
-ANSWER = 16
+ANSWER = 32
+FOLLOW_UP = 4096
 MEMORY_BOUND = 8 << 30
-"""Resident bytes the whole process may take."""
+"""Resident bytes all processes together may take."""
+BANDS = 9
+POLL_S = 2.0
 
 
 def run(
@@ -30,105 +31,87 @@ def run(
     tokens: int = 900_000,
     threads: int = 2,
     layout: KvLayout = "v4",
+    kv_memory_bytes: int = 1 << 30,
     budget_minutes: float = 90.0,
     console: Console | None = None,
     save: bool = True,
 ) -> list[dict[str, object]]:
-    """Prefill, decode a few tokens, print tokens/s by depth and append rows to bench/results/long.csv.
+    """Measure, print as it goes and append each row to bench/results/long.csv.
 
-    Stops at the budget and reports how far it came. Raises PenumbraError when memory went over the bound or the
-    answer could not be drawn.
+    `prefill` rows say tokens/s by depth, `answer` and `follow-up` rows the whole wait (TTFT), what of it was exposed
+    transfer, tokens/s of the answer and bytes moved. Raises PenumbraError when the answer was not there in time or
+    memory went over the bound.
     """
     console = console or Console()
-    band = max(CHUNK, -(-tokens // 9 // CHUNK) * CHUNK)
+    rng = random.Random(0)
+    prompt = [rng.randrange(*BYTE_TOKENS) for _ in range(tokens)]
     rows: list[dict[str, object]] = []
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch:
-        runner = load_runner(write_default_model(Path(scratch) / "model"), threads, layout, tokens + ANSWER)
-        vocab = runner.model_config.vocab_size
-        prompt = torch.randint(3, vocab, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
-        window = WindowPages(runner.pools.swa)
-        sequence = Sequence(request_id="long", sampling=GREEDY, slot=runner.pools.slots.allocate(1)[0])
-        window.reserve(sequence, most_window_pages(CHUNK))
 
-        def step(part: list[int], sample: bool) -> int:
-            end = sequence.length + len(part)
-            sequence.pages += runner.pools.full.allocate(num_pages(end) - len(sequence.pages))
-            window.cover(sequence, sequence.length, end)
-            (drawn,) = runner.run([Segment(sequence=sequence, start=sequence.length, tokens=part, sample=sample)])
-            sequence.length = end
-            window.trim(sequence)
-            if drawn is None:
-                return 0
-            if not drawn.ok:
-                raise PenumbraError(f"logits were not finite after {end:,} tokens; nothing could be drawn.")
-            return drawn.token_id
-
-        def finish_band(since: float, start: int) -> None:
-            spent = time.monotonic() - since
-            rows.append(
-                {
-                    "kind": "prefill",
-                    "from_token": start,
-                    "to_token": sequence.length,
-                    "tok_s": round((sequence.length - start) / spent, 1),
-                    "seconds": round(spent, 1),
-                    "resident_mb": _resident_bytes() >> 20,
-                    "threads": threads,
-                    "kv_layout": layout,
-                    "load_1m": load(),
-                }
-            )
-
-        columns = (
-            TextColumn("{task.description}"), BarColumn(),
-            TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens"), TimeElapsedColumn(), TimeRemainingColumn(),
-        )  # fmt: skip
-        since, band_start, token = time.monotonic(), 0, 0
-        with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task("prefill", total=tokens)
-            for start in range(0, tokens, CHUNK):
-                if time.monotonic() - began > budget_minutes * 60:
-                    break
-                part = prompt[start : start + CHUNK]
-                token = step(part, sample=start + len(part) == tokens)
-                progress.update(task, completed=sequence.length)
-                if sequence.length - band_start >= band or sequence.length == tokens:
-                    finish_band(since, band_start)
-                    since, band_start = time.monotonic(), sequence.length
-        reached = sequence.length
-        if band_start < reached:
-            finish_band(since, band_start)
-        since = time.monotonic()
-        for _ in range(ANSWER):
-            token = step([token], sample=True)
-        decode_s = time.monotonic() - since
-    rows.append(
-        rows[-1]
-        | {
-            "kind": "decode",
-            "from_token": reached,
-            "to_token": reached + ANSWER,
-            "tok_s": round(ANSWER / decode_s, 1),
-            "seconds": round(decode_s, 2),
-            "resident_mb": _resident_bytes() >> 20,
+    def keep(kind: str, first: int, last: int, seconds: float, answer: Answer | None, **more: object) -> None:
+        row: dict[str, object] = {
+            "kind": kind,
+            "from_token": first,
+            "to_token": last,
+            "seconds": round(seconds, 1),
+            "tok_s": round((last - first) / seconds, 1),
+            "cached_tokens": answer.cached_tokens if answer else "",
+            "exposed_ms": more.get("exposed_ms", ""),
+            "moved_mb": more.get("moved_mb", ""),
+            "decode_tok_s": round(answer.decode_tok_s, 1) if answer else "",
+            "resident_mb": " ".join(f"{name}={size >> 20}" for name, size in ours.most_resident_bytes().items()),
+            "threads": threads,
+            "kv_layout": layout,
+            "load_1m": load(),
         }
-    )
-    table = Table("", "tokens", "tok/s", "seconds", "resident MB")
-    for row in rows:
-        spread = f"{row['from_token']:,} to {row['to_token']:,}"
-        table.add_row(str(row["kind"]), spread, *(str(row[name]) for name in ("tok_s", "seconds", "resident_mb")))
-    console.print(table)
-    minutes = (time.monotonic() - began) / 60
-    console.print(f"{reached:,} of {tokens:,} tokens in {minutes:.1f} minutes, loading included")
-    console.print(f"{machine()}; {threads} threads; float32; kv_layout {layout}; commit {commit()}")
-    if save:
-        console.print(f"rows added to {append_rows('long', rows)}")
-    if _resident_bytes() > MEMORY_BOUND:
-        raise PenumbraError(f"{_resident_bytes():,} bytes were resident, more than {MEMORY_BOUND:,}.")
+        rows.append(row)
+        console.print(", ".join(f"{name} {value}" for name, value in row.items() if value != ""), highlight=False)
+        if save:
+            append_rows("long", [row])
+
+    def asked(kind: str, words: list[int], follow: bool) -> Answer:
+        exposed, moved = ours.exposed_s(), ours.moved_bytes()
+        waiting = pool.submit(ours.ask, words, ANSWER)
+        if follow:
+            _watch(ours, tokens, budget_minutes * 60, waiting, keep)
+        answer = waiting.result()
+        keep(
+            kind,
+            answer.cached_tokens,
+            len(words),
+            answer.ttft_s,
+            answer,
+            exposed_ms=round((ours.exposed_s() - exposed) * 1e3, 1),
+            moved_mb=round((ours.moved_bytes() - moved) / 1e6, 1),
+        )
+        return answer
+
+    console.print(f"{machine()}; {threads} threads; float32; kv_layout {layout}; commit {commit()}", highlight=False)
+    flags = ("--threads", str(threads), "--kv-layout", layout, "--kv-memory", str(kv_memory_bytes))
+    # The cluster goes first, and with it whatever is still being waited for.
+    with ThreadPoolExecutor(1) as pool, cluster(*flags, "--max-requests", "8") as ours:
+        ours.ask(prompt[-300:])  # connects the pair
+        answer = asked("answer", prompt, follow=True)
+        more = [rng.randrange(*BYTE_TOKENS) for _ in range(FOLLOW_UP)]
+        asked("follow-up", [*prompt, *answer.tokens, *more], follow=False)
+        resident = sum(ours.most_resident_bytes().values())
+    console.print(f"{resident / 1e9:.2f} GB resident at most, all processes together", highlight=False)
+    if resident > MEMORY_BOUND:
+        raise PenumbraError(f"{resident:,} bytes were resident, more than {MEMORY_BOUND:,}.")
     return rows
 
 
-def _resident_bytes() -> int:
-    """The most this process ever had resident."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _watch(ours: Cluster, tokens: int, budget_s: float, waiting: Future[Answer], keep: Callable[..., object]) -> None:
+    """Keep a row for each band of the prompt, until its answer is there. Raises PenumbraError at the budget's end."""
+    began = since = time.perf_counter()
+    band, start = -(-tokens // BANDS), 0
+    while not waiting.done():
+        time.sleep(POLL_S)
+        now = time.perf_counter()
+        # A worker's record is as old as its last heartbeat, a second at most.
+        if ours.workers("prefill"):
+            done = tokens - sum(worker["queued_tokens"] for worker in ours.workers("prefill"))
+            if start + band <= done < tokens:
+                keep("prefill", start, done, now - since, None)
+                since, start = now, done
+        if now - began > budget_s:
+            raise PenumbraError(f"no answer after {budget_s / 60:g} minutes; {start:,} of {tokens:,} tokens were kept.")

@@ -497,12 +497,19 @@ def bench_900k(
     budget_minutes: Annotated[float, flag("budget-minutes", "Stop and report after this long.", min=0)] = 90.0,
     threads: Threads = 2,
     kv_layout: KvLayout = "v4",
+    kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]
     config: ConfigFile = None,
 ) -> int:
-    """One prompt of 900,000 tokens end to end on the default geometry: tokens/s by depth, and memory."""
+    """One prompt of 900,000 tokens through a whole cluster, then a follow-up: tokens/s by depth, TTFT, memory."""
     from bench.long import run
 
-    run(tokens=tokens, budget_minutes=budget_minutes, threads=threads, layout=kv_layout)
+    run(
+        tokens=tokens,
+        budget_minutes=budget_minutes,
+        threads=threads,
+        layout=kv_layout,
+        kv_memory_bytes=kv_memory,
+    )
     return 0
 
 
