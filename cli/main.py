@@ -79,6 +79,14 @@ ChunkTokens = Annotated[int, flag("chunk-tokens", "Tokens of one prompt computed
 AdvertiseHost = Annotated[str, flag("advertise-host", "Host name others dial, where it is not --host.")]
 Grace = Annotated[float, flag("grace-s", "Seconds running requests may take to finish after SIGTERM.", min=0)]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], flag("log-level", "Least severe event to log.")]
+TracesEndpoint = Annotated[
+    str,
+    flag(
+        "otlp-traces-endpoint",
+        "OTLP/HTTP collector that spans go to, such as http://127.0.0.1:4318/v1/traces; empty: nothing is traced.",
+        or_variable="OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+    ),
+]
 WorkerId = Annotated[str | None, flag("worker-id", "Name in the registry; else one is made up.")]
 GrpcPort = Annotated[int, flag("port", "gRPC port; 0 picks a free one.", min=0, max=65535)]
 WorkerHttpPort = Annotated[int, flag("http-port", "Health and metrics port; 0 picks a free one.", min=0, max=65535)]
@@ -111,6 +119,7 @@ def up(
     cluster: Cluster = "default",
     home: Home = None,
     log_level: LogLevel = "info",
+    otlp_traces_endpoint: TracesEndpoint = "",
     ready_timeout_s: Annotated[float, flag("ready-timeout-s", "Give up when not ready by then.", min=1)] = 300.0,
     grace_s: Grace = 10.0,
     detach: Annotated[bool, flag("detach", "Return once ready; `penumbra down` stops it.", switch=True)] = False,
@@ -120,7 +129,10 @@ def up(
 
     from deploy import local
 
-    shared = ("--grace-s", str(grace_s), "--log-level", log_level, *(("--config", str(config)) if config else ()))
+    shared = (
+        *("--grace-s", str(grace_s), "--log-level", log_level, "--otlp-traces-endpoint", otlp_traces_endpoint),
+        *(("--config", str(config)) if config else ()),
+    )
     settings = local.ClusterConfig(
         cluster=cluster,
         home=home,
@@ -187,6 +199,7 @@ def router(
     port: HttpPort = 8000,
     grace_s: Grace = 30.0,
     log_level: LogLevel = "info",
+    otlp_traces_endpoint: TracesEndpoint = "",
 ) -> int:
     """Run the router: HTTP in, tokens out. Needs the checkpoint's tokenizer and config, not its weights."""
     from router.config import RouterConfig
@@ -201,6 +214,7 @@ def router(
             redis_url=redis,
             shutdown_grace_s=grace_s,
             log_level=log_level,
+            otlp_traces_endpoint=otlp_traces_endpoint,
         )
     )
 
@@ -228,6 +242,7 @@ def prefill(
     chunk_tokens: ChunkTokens = 512,
     grace_s: Grace = 30.0,
     log_level: LogLevel = "info",
+    otlp_traces_endpoint: TracesEndpoint = "",
 ) -> int:
     """Run a prefill worker: reads prompts, offers their KV pages."""
     from engine.config import EngineConfig
@@ -258,6 +273,7 @@ def prefill(
             prefix_cache=prefix_cache,
             drain_s=grace_s,
             log_level=log_level,
+            otlp_traces_endpoint=otlp_traces_endpoint,
         )
     )
 
@@ -285,6 +301,7 @@ def decode(
     transport: Transport = "nixl",
     grace_s: Grace = 30.0,
     log_level: LogLevel = "info",
+    otlp_traces_endpoint: TracesEndpoint = "",
 ) -> int:
     """Run a decode worker: pulls pages, draws tokens."""
     from decode_worker.config import DecodeConfig
@@ -316,6 +333,7 @@ def decode(
             prefix_cache=prefix_cache,
             drain_s=grace_s,
             log_level=log_level,
+            otlp_traces_endpoint=otlp_traces_endpoint,
         )
     )
 

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,12 @@ POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def flag(name: str, help: str, **more: Any) -> Any:
-    """A typer option `--name` that also reads `PENUMBRA_NAME`; `more` goes to typer.Option."""
+    """A typer option `--name` that also reads `PENUMBRA_NAME`, and behind it the variable `or_variable` where others
+    have given what it sets a name; `more` goes to typer.Option.
+    """
     declarations = (f"--{name}/--no-{name}",) if more.pop("switch", False) else (f"--{name}",)
-    return typer.Option(*declarations, envvar=variable(name), help=help, show_envvar=False, **more)
+    variables = [variable(name), *([more.pop("or_variable")] if "or_variable" in more else [])]
+    return typer.Option(*declarations, envvar=variables, help=help, show_envvar=False, **more)
 
 
 def config_flag() -> Any:
@@ -157,9 +161,15 @@ def effective(context: typer.Context) -> list[Effective]:
             continue
         source = context.get_parameter_source(name)
         kind = source.name if source is not None else "DEFAULT"
-        label = variable(name) if kind == "ENVIRONMENT" else SOURCES.get(kind, kind.lower())
+        label = SOURCES.get(kind, kind.lower())
+        if kind == "ENVIRONMENT":
+            label = next(known for known in _variables(parameter.envvar) if os.environ.get(known))
         found.append(Effective(name=name, value=context.params.get(name), source=label))
     return found
+
+
+def _variables(declared: str | Sequence[str]) -> Sequence[str]:
+    return [declared] if isinstance(declared, str) else declared
 
 
 def dump(values: list[Effective]) -> str:

@@ -27,3 +27,4 @@ class DecodeConfig:
     prefix_cache: bool = True  # keep prompts and answers for requests that begin with them
     drain_s: float = 30.0
     log_level: str = "info"
+    otlp_traces_endpoint: str = ""  # see `wire.tracing.tracer`

@@ -82,6 +82,7 @@ async def _serve(config: DecodeConfig, runner: Runner, transport: Transport, epo
         http_port=config.http_port,
         advertise_host=config.advertise_host,
         drain_s=config.drain_s,
+        otlp_traces_endpoint=config.otlp_traces_endpoint,
     )
     reader.start()
     try:

@@ -51,6 +51,7 @@ from wire import convert
 from wire.errors import Draining, PenumbraError, StaleAttempt, TransferFailed, WorkerLost
 from wire.rpc import Context, Server, error_from_rpc, open_channel
 from wire.telemetry import WorkerMetrics
+from wire.tracing import NO_SPAN, Span, current_span
 from wire.types import (
     Admitted,
     AttemptId,
@@ -145,6 +146,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._links = Links()
         self._runs: dict[AttemptId, asyncio.Queue[StartEvent]] = {}
         self._clocks: dict[str, FirstTokenClock] = {}  # of the open calls, by the run's name
+        self._spans: dict[AttemptId, Span] = {}  # of those calls
         self._claims: dict[AttemptId, asyncio.Task[None]] = {}
         self._tasks: asyncio.TaskGroup | None = None  # parent of every claim's tasks, while `run` runs
         self._channels = _Channels()
@@ -220,6 +222,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         arrived, answered, ended = time.monotonic(), False, False
         events = self._runs[run] = asyncio.Queue()
         clock = self._clocks[str(run)] = FirstTokenClock(arrived)
+        span = self._spans[run] = current_span()
         try:
             async with self._hold_grammar(start.sampling.grammar):
                 self._engine.post(Start(start, secrets.token_bytes(16)))
@@ -235,7 +238,10 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                         elif isinstance(event, Tokens):
                             if not answered:
                                 answered = True
-                                event = replace(event, times=clock.times(now))
+                                times = clock.times(now)
+                                span.set(admit_us=times.admit_us, pages_us=times.pages_us)
+                                span.set(transfer_us=times.transfer_us, emit_us=times.emit_us)
+                                event = replace(event, times=times)
                                 if (exposed := clock.exposed_s(now)) is not None:
                                     self._metrics.transfer_exposed.observe(exposed)
                                     self._exposed.add(exposed, 1)
@@ -245,7 +251,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                             break
         finally:
             del self._runs[run]
-            del self._clocks[str(run)]
+            del self._clocks[str(run)], self._spans[run]
             if not ended:
                 self._engine.post(Cancel(run))
 
@@ -341,9 +347,11 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             signature=self._signature,
         )
         source = claim.source.worker_id
+        span = self._spans.get(claim.run, NO_SPAN)
         try:
             async with self._channels.use(claim.source.address) as channel:
-                async for message in _pages(channel).Claim(convert.claim_request_to_wire(request)):
+                offers = _pages(channel).Claim(convert.claim_request_to_wire(request), metadata=span.metadata())
+                async for message in offers:
                     offer = convert.page_offer_from_wire(message)
                     if offer.tail is not None and (clock := self._clocks.get(str(claim.run))) is not None:
                         clock.last_offer(time.monotonic(), offer.tail.times)

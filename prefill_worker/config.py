@@ -29,3 +29,4 @@ class PrefillConfig:
     )
     drain_s: float = 30.0
     log_level: str = "info"
+    otlp_traces_endpoint: str = ""  # see `wire.tracing.tracer`

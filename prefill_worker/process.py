@@ -88,6 +88,7 @@ async def _serve(config: PrefillConfig, runner: Runner, transport: Transport, ep
         http_port=config.http_port,
         advertise_host=config.advertise_host,
         drain_s=config.drain_s,
+        otlp_traces_endpoint=config.otlp_traces_endpoint,
     )
     async with publisher:
         return await serve(service, door, registry)

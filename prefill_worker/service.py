@@ -35,6 +35,7 @@ from wire import convert
 from wire.errors import Cancelled, Draining, PenumbraError, WorkerLost
 from wire.rpc import Context, Server, error_from_code
 from wire.telemetry import WorkerMetrics
+from wire.tracing import current_span
 from wire.types import (
     AttemptId,
     Failed,
@@ -184,6 +185,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
                         self._metrics.prompt_tokens.inc(event.done - event.cached - max(computed, 0))
                         computed = event.done - event.cached
                     elif isinstance(event, RunFinished):
+                        current_span().set(prompt_tokens=event.prompt_tokens, cached_tokens=event.cached_tokens)
                         self._metrics.prefix_queries.inc(event.prompt_tokens)
                         self._metrics.prefix_hits.inc(event.cached_tokens)
                     yield convert.run_event_to_wire(event)

@@ -6,10 +6,11 @@ An answer is synchronous and knows no network: tokens go in, chunks for its clie
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from router.timeline import PromptProgress
 from wire.types import FinishReason, TokenEvent
 
 Json = dict[str, Any]
@@ -77,6 +78,22 @@ def merged(wholes: Sequence[Json]) -> Json:
             details = usage.setdefault("completion_tokens_details", {})
             details[key] = details.get(key, 0) + count
     return whole
+
+
+def progress_chunk(header: Header, kind: str) -> Callable[[PromptProgress], Json]:
+    """Makes OpenAI's chunk of a prompt's progress, in llama.cpp's words; `kind` is the chunk's object."""
+
+    def chunk(progress: PromptProgress) -> Json:
+        return {
+            "id": header.answer_id,
+            "object": kind,
+            "created": header.created,
+            "model": header.model,
+            "choices": [],
+            "prompt_progress": progress.to_json(),
+        }
+
+    return chunk
 
 
 def usage_chunk(whole: Json) -> Json:

@@ -43,6 +43,8 @@ class RouterConfig:
     token_silence_factor: float = 10.0
     body_silence_s: float = 10.0  # between two pieces of a request body
     client_stall_s: float = 60.0  # a client that stops reading its stream
+    sse_keepalive_s: float = 5.0  # a stream is never silent for longer; 0: it may be
+    json_keepalive_s: float = 30.0  # an answer that is not streamed says by then that it is on its way; 0: not at all
     shutdown_grace_s: float = 30.0  # running requests may take this long after SIGTERM
 
     policy: Policy = "expected_ttft"  # how a pair of workers is chosen
@@ -52,6 +54,7 @@ class RouterConfig:
     registry_poll_s: float = 0.5
     log_level: str = "info"
     log_json: bool = False
+    otlp_traces_endpoint: str = ""  # see `wire.tracing.tracer`
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -69,6 +72,9 @@ class RouterConfig:
         for name in ("max_body_bytes", "max_concurrent_requests", "max_attempts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} leaves nothing to serve. Set it to 1 or more.")
+        for name in ("sse_keepalive_s", "json_keepalive_s"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name}={getattr(self, name)} is no interval. Set it to seconds, or 0 for none.")
         if any(not name for name in self.served_model_names):
             raise ConfigError("served_model_names holds an empty name. Give each name at least one character.")
 

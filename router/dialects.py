@@ -50,6 +50,7 @@ class Dialect:
     error_body: Callable[[PenumbraError], Json]
     error_event: Callable[[PenumbraError, int], Json]  # in a stream, after so many events
     named: bool  # whether each event of a stream bears its chunk's type as its name
+    keepalive: bytes = b": keep-alive\n\n"  # what a stream says when there is nothing to say; a comment
     done: bytes = b""  # behind the last event of a whole stream
     request_id_headers: tuple[bytes, ...] = (b"x-request-id",)
 
@@ -129,6 +130,7 @@ ANTHROPIC = Dialect(
     error_event=lambda error, _: _anthropic_error(error),
     named=True,
     request_id_headers=(b"x-request-id", b"request-id"),
+    keepalive=b'event: ping\ndata: {"type":"ping"}\n\n',
 )
 
 

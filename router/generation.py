@@ -1,14 +1,22 @@
 """One running answer and its client: relayed tokens become bytes until either of the two has had enough.
 
-The status line of a stream is sent with its first token, so everything that goes wrong before then still has a
-status of its own. After it an error is one more event, the last.
+An answer's status line is sent with its first bytes, so that what goes wrong before has a status of its own. A stream's
+first bytes are its first token's, or those that tell a client that it still waits for one: after `sse_keepalive_s` of
+silence, or with the first progress a client asked to see. An error after that is one more event, the last.
+
+Nothing of an answer that is not streamed is known before all of it is. But proxies give up on a silent connection after
+a minute, and a long prompt takes longer. So after `json_keepalive_s` the status line goes out, and blank lines follow,
+which JSON allows in front of a value. An error after that is told in the body and the body left incomplete, so that
+nobody takes it for an answer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +32,12 @@ from router.intake import Prepared
 from router.live import LiveRequests
 from router.mirror import PrefixMirror
 from router.placement import Placement
-from router.relay import RelayLimits, RelayRequest, relay
+from router.relay import RelayEvent, RelayLimits, RelayRequest, Said, relay
+from router.timeline import PromptProgress, Timeline
 from wire.errors import PenumbraError
 from wire.telemetry import RouterMetrics
-from wire.types import FinishReason, TokenEvent
+from wire.tracing import Span, Tracer
+from wire.types import FinishReason, Progress, TokenEvent
 
 log = structlog.get_logger()
 
@@ -46,18 +56,19 @@ class Serving:
     admission: Admission
     metrics: RouterMetrics
     requests: LiveRequests
+    tracer: Tracer
     client_stall_s: float
+    sse_keepalive_s: float
+    json_keepalive_s: float
 
 
 @dataclass(slots=True, kw_only=True)
 class _Choice:
-    """One of a request's answers on its way. Times are monotonic seconds."""
+    """One of a request's answers on its way."""
 
     request: RelayRequest
     answer: Answer
-    arrived: float
-    first_token: float | None = None
-    last_token: float | None = None
+    timeline: Timeline
     usage: Usage | None = None  # once it is complete
 
     def used(self, cached_tokens: int) -> Usage:
@@ -70,67 +81,99 @@ class _Choice:
         )
 
     def timing(self) -> dict[str, float]:
-        if self.first_token is None or self.last_token is None:
+        line, num_tokens = self.timeline, self.answer.num_tokens
+        if line.first_token is None or line.last_token is None:
             return {}
-        fields = {"ttft_ms": round((self.first_token - self.arrived) * 1e3, 1)}
-        num_tokens = self.answer.num_tokens
+        fields = {"ttft_ms": round((line.first_token - line.arrived) * 1e3, 1)}
         if num_tokens > 1:
-            fields["tpot_ms"] = round((self.last_token - self.first_token) * 1e3 / (num_tokens - 1), 2)
-        return fields
+            fields["tpot_ms"] = round((line.last_token - line.first_token) * 1e3 / (num_tokens - 1), 2)
+        return fields | {f"{part}_ms": round((end - begin) * 1e3, 1) for part, begin, end in line.parts()}
 
 
 class Generation(Response):
     """A response that is still being generated. It ends within its own call, however that call ends."""
 
     def __init__(
-        self, serving: Serving, dialect: Dialect, prepared: Prepared, *, arrived: float, client_request_id: str
+        self,
+        serving: Serving,
+        dialect: Dialect,
+        prepared: Prepared,
+        *,
+        timeline: Timeline,
+        span: Span,
+        client_request_id: str,
     ) -> None:
+        """`span` is the request's, and ends with it."""
         self._serving = serving
         self._dialect = dialect
         self._prepared = prepared
         self._choices = [
-            _Choice(request=request, answer=answer, arrived=arrived) for request, answer in prepared.choices
+            _Choice(request=request, answer=answer, timeline=timeline if i == 0 else timeline.fork())
+            for i, (request, answer) in enumerate(prepared.choices)
         ]
+        self._span = span
         self._client_id = client_request_id
+        # A stream may show its prompt's progress; the choices share the prompt, and the first one's tells.
+        self._shown = prepared.progress if prepared.stream else None
         self._began = False  # the status line is out
         self._num_events = 0
         self._placements: dict[str, Placement] = {}  # where each choice went last
         self._sending = asyncio.Lock()
+        self._sent_at = time.monotonic()  # when the client last heard of us
+        self._progressed = asyncio.Event()  # the prompt has, and the client wants to know
+        self._failure: BaseException | None = None
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._serving.admission.running():
-            async with asyncio.TaskGroup() as tasks:
-                work = tasks.create_task(self._answer(send))
-                watch = tasks.create_task(_until_gone(receive))
-                await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
-                if not work.done():
-                    scope["state"]["client_gone"] = True
-                work.cancel()
-                watch.cancel()
+        try:
+            with self._serving.admission.running():
+                async with asyncio.TaskGroup() as tasks:
+                    work = tasks.create_task(self._answer(send))
+                    watch = tasks.create_task(_until_gone(receive))
+                    await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+                    if not work.done():
+                        scope["state"]["client_gone"] = True
+                    work.cancel()
+                    watch.cancel()
+        finally:
+            self._end_span(scope["state"])
         if scope["state"].get("client_gone"):
             self._log("request_cancelled")
+
+    def _end_span(self, state: Mapping[str, Any]) -> None:
+        first, span = self._choices[0], self._span
+        for part in first.timeline.parts():
+            span.part(*part)
+        if first.timeline.first_token is not None and first.timeline.last_token is not None:
+            span.part("tokens", first.timeline.first_token, first.timeline.last_token)
+        span.set(prompt_tokens=len(first.request.prompt), completion_tokens=first.answer.num_tokens)
+        gone = asyncio.CancelledError() if state.get("client_gone") else None
+        span.end(self._failure or gone)
 
     async def _answer(self, send: Send) -> None:
         """Everything from placement to the last byte. Never raises but when cancelled."""
         try:
             await self._relay(send)
         except _ClientGone:
+            self._failure = asyncio.CancelledError()
             self._log("request_cancelled", reason="the client stopped reading")
         except PenumbraError as error:
-            self._serving.metrics.errors.labels(error.code).inc()
-            self._log("request_failed", error_code=error.code, error=str(error))
-            await self._send_error(send, error)
+            await self._fail(send, error)
         except Exception:
             log.exception("request_crashed", request_id=self._choices[0].request.request_id)
-            self._serving.metrics.errors.labels(PenumbraError.code).inc()
-            await self._send_error(send, PenumbraError("The router failed on this request; its log has the details."))
+            await self._fail(send, PenumbraError("The router failed on this request; its log has the details."))
+
+    async def _fail(self, send: Send, error: PenumbraError) -> None:
+        self._failure = error
+        self._serving.metrics.errors.labels(error.code).inc()
+        self._log("request_failed", error_code=error.code, error=str(error))
+        await self._send_error(send, error)
 
     async def _relay(self, send: Send) -> None:
         prepared, choices, metrics = self._prepared, self._choices, self._serving.metrics
         metrics.prompt_tokens.inc(len(choices[0].request.prompt))
-        await self._together([self._follow(choice, send) for choice in choices])
-        metrics.e2e.observe(time.monotonic() - choices[0].arrived)
+        await self._together([self._follow(choice, send) for choice in choices], beside=self._keep_alive(send))
+        metrics.e2e.observe(time.monotonic() - choices[0].timeline.arrived)
         if prepared.stream and not prepared.include_usage:
             await self._send_events(send, [], done=True)
             return
@@ -138,14 +181,18 @@ class Generation(Response):
         if prepared.stream:
             await self._send_events(send, [usage_chunk(whole)], done=True)
         else:
-            await self._send(send, dump(whole), content_type=b"application/json", more=False)
+            self._add_timeline(whole)
+            await self._send(send, dump(whole), more=False)
 
-    async def _together(self, parts: list[Coroutine[Any, Any, None]]) -> None:
-        """Run all parts. The first to fail ends the others, and its error is the one raised."""
+    async def _together(self, parts: list[Coroutine[Any, Any, None]], *, beside: Coroutine[Any, Any, None]) -> None:
+        """Run all parts, and `beside` as long as they run. The first to fail ends the others, and its error is the one
+        raised.
+        """
         try:
             async with asyncio.TaskGroup() as tasks:
-                for part in parts:
-                    tasks.create_task(part)
+                company = tasks.create_task(beside)
+                await asyncio.wait([tasks.create_task(part) for part in parts])
+                company.cancel()
         except* Exception as failures:
             error = failures.exceptions[0]
         else:
@@ -155,7 +202,8 @@ class Generation(Response):
     async def _follow(self, choice: _Choice, send: Send) -> None:
         """Relay one choice to its end."""
         serving, prepared, answer = self._serving, self._prepared, choice.answer
-        request = choice.request
+        request, timeline = choice.request, choice.timeline
+        shown = self._shown if choice is self._choices[0] else None
 
         def on_retry(attempt: int, error: PenumbraError) -> None:
             serving.metrics.retries.labels(error.code).inc()
@@ -165,15 +213,30 @@ class Generation(Response):
             self._placements[request.request_id] = placement
             serving.metrics.placements.labels(placement.decision, placement.reason.value).inc()
 
-        with serving.requests.follow(request, choice.arrived) as live:
+        def watch(now: float, event: RelayEvent) -> None:
+            timeline.saw(now, event)
+            if shown is not None and isinstance(event, Said) and isinstance(event.event, Progress):
+                self._progressed.set()
+
+        timeline.ended("queue", time.monotonic())
+        with serving.requests.follow(request, timeline.arrived) as live:
             async with relay(
-                serving.fleet, request, serving.limits, serving.mirror, on_retry=on_retry, on_place=on_place
+                serving.fleet,
+                request,
+                serving.limits,
+                serving.mirror,
+                on_retry=on_retry,
+                on_place=on_place,
+                watch=watch,
+                span=self._span,
             ) as tokens:
                 live.feed = tokens
                 async for batch in tokens:
-                    self._measure(choice, batch)
                     live.tokens(time.monotonic(), len(batch))
-                    opening = answer.opening(choice.used(tokens.cached_tokens)) if answer.num_tokens == 0 else []
+                    opening: list[Json] = []
+                    if self._measure(choice, batch):
+                        opening = [] if shown is None else self._progress(shown)
+                        opening += answer.opening(choice.used(tokens.cached_tokens))
                     chunks = opening + answer.push(batch)
                     if prepared.stream and chunks:
                         await self._send_events(send, chunks)
@@ -199,16 +262,21 @@ class Generation(Response):
         if prepared.stream and last:
             await self._send_events(send, last)
 
-    def _measure(self, choice: _Choice, batch: tuple[TokenEvent, ...]) -> None:
-        now, metrics = time.monotonic(), self._serving.metrics
+    def _measure(self, choice: _Choice, batch: tuple[TokenEvent, ...]) -> bool:
+        """Whether these are the first tokens."""
+        now, metrics, line = time.monotonic(), self._serving.metrics, choice.timeline
+        before = line.last_token
+        first = line.delivered(now)
         metrics.generation_tokens.inc(len(batch))
-        if choice.last_token is None:
-            choice.first_token = now
-            metrics.ttft.observe(now - choice.arrived)
+        if before is None:
+            metrics.ttft.observe(now - line.arrived)
+            for part, begin, end in line.parts():
+                metrics.stage.labels(part).observe(end - begin)
         else:
+            gap = (now - before) / len(batch)
             for _ in batch:
-                metrics.itl.observe((now - choice.last_token) / len(batch))
-        choice.last_token = now
+                metrics.itl.observe(gap)
+        return first
 
     def _log(self, event: str, choice: _Choice | None = None, **fields: object) -> None:
         choice = choice or self._choices[0]
@@ -221,12 +289,46 @@ class Generation(Response):
             **fields,
         )
 
+    # Waiting
+
+    async def _keep_alive(self, send: Send) -> None:
+        """Tell the client, whenever it has heard nothing for long enough, that it still waits for something; and how
+        far its prompt is, whenever that changes and it asked. Until cancelled.
+        """
+        stream, shown = self._prepared.stream, self._shown
+        interval = self._serving.sse_keepalive_s if stream else self._serving.json_keepalive_s
+        sign = self._dialect.keepalive if stream else b"\n"
+        while True:
+            due = self._sent_at + interval if interval else math.inf
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if due == math.inf else due - time.monotonic()):
+                    await self._progressed.wait()
+            if shown is not None and self._progressed.is_set():
+                self._progressed.clear()
+                if self._choices[0].timeline.first_token is None:
+                    await self._send_events(send, self._progress(shown))
+            elif time.monotonic() >= self._sent_at + interval:
+                await self._send(send, sign)
+
+    def _progress(self, shown: Callable[[PromptProgress], Json]) -> list[Json]:
+        progress = self._choices[0].timeline.progress(time.monotonic())
+        return [] if progress is None else [shown(progress)]
+
+    def _add_timeline(self, body: Json) -> None:
+        """To what tells the usage, which in each protocol's stream is one of the last events, if that was asked."""
+        if self._prepared.return_timeline:
+            usage = body.get("usage") or (body.get("response") or {}).get("usage")
+            if usage is not None:
+                usage["timeline"] = self._choices[0].timeline.to_json()
+
     # Bytes
 
     async def _send_events(self, send: Send, chunks: list[Json], *, done: bool = False) -> None:
         self._num_events += len(chunks)
+        for chunk in chunks:
+            self._add_timeline(chunk)
         body = b"".join(map(self._dialect.event, chunks)) + (self._dialect.done if done else b"")
-        await self._send(send, body, content_type=b"text/event-stream; charset=utf-8", more=not done)
+        await self._send(send, body, more=not done)
 
     async def _send_error(self, send: Send, error: PenumbraError) -> None:
         try:
@@ -235,23 +337,25 @@ class Generation(Response):
                 head = {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
                 await self._put(send, head)
                 await self._put(send, {"type": "http.response.body", "body": response.body})
-            else:
+            elif self._prepared.stream:
                 # The stream ends here and without its closing words, so that no client takes half an answer for a
                 # whole one.
                 body = self._dialect.event(self._dialect.error_event(error, self._num_events))
                 await self._put(send, {"type": "http.response.body", "body": body, "more_body": False})
+            else:
+                # The server closes the connection of a body that stays incomplete.
+                body = dump(self._dialect.error_body(error))
+                await self._put(send, {"type": "http.response.body", "body": body, "more_body": True})
         except _ClientGone:
             self._log("request_cancelled", reason="the client stopped reading")
 
-    async def _send(self, send: Send, body: bytes, *, content_type: bytes, more: bool) -> None:
+    async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
         # One choice at a time, and none before the status line.
         async with self._sending:
+            self._sent_at = time.monotonic()
             if not self._began:
-                headers = [
-                    (b"content-type", content_type),
-                    (b"cache-control", b"no-cache"),
-                    (b"x-accel-buffering", b"no"),
-                ]
+                kind = b"text/event-stream; charset=utf-8" if self._prepared.stream else b"application/json"
+                headers = [(b"content-type", kind), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
                 if (placed := self._placements.get(self._choices[0].request.request_id)) is not None:
                     headers.append((b"x-penumbra-placement", _told(placed).encode()))
                 if not more:

@@ -44,8 +44,10 @@ from router.protocols import chat, completions, messages, responses, tokenize
 from router.relay import RelayLimits
 from router.status import Status
 from router.text import Text
+from router.timeline import Timeline
 from wire.errors import BodyTooLarge, InvalidRequest, PenumbraError
 from wire.telemetry import RouterMetrics
+from wire.tracing import TRACEPARENT, Tracer
 
 REQUEST_ID_HEADERS = (b"x-request-id", b"x-correlation-id", b"x-trace-id", b"request-id")
 """Where a client or a proxy may have named the request; the first usable one counts."""
@@ -82,6 +84,7 @@ class Front:
         mirror: PrefixMirror,
         metrics: RouterMetrics,
         registry: CollectorRegistry,
+        tracer: Tracer,
     ) -> None:
         self._config = config
         self._intake = Intake(config, facts, text, fleet)
@@ -94,7 +97,10 @@ class Front:
             admission=self.admission,
             metrics=metrics,
             requests=requests,
+            tracer=tracer,
             client_stall_s=config.client_stall_s,
+            sse_keepalive_s=config.sse_keepalive_s,
+            json_keepalive_s=config.json_keepalive_s,
         )
         self._status = Status(self._intake, self.admission, fleet, mirror, metrics, registry)
         about = {"router_id": config.router_id, "models": list(config.model_names)}
@@ -119,16 +125,23 @@ class Front:
 
     def _generate(self, prepare: Callable[[Intake, bytes, int], Prepared]) -> Endpoint:
         async def endpoint(request: Request) -> Response:
-            arrived = time.monotonic()
+            timeline = Timeline(time.monotonic())
             self.admission.check()
             raw = await self._read_body(request)
+            timeline.ended("receive", time.monotonic())
             # Another look: reading took as long as the client liked.
             self.admission.check()
+            prepared = await self._intake.run(prepare, raw)
+            timeline.ended("tokenize", time.monotonic())
+            span = self._serving.tracer.serving(
+                f"POST {request.url.path}", request.headers.get(TRACEPARENT, ""), begin_s=timeline.arrived
+            )
             return Generation(
                 self._serving,
                 dialect_of(request.url.path),
-                await self._intake.run(prepare, raw),
-                arrived=arrived,
+                prepared,
+                timeline=timeline,
+                span=span,
                 client_request_id=request.state.request_id,
             )
 

@@ -9,12 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from router.answers import Answer
+from router.answers import Answer, Json
 from router.config import ModelFacts, RouterConfig
 from router.fleet import Fleet
 from router.placement import capacity
 from router.relay import RelayRequest
 from router.text import ChatPrompt, Text
+from router.timeline import PromptProgress
 from wire.errors import InvalidRequest, ModelNotFound
 from wire.events import cut
 from wire.prefix import namespace, pack_tokens, packed_page_hashes
@@ -33,6 +34,8 @@ class Prepared:
     choices: tuple[tuple[RelayRequest, Answer], ...]
     stream: bool
     include_usage: bool = False  # a last chunk of the stream tells what was used, as OpenAI's do when asked
+    return_timeline: bool = False  # and with it where the time went
+    progress: Callable[[PromptProgress], Json] | None = None  # what a stream shows of its prompt's, when asked
 
 
 class Intake:

@@ -22,6 +22,7 @@ from wire.errors import ConfigError
 from wire.events import PrefixReader
 from wire.registry import Registry
 from wire.telemetry import RouterMetrics, configure_logging
+from wire.tracing import tracer
 
 log = structlog.get_logger()
 
@@ -46,12 +47,14 @@ async def serve(
 ) -> None:
     """Serve until cancelled, or with `own_signals` until SIGINT or SIGTERM. `on_ready` gets the URL.
 
-    Raises ConfigError before anything is served: an unusable checkpoint directory, Redis URL or address.
+    Raises ConfigError before anything is served: an unusable checkpoint directory, URL or address.
     """
     facts = ModelFacts.load(config.model)
     text = Text(config.model, facts, config.model_names, thinking=config.default_thinking)
     collectors = CollectorRegistry()
+    spans = tracer(config.otlp_traces_endpoint, service="router", instance=config.router_id)
     async with (
+        contextlib.aclosing(spans),
         Registry(config.redis_url, config.namespace) as registry,
         PrefixReader(config.redis_url, config.namespace) as prefixes,
     ):
@@ -60,7 +63,7 @@ async def serve(
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         fleet, mirror = Fleet(registry, poll_s=config.registry_poll_s), PrefixMirror()
         metrics = RouterMetrics(collectors)
-        front = Front(config, facts, text, fleet, mirror, metrics, collectors)
+        front = Front(config, facts, text, fleet, mirror, metrics, collectors, spans)
         server = _Server(
             uvicorn.Config(
                 front.app,

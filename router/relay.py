@@ -18,7 +18,7 @@ import random
 import statistics
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -33,6 +33,7 @@ from wire import convert
 from wire.errors import Cancelled, DeadlineExceeded, InvalidRequest, PenumbraError, WorkerLost
 from wire.prefix import DEFAULT_TENANT, namespace
 from wire.rpc import error_from_code, error_from_rpc
+from wire.tracing import NO_SPAN, Span
 from wire.types import (
     Admitted,
     Failed,
@@ -49,6 +50,7 @@ from wire.types import (
     StartRequest,
     TokenEvent,
     Tokens,
+    WorkerInfo,
 )
 from wire.v1 import worker_pb2_grpc
 
@@ -435,15 +437,19 @@ async def relay(
     *,
     on_retry: Callable[[int, PenumbraError], None] = lambda attempt, error: None,
     on_place: Callable[[Placement], None] = lambda placement: None,
+    watch: Callable[[float, RelayEvent], None] = lambda now, event: None,
+    span: Span = NO_SPAN,
 ) -> AsyncIterator[Relay]:
     """Run the request while inside. Leaving, for whatever reason, ends both RPCs before it returns.
+
+    `watch` sees every event before the core does, with the monotonic time in seconds. The RPCs are steps of `span`.
 
     The queue between is bounded by the request itself: at most `max_tokens` tokens.
     """
     feed = Relay()
     failure: Exception | None = None
     async with asyncio.TaskGroup() as tasks:
-        shell = _Shell(fleet, request, limits, mirror, feed, tasks, on_retry, on_place)
+        shell = _Shell(fleet, request, limits, mirror, feed, tasks, on_retry, on_place, watch, span)
         driver = tasks.create_task(shell.run(), name=f"relay {request.request_id}")
         try:
             yield feed
@@ -486,6 +492,8 @@ class _Shell:
         tasks: asyncio.TaskGroup,
         on_retry: Callable[[int, PenumbraError], None],
         on_place: Callable[[Placement], None],
+        watch: Callable[[float, RelayEvent], None],
+        span: Span,
     ) -> None:
         self._fleet = fleet
         self._request = request
@@ -496,6 +504,8 @@ class _Shell:
         self._feed = feed
         self._tasks = tasks
         self._on_retry = on_retry
+        self._watch = watch
+        self._span = span
         self._inbox: asyncio.Queue[RelayEvent] = asyncio.Queue()
         self._attempts: dict[int, _Attempt] = {}
 
@@ -509,7 +519,9 @@ class _Shell:
                     event = await self._inbox.get()
             except TimeoutError:
                 event = Ticked()
-            await self._carry_out(self._core.step(time.monotonic(), event))
+            now = time.monotonic()
+            self._watch(now, event)
+            await self._carry_out(self._core.step(now, event))
             self._feed.progress = self._core.progress
 
     def drop_all(self) -> None:
@@ -604,12 +616,14 @@ class _Shell:
             namespace=self._request.namespace(placement.decode.model),
         )
         async with self._fleet.channel(placement.decode.ref) as channel:
-            call = _decode_stub(channel).Start(convert.start_request_to_wire(request, self._request.packed))
-            try:
-                async for message in call:
-                    yield convert.start_event_from_wire(message)
-            finally:
-                call.cancel()
+            with _step(self._span, "Decode.Start", attempt, placement.decode) as metadata:
+                message = convert.start_request_to_wire(request, self._request.packed)
+                call = _decode_stub(channel).Start(message, metadata=metadata)
+                try:
+                    async for message in call:
+                        yield convert.start_event_from_wire(message)
+                finally:
+                    call.cancel()
 
     async def _prefill(self, attempt: int, placement: Placement, skip: int, secret: bytes) -> AsyncIterator[RunEvent]:
         assert placement.prefill is not None, "a decode worker that computes the prompt itself needs no prefill"
@@ -623,9 +637,25 @@ class _Shell:
             namespace=self._request.namespace(placement.prefill.model),
         )
         async with self._fleet.channel(placement.prefill.ref) as channel:
-            call = _prefill_stub(channel).Run(convert.run_request_to_wire(request, self._request.packed))
-            try:
-                async for message in call:
-                    yield convert.run_event_from_wire(message)
-            finally:
-                call.cancel()
+            with _step(self._span, "Prefill.Run", attempt, placement.prefill) as metadata:
+                message = convert.run_request_to_wire(request, self._request.packed)
+                call = _prefill_stub(channel).Run(message, metadata=metadata)
+                try:
+                    async for message in call:
+                        yield convert.run_event_from_wire(message)
+                finally:
+                    call.cancel()
+
+
+@contextlib.contextmanager
+def _step(span: Span, name: str, attempt: int, worker: WorkerInfo) -> Iterator[tuple[tuple[str, str], ...]]:
+    """One RPC as a step of its request; gives what the RPC carries so that the worker's part joins it."""
+    step = span.child(name, attempt=attempt, worker_id=worker.worker_id)
+    error: BaseException | None = None
+    try:
+        yield step.metadata()
+    except BaseException as failure:
+        error = failure
+        raise
+    finally:
+        step.end(error)

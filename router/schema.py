@@ -162,6 +162,8 @@ class Sampled(Strict):
     ignore_eos: bool | None = None
     cache_salt: str | None = Field(default=None, min_length=1, max_length=MAX_SALT_BYTES)
     """Prefixes are shared only among requests that say the same."""
+    return_timeline: bool | None = None
+    """`usage.timeline`: where the time to first token went."""
 
     @field_validator("cache_salt")
     @classmethod
@@ -223,6 +225,8 @@ class Choices(OpenAI):
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     stop: str | list[str] | None = None
     return_token_ids: bool | None = None
+    return_progress: bool | None = None
+    """`prompt_progress` in a stream, in llama.cpp's words."""
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -231,7 +235,7 @@ class Choices(OpenAI):
 
     @property
     def include_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
+        return bool(self.stream_options and self.stream_options.include_usage) or bool(self.return_timeline)
 
 
 def stop_strings(stops: Any) -> list[str]:

@@ -24,6 +24,7 @@ from wire.errors import (
     PenumbraError,
     WorkerLost,
 )
+from wire.tracing import TRACEPARENT, Tracer
 
 MAX_MESSAGE_BYTES = 64 << 20
 """A million prompt tokens are 4 MiB; an offer of 4,096 pages is 0.1 MiB. The rest is room."""
@@ -131,7 +132,11 @@ class _TypedErrors(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
     gRPC itself would answer rubbish bytes with INTERNAL and any exception with UNKNOWN and its repr. It
     would also leave a cancelled stream's generator to the garbage collector; here it is closed at once.
+    A call whose caller traces it is served inside a span.
     """
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
 
     async def intercept_service(
         self,
@@ -145,18 +150,21 @@ class _TypedErrors(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             # It writes to its context itself, as gRPC's own health service does, and ends itself too.
             return handler  # type: ignore[no-any-return]
         name = details.method
+        caller = next((str(value) for key, value in details.invocation_metadata or () if key == TRACEPARENT), "")
 
         async def unary(data: bytes, context: Context) -> Any:
             try:
-                return await handler.unary_unary(_parsed(handler, data), context)
+                with self._tracer.rpc(name, caller):
+                    return await handler.unary_unary(_parsed(handler, data), context)
             except Exception as error:
                 await _end(context, name, error)
 
         async def stream(data: bytes, context: Context) -> None:
             try:
-                async with contextlib.aclosing(handler.unary_stream(_parsed(handler, data), context)) as replies:
-                    async for reply in replies:
-                        await context.write(reply)
+                with self._tracer.rpc(name, caller):
+                    async with contextlib.aclosing(handler.unary_stream(_parsed(handler, data), context)) as replies:
+                        async for reply in replies:
+                            await context.write(reply)
             except Exception as error:
                 await _end(context, name, error)
 
@@ -189,10 +197,10 @@ class Server:
     Health (grpc.health.v1, service "") answers NOT_SERVING until `set_serving(True)` and while draining.
     """
 
-    def __init__(self, address: str = "127.0.0.1:0") -> None:
+    def __init__(self, address: str = "127.0.0.1:0", tracer: Tracer | None = None) -> None:
         """`address` is host:port; port 0 takes a free one."""
         self._address = address
-        self._server = grpc.aio.server(interceptors=[_TypedErrors()], options=_SERVER_OPTIONS)
+        self._server = grpc.aio.server(interceptors=[_TypedErrors(tracer or Tracer())], options=_SERVER_OPTIONS)
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 

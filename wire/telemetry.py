@@ -40,6 +40,7 @@ ITL_BUCKETS_S = (
     *(0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075),
     *(0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 600),
 )
+STAGE_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, *TTFT_BUCKETS_S)
 TRANSFER_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 PAGE_STATES = ("free", "used", "cached", "quarantined")
@@ -137,6 +138,13 @@ class RouterMetrics:
             "penumbra_time_to_first_token_seconds",
             "From request to first token",
             buckets=TTFT_BUCKETS_S,
+            registry=registry,
+        )
+        self.stage = Histogram(
+            "penumbra_stage_duration_seconds",
+            "The parts of the time to first token, by stage; of one request they sum to it",
+            ["stage"],
+            buckets=STAGE_BUCKETS_S,
             registry=registry,
         )
         self.itl = Histogram(

@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry
 from wire.registry import Registry
 from wire.rpc import Server
 from wire.telemetry import StatusDoor
+from wire.tracing import tracer
 from wire.types import WorkerInfo
 
 log = structlog.get_logger()
@@ -41,6 +42,7 @@ class DoorConfig:
     http_port: int = 0
     advertise_host: str = ""  # what others dial; empty: `host`, or this machine's name when that is a wildcard
     drain_s: float = 30.0  # a stopping worker finishes what it has for at most this long
+    otlp_traces_endpoint: str = ""  # see `wire.tracing.tracer`
 
 
 class WorkerService(Protocol):
@@ -70,10 +72,11 @@ async def serve(service: WorkerService, door: DoorConfig, metrics: CollectorRegi
     else 1.
 
     The first signal drains: no new requests, the old ones finish, `drain_s` at most. A second one ends at
-    once. Raises ConfigError when a port can not be bound or the registry URL makes no sense.
+    once. Raises ConfigError when a port can not be bound or a URL makes no sense.
     """
-    async with Registry(door.redis_url) as registry:
-        server = Server(f"{door.host}:{door.port}")
+    spans = tracer(door.otlp_traces_endpoint, service=service.info("").role, instance=door.worker_id)
+    async with Registry(door.redis_url) as registry, contextlib.aclosing(spans):
+        server = Server(f"{door.host}:{door.port}", spans)
         service.add_to(server)
         status = StatusDoor(metrics, ready=lambda: not service.draining and service.broken is None)
         try:

@@ -8,7 +8,7 @@ from typing import Annotated
 import deepseek_recipe as recipe
 from pydantic import Field, model_validator
 
-from router.answers import Header, Json
+from router.answers import Header, Json, progress_chunk
 from router.intake import Intake, Prepared
 from router.protocols.parsed import Parsed
 from router.schema import MAX_TOP_LOGPROBS, Choices, Label, kind_of, only, parse_body
@@ -99,6 +99,8 @@ def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
         choices=tuple((request, Chat(replace(header, choice=i), prompt, text)) for i, request in enumerate(requests)),
         stream=bool(body.stream),
         include_usage=body.include_usage,
+        return_timeline=bool(body.return_timeline),
+        progress=progress_chunk(header, "chat.completion.chunk") if body.return_progress else None,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from router.answers import Header, Json, Usage
+from router.answers import Header, Json, Usage, progress_chunk
 from router.intake import Intake, Prepared, fit
 from router.schema import MAX_TOP_LOGPROBS, Choices, only, parse_body, token_ids
 from router.text import Vocabulary, draw_seed
@@ -78,6 +78,8 @@ def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
         ),
         stream=bool(body.stream),
         include_usage=body.include_usage,
+        return_timeline=bool(body.return_timeline),
+        progress=progress_chunk(header, "text_completion") if body.return_progress else None,
     )
 
 

@@ -84,7 +84,7 @@ def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
     header = Header(answer_id=f"resp_{relayed.request_id}", model=body.model, prompt_ids=prompt.ids)
     generator = recipe.ResponsesRequest.chunk_generator(prompt.request, header.answer_id, header.model)
     answer = ResponseItems(header, prompt, text, generator.with_namespace_tool_map(names).with_echo(echo), body)
-    return Prepared(choices=((relayed, answer),), stream=bool(body.stream))
+    return Prepared(choices=((relayed, answer),), stream=bool(body.stream), return_timeline=bool(body.return_timeline))
 
 
 def _check_item(item: Json, where: str) -> None:
