@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -173,6 +174,21 @@ async def test_the_openai_package_reads_over_keepalives(start_router, redis_url)
         assert "".join([c.choices[0].delta.content or "" async for c in stream if c.choices]) == "hi"
 
 
+async def test_anthropics_streams_are_kept_alive_by_pings_which_its_package_reads_over(start_router, redis_url):
+    gate = Gate("hi")
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "yo"}], "max_tokens": 9}
+    async with cluster(start_router, redis_url, "waits-ping", gate.script, **SHORT) as (client, _, _):
+        async with client.stream("POST", "/v1/messages", json=body | {"stream": True}) as response:
+            stream = events(response)
+            assert [await anext(stream) for _ in range(2)] == ['event: ping\ndata: {"type":"ping"}'] * 2
+        async with (
+            anthropic.AsyncAnthropic(base_url=str(client.base_url), api_key="none", max_retries=0) as api,
+            api.messages.stream(**body) as message,
+        ):
+            gate.open()
+            assert "".join([text async for text in message.text_stream]) == "hi"
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 async def test_a_stream_shows_its_prompts_progress_up_to_the_end(start_router, redis_url, path: str):
     seen = [asyncio.Event() for _ in range(3)]
@@ -218,6 +234,29 @@ async def test_progress_is_for_those_who_ask(start_router, redis_url):
     async with cluster(start_router, redis_url, "no-progress", saying("ok")) as (client, _, _):
         for body in (BODY | {"stream": True}, BODY | {"return_progress": True}):
             assert "prompt_progress" not in (await client.post("/v1/completions", json=body)).text
+
+
+BODIES = {
+    "/v1/completions": BODY,
+    "/v1/chat/completions": {"model": MODEL, "messages": [{"role": "user", "content": "yo"}]},
+    "/v1/messages": {"model": MODEL, "messages": [{"role": "user", "content": "yo"}], "max_tokens": 9},
+    "/v1/responses": {"model": MODEL, "input": "yo"},
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_every_protocol_says_where_the_time_went_when_asked(start_router, redis_url, path: str):
+    name = f"timeline{path.replace('/', '-')}"
+    async with cluster(start_router, redis_url, name, saying("hello")) as (client, _, _):
+        whole = (await client.post(path, json=BODIES[path] | {"return_timeline": True})).json()
+        streamed = (await client.post(path, json=BODIES[path] | {"return_timeline": True, "stream": True})).text
+    data = [line.removeprefix("data: ") for line in streamed.splitlines() if line.startswith("data: {")]
+    told = [chunk for chunk in map(json.loads, data) if "timeline" in json.dumps(chunk)]
+    assert len(told) == 1
+    for body in (whole, told[0]):
+        timeline = (body.get("usage") or body["response"]["usage"])["timeline"]
+        assert timeline["ttft_ms"] > 0
+        assert abs(sum(timeline[f"{part}_ms"] for part in PARTS) - timeline["ttft_ms"]) < 0.01
 
 
 @pytest.mark.parametrize("stream", [False, True])
