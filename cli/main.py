@@ -78,6 +78,9 @@ Transport = Annotated[Literal["nixl"], flag("transport", "How pages travel.")]
 ChunkTokens = Annotated[int, flag("chunk-tokens", "Tokens of one prompt computed in one step.", min=1)]
 AdvertiseHost = Annotated[str, flag("advertise-host", "Host name others dial, where it is not --host.")]
 Grace = Annotated[float, flag("grace-s", "Seconds running requests may take to finish after SIGTERM.", min=0)]
+MigrationLimit = Annotated[
+    int, flag("migration-limit", "Times an answer may move to other workers in its middle; 0: it fails.", min=0)
+]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], flag("log-level", "Least severe event to log.")]
 TracesEndpoint = Annotated[
     str,
@@ -122,6 +125,7 @@ def up(
     otlp_traces_endpoint: TracesEndpoint = "",
     ready_timeout_s: Annotated[float, flag("ready-timeout-s", "Give up when not ready by then.", min=1)] = 300.0,
     grace_s: Grace = 10.0,
+    migration_limit: MigrationLimit = 3,
     detach: Annotated[bool, flag("detach", "Return once ready; `penumbra down` stops it.", switch=True)] = False,
 ) -> int:
     """Run a whole cluster: Redis, a router, prefill and decode workers."""
@@ -150,7 +154,7 @@ def up(
             *("--max-requests", str(max_requests), "--max-context", str(max_context), "--transport", transport),
             *shared,
         ),
-        router_flags=shared,
+        router_flags=("--migration-limit", str(migration_limit), *shared),
         threads=threads,
         ready_timeout_s=ready_timeout_s,
         grace_s=grace_s,
@@ -197,6 +201,7 @@ def router(
     served_model_name: ServedName = None,
     host: Host = "127.0.0.1",
     port: HttpPort = 8000,
+    migration_limit: MigrationLimit = 3,
     grace_s: Grace = 30.0,
     log_level: LogLevel = "info",
     otlp_traces_endpoint: TracesEndpoint = "",
@@ -212,6 +217,7 @@ def router(
             host=host,
             port=port,
             redis_url=redis,
+            migration_limit=migration_limit,
             shutdown_grace_s=grace_s,
             log_level=log_level,
             otlp_traces_endpoint=otlp_traces_endpoint,

@@ -137,8 +137,10 @@ class Admission:
         self.cache.insert(digests, sequence.pages[:n], lease=inside.lease)
         sequence.pages[:n] = inside.lease.items()
 
-    def leave(self, sequence: Sequence, unsettled: Iterable[Place] = ()) -> None:
-        """Everything back. `unsettled` are those of the sequence's items that a read may still write."""
+    def leave(self, sequence: Sequence, unsettled: Iterable[Place] = (), *, trusted: bool = True) -> None:
+        """Everything back. `unsettled` are those of the sequence's items that a read may still write; prefixes that
+        are not `trusted` are forgotten.
+        """
         lease = self._inside.pop(sequence.slot).lease
         slots = [sequence.slot]
         held = {
@@ -151,7 +153,10 @@ class Admission:
             allocator.quarantine(busy[page_class])
             self.quarantined_total += len(busy[page_class])
             allocator.release(item for item in items if item not in busy[page_class])
-        lease.release()
+        if trusted:
+            lease.release()
+        else:
+            self.cache.discard(lease)
 
     def settle(self, places: Iterable[Place]) -> None:
         """These items' reads have settled after their sequence left."""

@@ -56,6 +56,8 @@ class Fetch:
         self.claim_id: str | None = None
         self.tail: Tail | None = None
         self.reading: dict[str, tuple[Place, ...]] = {}  # job id -> places it writes
+        self._full_positions: dict[str, tuple[int, ...]] = {}  # of those jobs
+        self._landed = set(range(resident_pages))  # positions of full pages
 
     @property
     def complete(self) -> bool:
@@ -64,6 +66,19 @@ class Fetch:
 
     def places_being_read(self) -> list[Place]:
         return [place for places in self.reading.values() for place in places]
+
+    def landed(self, job_id: str) -> None:
+        """Everything this job reads is here and verified."""
+        del self.reading[job_id]
+        self._landed.update(self._full_positions.pop(job_id))
+
+    @property
+    def landed_pages(self) -> int:
+        """Full pages from the prompt's first on that are here and verified, without a gap."""
+        n = 0
+        while n in self._landed:
+            n += 1
+        return n
 
     def accept(self, offer: PageOffer) -> ReadJob | None:
         """Check one offer and start counting its read; None when it brings no pages.
@@ -91,6 +106,7 @@ class Fetch:
             return None
         job_id = f"{self._run}/{offer.seq}"
         self.reading[job_id] = tuple((cls, item) for cls, items in local.items() for item in items.values())
+        self._full_positions[job_id] = tuple(local.get(PageClass.FULL, ()))
         return ReadJob(job_id=job_id, card=self._card, groups=offer.groups, local=local)
 
     def _meet(self, offer: PageOffer) -> None:

@@ -5,6 +5,9 @@ one token a step, or by several where a draft layer guessed right. Pages of earl
 are not fetched again. When answers outgrow the pages there are, the request that came last makes room: its
 bytes move to host memory and back once there is room again, and it goes on where it was. However a request
 ends, it holds nothing afterwards, except pages that a read has not let go of yet.
+
+A request may bring tokens that another worker has emitted. These are computed, not drawn: several in a step, with
+the bits they had there, and the next token is drawn as it would have been there.
 """
 
 from __future__ import annotations
@@ -45,12 +48,17 @@ from wire.types import (
     PageOffer,
     PrefixEvent,
     RegionClass,
+    Replaying,
+    SamplingParams,
     StartEvent,
     StartRequest,
     TokenEvent,
     Tokens,
     WorkerRef,
 )
+
+REPLAY_TOKENS = 256
+"""Emitted tokens computed again in one step, of all requests that bring some: the others wait for this long."""
 
 # Events.
 
@@ -220,18 +228,20 @@ class _Run:
     saved: HostPages | None = None  # while preempted
     host_bytes: int = 0  # set aside for `saved`
     digests: list[bytes] = field(default_factory=list, repr=False)  # of the prompt's whole pages
-    answer: list[int] = field(default_factory=list, repr=False)  # generated so far
+    answer: list[int] = field(default_factory=list, repr=False)  # generated so far, here or elsewhere
     guesses: tuple[int, ...] = ()  # at the tokens behind those
+    length: int = 0  # tokens whose KV is computed, once the prompt's is
     cached_tokens: int = 0
+    trusted: bool = True
 
     @property
     def num_tokens(self) -> int:
         return len(self.answer)
 
     @property
-    def length(self) -> int:
-        """Tokens whose KV is computed, once the prompt's is: all but the one drawn last."""
-        return len(self.request.prompt) + self.num_tokens - 1
+    def ahead(self) -> list[int]:
+        """Tokens of the answer to compute: the last one, and before it those emitted elsewhere."""
+        return self.answer[self.length - len(self.request.prompt) :]
 
 
 class DecodeCore:
@@ -245,7 +255,7 @@ class DecodeCore:
         self._runs: dict[AttemptId, _Run] = {}
         self._waiting: deque[_Run] = deque()
         self._running: dict[AttemptId, _Run] = {}
-        self._batch: list[tuple[_Run, int]] = []  # with how many drafts
+        self._batch: list[tuple[_Run, int, int]] = []  # with how many tokens of its answer, and drafts behind those
         self._depth = DraftDepth(limits.draft_tokens)
         self._batch_started_s = 0.0
         self._by_job: dict[str, _Run] = {}
@@ -288,7 +298,7 @@ class DecodeCore:
             case StepFailed(error):
                 failed, self._batch = self._batch, []
                 actions = []
-                for run, _ in failed:
+                for run, _, _ in failed:
                     actions += self._fail(run, WorkerLost(f"the decode step of {run.id} failed: {error}"))
         return actions + self._share_out(now_s)
 
@@ -298,23 +308,33 @@ class DecodeCore:
         segments = []
         going = [run for run in self._running.values() if run.sequence is not None and has_room(run.sequence)]
         depth = self._depth.choose(len(going))
+        replay_left = REPLAY_TOKENS
         self._batch_started_s = now_s
         for run in going:
             sequence = run.sequence
             assert sequence is not None
             room = len(sequence.pages) * PAGE_TOKENS - sequence.length
+            ahead = run.ahead
+            if len(ahead) > 1:
+                # Within one page, which is as far as the window reaches that the request has reserved.
+                ahead = ahead[: min(room, PAGE_TOKENS - sequence.length % PAGE_TOKENS, replay_left)]
+                replay_left -= len(ahead)
+                if ahead:
+                    self._batch.append((run, len(ahead), 0))
+                    segments.append(self._replay(run, ahead))
+                continue
             left = run.request.sampling.max_tokens - run.num_tokens
             drafts = run.guesses[: max(0, min(depth, room - 1, left - 1))]
             # At least one token comes of this step, and the last one is drawn, not drafted.
             guesses = max(0, min(depth, left - 2))
-            self._batch.append((run, len(drafts)))
+            self._batch.append((run, 1, len(drafts)))
             end = sequence.length + 1 + len(drafts)
             self._admission.window.cover(sequence, sequence.length, end + guesses)
             segments.append(
                 Segment(
                     sequence=sequence,
                     start=sequence.length,
-                    tokens=[run.answer[-1], *drafts],
+                    tokens=[*ahead, *drafts],
                     sample=True,
                     index=run.num_tokens,
                     drafts=len(drafts),
@@ -323,19 +343,34 @@ class DecodeCore:
             )
         return segments
 
+    def _replay(self, run: _Run, tokens: list[int]) -> Segment:
+        """Tokens of the answer that another worker has drawn; behind the last of them one is drawn here."""
+        sequence = run.sequence
+        assert sequence is not None
+        end = run.length + len(tokens)
+        self._admission.window.cover(sequence, run.length, end)
+        last = end == len(run.request.prompt) + run.num_tokens
+        return Segment(sequence=sequence, start=run.length, tokens=tokens, sample=last, index=run.num_tokens)
+
     def finish(self, now_s: float, results: list[Drawn]) -> list[DecodeAction]:
         actions: list[DecodeAction] = []
         batch, self._batch = self._batch, []
-        self._depth.measured(
-            [(drafts, len(drawn.tokens) - 1) for (_, drafts), drawn in zip(batch, results, strict=True)],
-            now_s - self._batch_started_s,
-        )
-        for (run, _), drawn in zip(batch, results, strict=True):
+        if all(taken == 1 for _, taken, _ in batch):  # a step that replays says nothing about what drafts cost
+            self._depth.measured(
+                [(drafts, len(drawn.tokens) - 1) for (_, _, drafts), drawn in zip(batch, results, strict=True)],
+                now_s - self._batch_started_s,
+            )
+        for (run, taken, _), drawn in zip(batch, results, strict=True):
             sequence = run.sequence
             assert sequence is not None
-            assert drawn.tokens, f"run {run.id} asked for a token and got none"
-            sequence.length += len(drawn.tokens)
+            whole = taken == len(run.ahead)
+            assert bool(drawn.tokens) is whole, f"run {run.id} got {len(drawn.tokens)} tokens"
+            run.length += taken + max(len(drawn.tokens) - 1, 0)
+            sequence.length = run.length
             self._admission.window.trim(sequence)
+            if not whole:
+                actions.append(self._replaying(run))
+                continue
             run.guesses = drawn.guesses
             good = drawn.tokens if drawn.tokens[-1].ok else drawn.tokens[:-1]
             actions += self._advance(
@@ -346,6 +381,8 @@ class DecodeCore:
                 ],
             )
             if len(good) < len(drawn.tokens) and run.id in self._runs:
+                # A row that is not a number may be on any of its pages: nobody is to find them.
+                run.trusted = bool(drawn.tokens[-1].problem)
                 actions += self._fail(run, not_drawn(drawn.tokens[-1], f"token {run.num_tokens} of {run.id}"))
         return actions + self._share_out(now_s)
 
@@ -384,7 +421,13 @@ class DecodeCore:
         actions: list[DecodeAction] = []
         for older in [run for run in self._runs.values() if run.id.request_id == request.request_id]:
             actions += self._fail(older, StaleAttempt(f"run {older.id} was overtaken by attempt {request.attempt}"))
+        if (reason := self._end_of(request.sampling, request.emitted)) is not None:
+            # Whoever emitted the last token was not there to say so.
+            n = len(request.prompt)
+            done = Finished(reason=reason, prompt_tokens=n, cached_tokens=0, completion_tokens=len(request.emitted))
+            return [*actions, Emit(run_id, done)]
         run = _Run(run_id, request, secret, now_s + self._limits.queue_timeout_s)
+        run.answer.extend(request.emitted)
         if self._limits.prefix_cache:
             run.digests = page_hashes(request.prompt, request.namespace)
         self._runs[run_id] = run
@@ -401,8 +444,10 @@ class DecodeCore:
             raise StaleAttempt(f"run {run_id} comes after attempt {newest}, which is here; send a higher attempt")
         if request.source is None:
             raise InvalidRequest("this worker computes no prompts; name the worker that does", param="source")
-        if request.emitted:
-            raise InvalidRequest("this worker can not replay emitted tokens; start the request afresh", param="resume")
+        if len(request.emitted) > sampling.max_tokens:
+            raise InvalidRequest(
+                f"{len(request.emitted)} tokens have been emitted of max_tokens={sampling.max_tokens}", param="resume"
+            )
         if n == 0:
             raise InvalidRequest("the prompt is empty; send at least one token", param="prompt")
         if sampling.max_tokens < 1:
@@ -416,6 +461,8 @@ class DecodeCore:
             raise InvalidRequest(
                 f"the prompt has token ids outside the vocabulary of {limits.vocab_size}", param="prompt"
             )
+        if request.emitted and max(request.emitted) >= limits.vocab_size:
+            raise InvalidRequest(f"emitted token ids are outside the vocabulary of {limits.vocab_size}", param="resume")
         self._admission.check(request)
         if len(self._waiting) >= limits.max_waiting:
             raise Overloaded(f"{len(self._waiting)} requests are waiting here; try another worker")
@@ -509,7 +556,7 @@ class DecodeCore:
         if num_damaged:
             error = TransferFailed(f"{num_damaged} pages of {run.id} came back from host memory with other bytes")
             return self._fail(run, error)
-        run.state, run.sequence.length = _State.RUNNING, run.length
+        run.state, run.sequence.length = _State.RUNNING, run.length  # as when it was saved
         self._running[run.id] = run
         return []
 
@@ -576,14 +623,15 @@ class DecodeCore:
         run = self._by_job.pop(result.job_id)
         fetch = run.fetch
         assert fetch is not None, f"read {result.job_id} ended for a request that fetches nothing"
-        del fetch.reading[result.job_id]
         if result.ok:
+            fetch.landed(result.job_id)
             return self._join(run)
+        del fetch.reading[result.job_id]
         error = result.error or TransferFailed(f"read {result.job_id} failed without a reason")
         return self._fail(run, error, result.unsettled)
 
     def _join(self, run: _Run) -> list[DecodeAction]:
-        """Fetching -> running, once everything has landed. Token 0 goes out at once."""
+        """Fetching -> running, once everything has landed. Token 0 goes out at once, if it has not elsewhere."""
         fetch, sequence = run.fetch, run.sequence
         assert sequence is not None
         if fetch is None or not fetch.complete:
@@ -592,24 +640,34 @@ class DecodeCore:
         closed = self._close_claim(run, fetch)
         run.state, run.fetch, run.deadline = _State.RUNNING, None, None
         run.cached_tokens = fetch.tail.cached_tokens
-        sequence.length = len(run.request.prompt)
+        sequence.length = run.length = len(run.request.prompt)
         self._running[run.id] = run
         # Now, not at the end: requests that begin alike often come together.
         self._admission.share(sequence, run.digests)
+        if run.answer:
+            return [self._replaying(run), closed]
         return [*self._advance(run, [fetch.tail.first]), closed]
+
+    def _replaying(self, run: _Run) -> Emit:
+        """How much of the emitted answer has been computed here; to wait for the rest is not to wait in vain."""
+        done = run.length - len(run.request.prompt)
+        return Emit(run.id, Replaying(done=done, total=len(run.request.emitted)))
+
+    def _end_of(self, sampling: SamplingParams, answer: Items[int]) -> FinishReason | None:
+        """Whether an answer is over with its last token, and why."""
+        if not answer:
+            return None
+        is_eos = answer[-1] == self._limits.eos_token_id and not sampling.ignore_eos
+        if is_eos or answer[-1] in sampling.stop_token_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(answer) >= sampling.max_tokens else None
 
     def _advance(self, run: _Run, tokens: Items[TokenEvent]) -> list[DecodeAction]:
         """These tokens come next; the last one of the answer ends the request, and what was drawn behind it is void."""
-        sampling = run.request.sampling
         reason = None
         for taken, token in enumerate(tokens, start=1):
             run.answer.append(token.token_id)
-            is_eos = token.token_id == self._limits.eos_token_id and not sampling.ignore_eos
-            if is_eos or token.token_id in sampling.stop_token_ids:
-                reason = FinishReason.STOP
-            elif run.num_tokens >= sampling.max_tokens:
-                reason = FinishReason.LENGTH
-            if reason is not None:
+            if (reason := self._end_of(run.request.sampling, run.answer)) is not None:
                 tokens = tokens[:taken]
                 break
         actions: list[DecodeAction] = []
@@ -630,7 +688,7 @@ class DecodeCore:
         """Keep what a running request has computed: the next turn of its conversation begins with it."""
         if run.state is _State.RUNNING and self._limits.prefix_cache:
             assert run.sequence is not None
-            tokens = (*run.request.prompt, *run.answer[:-1])  # the last one drawn has not been computed
+            tokens = (*run.request.prompt, *run.answer)[: run.length]
             self._admission.share(run.sequence, page_hashes(tokens, run.request.namespace, run.digests))
 
     def _expire(self, now_s: float) -> list[DecodeAction]:
@@ -668,13 +726,16 @@ class DecodeCore:
         actions: list[DecodeAction] = []
         being_read: list[Place] = []
         if run.fetch is not None:
+            # What has landed is right whatever became of the rest: a later attempt goes on from there.
+            if digests := run.digests[: run.fetch.landed_pages]:
+                self._admission.share(run.sequence, digests)
             actions.append(self._close_claim(run, run.fetch))
             being_read = run.fetch.places_being_read()
             for job_id, places in run.fetch.reading.items():
                 del self._by_job[job_id]
                 self._orphans[job_id] = places
                 actions.append(CancelRead(job_id))
-        self._admission.leave(run.sequence, [*being_read, *unsettled])
+        self._admission.leave(run.sequence, [*being_read, *unsettled], trusted=run.trusted)
         run.fetch = run.sequence = None
         return actions
 

@@ -21,7 +21,7 @@ from wire.errors import (
     StaleAttempt,
     WorkerLost,
 )
-from wire.types import AttemptId, ClaimRequest, OwnerCard, PageGroup, PageOffer, Tail
+from wire.types import PAGE_TOKENS, AttemptId, ClaimRequest, OwnerCard, PageClass, PageGroup, PageOffer, Tail
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
@@ -37,6 +37,7 @@ class ClaimLimits:
     read_s: float = 300.0  # after the run finished, for a living reader to release
     tombstone_s: float = 60.0  # what ended is remembered, so that late messages find it ended
     max_runs: int = 4096
+    held_bytes: int = 1 << 62  # of pages that were read and stay for another reader; the oldest go first
     max_early_claims: int = 1024
     max_tombstones: int = 65536
 
@@ -75,12 +76,14 @@ class _Run:
     payloads: list[tuple[tuple[PageGroup, ...], Tail | None]] = field(default_factory=list)
     complete: bool = False  # the tail is among the payloads
     finished_at: float | None = None
+    hold: bool = False  # somebody wants the pages to stay after they were read
+    was_read: bool = False  # and they were; only held
 
     def deadline(self, limits: ClaimLimits) -> float | None:
         """When the pages go without anyone's word."""
         if self.claim is not None and self.claim.state is _State.BROKEN:
             return self.claim.deadline
-        if self.finished_at is None:
+        if self.finished_at is None or self.was_read:
             return None  # the run's own stream bounds the computation
         return self.finished_at + (limits.unclaimed_s if self.claim is None else limits.read_s)
 
@@ -98,13 +101,15 @@ class TableCounts:
     early_claims: int
     open_claims: int
     tombstones: int
+    held: int  # of the runs: read, and kept for another reader
 
 
 class ClaimTable:
     """Runs whose pages this worker holds, and the claims on them; at most one claim to a run, ever.
 
     A run is expected, offers are appended, a reader opens its claim before or after, its stream breaks or it
-    releases; expiry sweeps every entry. Each call that ends a run's hold returns its `Freed` exactly once.
+    releases; expiry sweeps every entry. A run that is also held outlives its reader, until it is let go or others
+    need the room. Each call that ends a run's stay returns its `Freed` exactly once.
     """
 
     def __init__(self, card: OwnerCard, limits: ClaimLimits | None = None) -> None:
@@ -161,6 +166,27 @@ class ClaimTable:
         """The computation is over; from here on the pages only wait for their reader."""
         if run in self._runs:
             self._runs[run].finished_at = now_s
+
+    def hold(self, run: AttemptId) -> None:
+        """Whoever asked for the run waits to see how its reader fares: the pages stay when they have been read."""
+        if run in self._runs:
+            self._runs[run].hold = True
+
+    def is_held(self, run: AttemptId) -> bool:
+        return run in self._runs and self._runs[run].hold
+
+    def let_go(self, now_s: float, run: AttemptId) -> list[Freed]:
+        """Nobody will ask for the run again. One that still has a reader waits for that."""
+        entry = self._runs.get(run)
+        if entry is None:
+            return []
+        entry.hold = False
+        return [self._free(now_s, entry, None, valid=True)] if entry.was_read else []
+
+    def make_room(self, now_s: float) -> list[Freed]:
+        """Others need the room: the run that has been held longest goes, if there is one."""
+        held = min((run for run in self._runs.values() if run.was_read), key=_since, default=None)
+        return [] if held is None else [self._free(now_s, held, None, valid=True)]
 
     def revoke(self, now_s: float, run: AttemptId, error: PenumbraError) -> list[Freed]:
         """The run failed or was cancelled: its claim ends with `error` and its pages may go at once."""
@@ -256,6 +282,8 @@ class ClaimTable:
             self._end(now_s, claim, None, valid=False)
             return False, []
         entry = self._runs[claim.run]
+        if entry.hold and entry.complete:
+            return True, self._keep(now_s, entry, None)
         unread = None if entry.complete else Cancelled(f"the reader of run {claim.run} gave up its claim")
         return True, [self._free(now_s, entry, unread, valid=True)]
 
@@ -270,7 +298,12 @@ class ClaimTable:
         freed = []
         for entry in list(self._runs.values()):
             deadline = entry.deadline(self._limits)
-            if deadline is not None and deadline <= now_s:
+            if deadline is None or deadline > now_s:
+                continue
+            if entry.hold and entry.complete and entry.claim is not None:
+                # The reader is gone, not the one who will send the next.
+                freed += self._keep(now_s, entry, self._expiry_error(entry))
+            else:
                 freed.append(self._free(now_s, entry, self._expiry_error(entry), valid=False))
         self._latest = {k: v for k, v in self._latest.items() if v[1] > now_s}
         self._abandoned = {k: v for k, v in self._abandoned.items() if v[1] > now_s}
@@ -294,6 +327,7 @@ class ClaimTable:
             early_claims=states.count(_State.EARLY),
             open_claims=states.count(_State.OPEN) + states.count(_State.BROKEN),
             tombstones=len(self._latest) + len(self._abandoned) + len(self._outcomes),
+            held=sum(run.was_read for run in self._runs.values()),
         )
 
     # Inside.
@@ -302,7 +336,7 @@ class ClaimTable:
         """Why this claim may not have this run. The secret comes first: without it nothing is told."""
         if not hmac.compare_digest(entry.secret, secret):
             return ClaimRefused(f"run {entry.id} can not be claimed with this secret")
-        if entry.claim is not None:
+        if entry.claim is not None or entry.was_read:
             return StaleAttempt(f"run {entry.id} has been claimed before; retry with a new attempt")
         if from_token != entry.skip:
             return ClaimRefused(
@@ -319,6 +353,22 @@ class ClaimTable:
                 f"the reader of run {entry.id} broke off and did not come back within {limits.grace_s:g} s"
             )
         return WorkerLost(f"the reader of run {entry.id} did not release its pages within {limits.read_s:g} s")
+
+    def _keep(self, now_s: float, entry: _Run, error: PenumbraError | None) -> list[Freed]:
+        """The claim is over and the pages stay; -> others that have to go for them, or the run itself."""
+        assert entry.claim is not None
+        self._end(now_s, entry.claim, error, valid=error is None)
+        entry.claim, entry.was_read, entry.finished_at = None, True, now_s
+        freed = []
+        while sum(self._bytes(run) for run in self._runs.values() if run.was_read) > self._limits.held_bytes:
+            freed += self.make_room(now_s)
+        return freed
+
+    def _bytes(self, entry: _Run) -> int:
+        """Of the run's pages, those its reader held already included."""
+        of_class = {cls.name: sum(region.item_bytes for region in cls.regions) for cls in self._card.classes}
+        offered = sum(len(g.items) * of_class.get(g.page_class, 0) for groups, _ in entry.payloads for g in groups)
+        return offered + entry.skip // PAGE_TOKENS * of_class.get(PageClass.FULL, 0)
 
     def _free(self, now_s: float, entry: _Run, error: PenumbraError | None, *, valid: bool) -> Freed:
         del self._runs[entry.id]
@@ -341,3 +391,9 @@ class ClaimTable:
         """Forget the oldest rather than grow: dicts keep insertion order."""
         while len(remembered) > self._limits.max_tombstones:
             del remembered[next(iter(remembered))]
+
+
+def _since(entry: _Run) -> float:
+    """When the run was read; finished runs only."""
+    assert entry.finished_at is not None
+    return entry.finished_at

@@ -27,6 +27,7 @@ class PrefillConfig:
     retained_window_bytes: int | None = (
         None  # for places inside long prefixes to resume at; None: a quarter of the pool
     )
+    held_bytes: int | None = None  # read prompts kept for another reader while asked to; None: half of the pool
     drain_s: float = 30.0
     log_level: str = "info"
     otlp_traces_endpoint: str = ""  # see `wire.tracing.tracer`

@@ -8,6 +8,7 @@ last, ragged page, the window pages and the request's own C128 rows are only rig
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from typing import Protocol
 
 from engine.batch import Sequence
@@ -71,6 +72,8 @@ class Offers:
         self._next_page = skip // PAGE_TOKENS
         self._moving = {cls.name for cls in pools.classes if cls.regions}
         self._total = 0
+        self._closing: tuple[PageGroup, ...] = ()
+        self._tail: Tail | None = None
 
     def ready(self, num_pages: int) -> tuple[PageGroup, ...]:
         """Full pages not offered yet of the first `num_pages`, which have all their rows."""
@@ -82,10 +85,10 @@ class Offers:
         window = range(first_window_page(n), num_pages(n))
         open_rows = state_item(sequence.slot, n)
         groups = self._full(num_pages(n))
-        groups += self._group(PageClass.SWA, sequence.swa_pages, self._pools.swa, window)
+        closing = self._group(PageClass.SWA, sequence.swa_pages, self._pools.swa, window)
         if open_rows is not None and PageClass.STATE in self._moving:
             # One slot, two items: the slot's generation stands for both.
-            groups += (
+            closing += (
                 PageGroup(
                     page_class=PageClass.STATE,
                     positions=(num_pages(n) - 1,),
@@ -95,8 +98,26 @@ class Offers:
                 ),
             )
             self._total += 1
-        tail = Tail(prompt_tokens=n, cached_tokens=cached_tokens, first=first, total_pages=self._total)
-        return groups, tail
+        self._closing = closing
+        self._tail = Tail(prompt_tokens=n, cached_tokens=cached_tokens, first=first, total_pages=self._total)
+        return groups + closing, self._tail
+
+    @property
+    def closed(self) -> bool:
+        """The last offer has been made."""
+        return self._tail is not None
+
+    def again(self, skip: int) -> tuple[Offers, tuple[PageGroup, ...], Tail]:
+        """For another reader, which holds what is before token `skip`: the same pages in one offer, with the checksums
+        they were first offered with.
+        """
+        assert self._tail is not None, "only what has been offered can be offered again"
+        offers = Offers(self._pools, self._checksums, self._sequence, self._prompt_tokens, skip)
+        groups = offers._full(num_pages(self._prompt_tokens)) + self._closing
+        offers._total += sum(len(group.items) for group in self._closing)
+        offers._closing = self._closing
+        offers._tail = replace(self._tail, cached_tokens=self._prompt_tokens, total_pages=offers._total)
+        return offers, groups, offers._tail
 
     def _full(self, end: int) -> tuple[PageGroup, ...]:
         positions = range(self._next_page, end)

@@ -68,6 +68,7 @@ async def _serve(config: PrefillConfig, runner: Runner, transport: Transport, ep
             retained_windows=retained,
         ),
     )
+    pool_bytes = sum(r.item_bytes * r.num_items for c in pools.classes for r in c.regions)
     registry = CollectorRegistry()
     publisher = PrefixPublisher(config.redis_url, config.worker_id, epoch)
     service = PrefillService(
@@ -77,6 +78,7 @@ async def _serve(config: PrefillConfig, runner: Runner, transport: Transport, ep
         WorkerMetrics(registry),
         model=runner.fingerprint,
         max_context=runner.max_context,
+        held_bytes=pool_bytes // 2 if config.held_bytes is None else config.held_bytes,
         publish=publisher.publish,
         hold_grammar=runner.grammars.hold,
     )

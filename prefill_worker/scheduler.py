@@ -91,7 +91,12 @@ class PrefixesChanged:
     events: tuple[PrefixEvent, ...]
 
 
-PrefillAction = Progressed | Offered | Ended | PrefixesChanged
+@dataclass(frozen=True, slots=True)
+class Crowded:
+    """The first prompt in line finds no room: what is only held for another reader should go."""
+
+
+PrefillAction = Progressed | Offered | Ended | PrefixesChanged | Crowded
 
 MIN_CHUNK_TOKENS = 32
 """However slow the machine, a chunk is this long: the cost of a step must be shared by some tokens."""
@@ -287,12 +292,40 @@ class PrefillCore:
         error = self._refusal(request)
         if error is not None:
             return [_failed(run_id, error)]
+        if (known := self._known(request)) is not None:
+            return self._again(known, request)
         digests = page_hashes(request.prompt, request.namespace) if self._limits.prefix_cache else []
         run = _Run(run_id, request, now_s + self._limits.queue_timeout_s, digests)
         self._runs[run_id] = run
         self._waiting.append(run)
         self._uncomputed += run.total
         return []
+
+    def _known(self, request: RunRequest) -> _Run | None:
+        """An earlier attempt of the same request whose pages are all still here."""
+        for run in self._runs.values():
+            was = run.request
+            same = (was.request_id, was.namespace, was.prompt) == (
+                request.request_id,
+                request.namespace,
+                request.prompt,
+            )
+            if same and run.trusted and run.offers is not None and run.offers.closed:
+                return run
+        return None
+
+    def _again(self, run: _Run, request: RunRequest) -> list[PrefillAction]:
+        """Another attempt takes over the run of an earlier one, which was or will be dropped: nothing is computed."""
+        del self._runs[run.id]
+        run.id, run.request, n = AttemptId(request.request_id, request.attempt), request, run.total
+        self._runs[run.id] = run
+        assert run.offers is not None
+        run.offers, groups, tail = run.offers.again(request.skip)
+        return [
+            Progressed(run.id, Progress(done=n, total=n, cached=n)),
+            Offered(run.id, groups, tail),
+            Ended(run.id, RunFinished(prompt_tokens=n, cached_tokens=n)),
+        ]
 
     def _refusal(self, request: RunRequest) -> PenumbraError | None:
         """Why this run can not be taken. The router has checked all this; versions differ, so it is checked
@@ -333,6 +366,8 @@ class PrefillCore:
             if run is not first and first.passes >= MAX_PASSES:
                 break
             if not self._provide(run):
+                if run is first and any(r.offers is not None and r.offers.closed for r in self._runs.values()):
+                    actions.append(Crowded())
                 continue
             if run is not first:
                 first.passes += 1

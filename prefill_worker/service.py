@@ -18,9 +18,10 @@ from typing import Any
 import structlog
 
 from engine.loop import EngineLoop, StepRunner
-from kvtransfer.owner import ClaimTable, Freed
+from kvtransfer.owner import ClaimLimits, ClaimTable, Freed
 from kvtransfer.plan import token_bytes
 from prefill_worker.scheduler import (
+    Crowded,
     Drop,
     Ended,
     Offered,
@@ -75,6 +76,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
     """Owns the engine thread of a prefill worker; implements `wire.worker.WorkerService`.
 
     `publish` is called on the event loop with what the prefix tree stored and removed, and must not block.
+    `held_bytes` of prompts that have been read stay for another reader, for as long as their callers ask for it.
     `hold_grammar(g)` keeps g compiled for the engine; entering raises InvalidRequest if it does not compile.
     """
 
@@ -87,6 +89,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
         *,
         model: str,
         max_context: int,
+        held_bytes: int = 0,
         publish: Callable[[Sequence[PrefixEvent]], None] = lambda events: None,
         hold_grammar: Callable[[str], contextlib.AbstractAsyncContextManager[None]] = lambda _: (
             contextlib.nullcontext()
@@ -100,7 +103,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
         self._max_context = max_context
         self._publish_prefixes = publish
         self._metrics = metrics
-        self._table = ClaimTable(card)
+        self._table = ClaimTable(card, ClaimLimits(held_bytes=held_bytes))
         self._loop = asyncio.get_running_loop()
         self._engine: EngineLoop[PrefillEvent, PrefillAction] = EngineLoop(
             core,
@@ -111,7 +114,8 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
         )
         self._total_tokens = self._engine.load.free_tokens  # nothing is held yet
         self._kv_token_bytes = token_bytes(card.classes)
-        self._runs: dict[AttemptId, asyncio.Queue[RunEvent]] = {}
+        self._runs: dict[AttemptId, asyncio.Queue[RunEvent | None]] = {}  # None: its pages are gone
+        self._to_hold: set[AttemptId] = set()  # of those, where the caller asks for it
         self._begun: dict[AttemptId, _Begun] = {}
         self._changed: dict[AttemptId, list[asyncio.Event]] = {}  # of the claims of a run
 
@@ -126,7 +130,8 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
         server.add(kv_pb2_grpc.add_PagesServicer_to_server, self)
 
     def is_idle(self) -> bool:
-        return not self._runs and not self._table.counts().runs
+        counts = self._table.counts()
+        return counts.runs == counts.held and all(self._table.is_held(run) for run in self._runs)
 
     def info(self, address: str) -> WorkerInfo:
         load = self._engine.load
@@ -155,6 +160,8 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
         try:
             while True:
                 self._free(self._table.expire(time.monotonic()))
+                while self.draining and (freed := self._table.make_room(time.monotonic())):
+                    self._free(freed)  # nobody will come for them here
                 self._publish()
                 await asyncio.sleep(SWEEP_S)
         finally:
@@ -168,17 +175,21 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
         run = AttemptId(run_request.request_id, run_request.attempt)
         self._check_open()
         arrived = time.monotonic()
-        self._free(self._table.expect(arrived, run, run_request.secret, run_request.skip))
+        overtaken = self._table.expect(arrived, run, run_request.secret, run_request.skip)
         events = self._runs[run] = asyncio.Queue()
         self._begun[run] = _Begun(arrived)
+        if run_request.hold:
+            self._to_hold.add(run)
         self._notify(run)
         computed, ended = -1, False
         try:
             async with self._hold_grammar(run_request.sampling.grammar):
                 self._engine.post(Submit(run_request))
-                while not ended:
-                    event = await events.get()
-                    ended = not isinstance(event, Progress)
+                # Only now: the engine may go on with what an earlier attempt has computed.
+                self._free(overtaken)
+                overtaken = []
+                while (event := await events.get()) is not None:
+                    ended = ended or not isinstance(event, Progress)
                     if isinstance(event, Progress):
                         if computed < 0:
                             self._metrics.queue_time.observe(time.monotonic() - arrived)
@@ -189,9 +200,15 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
                         self._metrics.prefix_queries.inc(event.prompt_tokens)
                         self._metrics.prefix_hits.inc(event.cached_tokens)
                     yield convert.run_event_to_wire(event)
+                    if isinstance(event, Failed) or (ended and not self._table.is_held(run)):
+                        return
         finally:
             del self._runs[run], self._begun[run]
-            if not ended:
+            self._to_hold.discard(run)
+            self._free(overtaken)
+            if ended:
+                self._free(self._table.let_go(time.monotonic(), run))
+            else:
                 error = Cancelled(f"run {run} was cancelled by its router")
                 self._free(self._table.revoke(time.monotonic(), run, error))
 
@@ -258,6 +275,8 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
                     self._notify(run)
                 case Ended(run, RunFinished() as outcome):
                     self._table.finished(now_s, run)
+                    if run in self._to_hold and not self.draining:
+                        self._table.hold(run)
                     self._tell(run, outcome)
                 case Ended(run, Failed() as outcome):
                     log.warning("run_failed", run=str(run), code=outcome.code, error=outcome.message)
@@ -266,16 +285,17 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
                     self._free(self._table.revoke(now_s, run, error))
                 case PrefixesChanged(events):
                     self._publish_prefixes(events)
+                case Crowded():
+                    self._free(self._table.make_room(now_s))
 
     def _free(self, freed: list[Freed]) -> None:
         """The table let these runs go: tell the engine, and whoever still listens."""
         for run, error in freed:
             self._engine.post(Drop(run))
             self._notify(run)
-            if error is not None:
-                self._tell(run, convert.failed_from_error(error))
+            self._tell(run, None if error is None else convert.failed_from_error(error))
 
-    def _tell(self, run: AttemptId, event: RunEvent) -> None:
+    def _tell(self, run: AttemptId, event: RunEvent | None) -> None:
         if run in self._runs:
             self._runs[run].put_nowait(event)
 

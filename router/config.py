@@ -35,7 +35,9 @@ class RouterConfig:
     max_concurrent_requests: int = 1024
     default_thinking: bool = False  # chat requests that do not say
 
-    max_attempts: int = 3  # tries of one request, all before its first token
+    max_attempts: int = 3  # tries of one request before its first token
+    migration_limit: int = 3  # times an answer may move to other workers after it; 0: it fails instead
+    migration_patience_s: float = 5.0  # how long such an answer waits for workers while there are none
     admission_timeout_s: float = 30.0  # Decode.Start to Admitted
     prefill_queue_timeout_s: float = 120.0  # Prefill.Run to its first Progress
     prefill_silence_s: float = 30.0  # between two Progress messages, and from the last one to token 0
@@ -75,6 +77,8 @@ class RouterConfig:
         for name in ("sse_keepalive_s", "json_keepalive_s"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is no interval. Set it to seconds, or 0 for none.")
+        if self.migration_limit < 0:
+            raise ConfigError(f"migration_limit={self.migration_limit} is no number of times. Set it to 0 or more.")
         if any(not name for name in self.served_model_names):
             raise ConfigError("served_model_names holds an empty name. Give each name at least one character.")
 

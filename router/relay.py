@@ -5,8 +5,12 @@ runs the two RPCs of each as tasks of one group, and hands tokens on. An attempt
 
     Placed -> Decode.Start -> Admitted{skip, secret} -> Prefill.Run -> Progress... -> Tokens... -> Finished
 
-Until the first token a failed attempt is tried again, on other workers where there are any. After it the client
-has been promised a continuation that only a later attempt with the same tokens could keep, so the request fails.
+A failed attempt is tried again, on other workers where there are any. From the first token on the client has been
+promised a continuation, so the next attempt brings the tokens there are: its decode worker pulls the prompt's pages,
+computes those tokens again and draws the one after them, with the noise it would have had anyway. The prefill worker
+keeps the pages for that, for as long as the call that computed them lives:
+
+    Placed -> Decode.Start{emitted} -> Admitted -> Prefill.Run (finds the pages) -> Replaying... -> Tokens...
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -35,12 +39,14 @@ from wire.prefix import DEFAULT_TENANT, namespace
 from wire.rpc import error_from_code, error_from_rpc
 from wire.tracing import NO_SPAN, Span
 from wire.types import (
+    PAGE_TOKENS,
     Admitted,
     Failed,
     Fetching,
     Finished,
     FinishReason,
     Progress,
+    Replaying,
     Role,
     RunEvent,
     RunFinished,
@@ -58,6 +64,8 @@ GAP_WINDOW = 64
 """Gaps between tokens that the watchdog's median looks back on."""
 
 SILENT_DECODE = "The decode worker, which computes the prompt itself, fell silent"
+PLACE_AGAIN_S = 0.2
+"""Between two looks for workers that could go on with an answer, while there are none."""
 
 RETRY_PAUSE_S = 0.1
 """Upper end of the first pause before another attempt; doubles with each, drawn evenly from zero."""
@@ -88,7 +96,9 @@ class RelayRequest:
 class RelayLimits:
     """How long a request may wait for what, in seconds, and how often it may start over."""
 
-    max_attempts: int
+    max_attempts: int  # before the first token
+    migration_limit: int  # after it
+    migration_patience_s: float
     admission_s: float
     prefill_queue_s: float
     prefill_silence_s: float
@@ -100,6 +110,8 @@ class RelayLimits:
     def of(cls, config: RouterConfig) -> RelayLimits:
         return cls(
             max_attempts=config.max_attempts,
+            migration_limit=config.migration_limit,
+            migration_patience_s=config.migration_patience_s,
             admission_s=config.admission_timeout_s,
             prefill_queue_s=config.prefill_queue_timeout_s,
             prefill_silence_s=config.prefill_silence_s,
@@ -162,17 +174,22 @@ RelayEvent = Begun | Placed | NotPlaced | Said | Broke | Ticked
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Find a pair after `pause_s`; workers in `avoid` failed this request and are taken only for want of others."""
+    """Find a pair after `pause_s`; workers in `avoid` failed this request and are taken only for want of others.
+
+    `held` names workers that the last attempt left prompt tokens on, and how many.
+    """
 
     attempt: int
     pause_s: float
     avoid: frozenset[str]
+    held: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StartDecode:
     attempt: int
     placement: Placement
+    emitted: tuple[int, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +203,13 @@ class StartPrefill:
 @dataclass(frozen=True, slots=True)
 class Drop:
     """End what is left of the attempt's streams."""
+
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropDecode:
+    """End the attempt's decode stream and keep its prefill stream, which keeps the prompt's pages."""
 
     attempt: int
 
@@ -215,7 +239,7 @@ class Retry:
     error: PenumbraError
 
 
-RelayAction = Place | StartDecode | StartPrefill | Drop | Deliver | Complete | Fail | Retry
+RelayAction = Place | StartDecode | StartPrefill | Drop | DropDecode | Deliver | Complete | Fail | Retry
 
 
 class RelayCore:
@@ -229,8 +253,15 @@ class RelayCore:
         self._placement: Placement | None = None
         self._admitted = False
         self._prefill_done = False
-        self._next_index = 0
-        self.cached_tokens = 0  # of the prompt, as the current attempt's prefill worker last said
+        self._drawing = False  # this attempt has brought a token
+        self._decoding = False  # this attempt has all it needs of its prefill worker
+        self._computed = 0  # of the prompt, by this attempt's prefill worker
+        self._emitted: list[int] = []
+        self._migrations = 0
+        self._place_until = 0.0
+        self._place_again: Place | None = None
+        self._holding: int | None = None  # an earlier attempt whose prefill stream still keeps the prompt's pages
+        self.cached_tokens = 0  # of the prompt, as the prefill worker of the first token's attempt said
         self.progress: Progress | None = None  # of the current attempt's prefill
         self._avoid: set[str] = set()
         self._gaps: deque[float] = deque(maxlen=GAP_WINDOW)
@@ -249,7 +280,12 @@ class RelayCore:
 
     @property
     def num_delivered(self) -> int:
-        return self._next_index
+        return len(self._emitted)
+
+    @property
+    def migrations(self) -> int:
+        """How often the answer moved to other workers in its middle."""
+        return self._migrations
 
     def next_deadline(self) -> float | None:
         """When a `Ticked` is due, monotonic seconds."""
@@ -266,27 +302,30 @@ class RelayCore:
                 if self._deadline is None or now < self._deadline[0]:
                     return []
                 _, role, message = self._deadline
-                return self._fault(role, DeadlineExceeded(message))
+                return self._fault(now, role, DeadlineExceeded(message))
             case _ if event.attempt != self._attempt:
                 return []
             case Placed(attempt, placement):
                 self._placement = placement
                 self._wait(now, self._limits.admission_s, Role.DECODE, "The decode worker did not admit the request")
-                return [StartDecode(attempt, placement)]
+                return [StartDecode(attempt, placement, tuple(self._emitted))]
             case NotPlaced(_, error):
+                if self._emitted and error.retryable and now < self._place_until and self._place_again is not None:
+                    return [replace(self._place_again, pause_s=PLACE_AGAIN_S)]
                 return self._end(Fail(error))
             case Said(_, role, said):
                 return self._decode_said(now, said) if role is Role.DECODE else self._prefill_said(now, said)
             case Broke(_, role, error):
-                if role is Role.PREFILL and (self._prefill_done or self._next_index):
+                if role is Role.PREFILL and (self._prefill_done or self._decoding):
                     return []
-                return self._fault(role, error or WorkerLost(f"The {role} worker ended its stream without a result."))
+                error = error or WorkerLost(f"The {role} worker ended its stream without a result.")
+                return self._fault(now, role, error)
 
     def _decode_said(self, now: float, said: StartEvent | RunEvent) -> list[RelayAction]:
         match said:
             case Admitted() if not self._admitted and self._placement is not None:
                 if said.resident_prefix > len(self._request.prompt):
-                    return self._lied(f"to hold {said.resident_prefix} tokens of {len(self._request.prompt)}")
+                    return self._lied(now, f"to hold {said.resident_prefix} tokens of {len(self._request.prompt)}")
                 self._admitted = True
                 if self._placement.prefill is None:
                     self.cached_tokens = said.resident_prefix
@@ -296,101 +335,136 @@ class RelayCore:
                 return [StartPrefill(self._attempt, self._placement, said.resident_prefix, said.secret)]
             case Fetching():
                 return []
-            case Progress() if self._admitted and self._local and not self._next_index:
-                self.cached_tokens = said.cached
+            case Progress() if self._admitted and self._local and not self._decoding:
+                if not self._emitted:
+                    self.cached_tokens = said.cached
                 self._wait(now, self._limits.prefill_silence_s, Role.DECODE, SILENT_DECODE)
                 return []
+            case Replaying() if self._admitted and self._emitted:
+                self._decoding = True
+                self._wait(now, self._limits.prefill_silence_s, Role.DECODE, "The decode worker replayed nothing")
+                return self._release()
             case Tokens() if self._admitted:
-                return self._tokens(now, said)
-            case Finished() if self._next_index:
-                return self._finished(said)
+                return [*self._release(), *self._tokens(now, said)]
+            case Finished() if self._emitted:
+                return self._finished(now, said)
             case Failed():
-                return self._failed(Role.DECODE, said)
+                return self._failed(now, Role.DECODE, said)
             case _:
-                return self._lied(f"{type(said).__name__} out of turn")
+                return self._lied(now, f"{type(said).__name__} out of turn")
 
     def _prefill_said(self, now: float, said: StartEvent | RunEvent) -> list[RelayAction]:
         if isinstance(said, Progress):
-            self.cached_tokens, self.progress = said.cached, said
-        elif isinstance(said, RunFinished):
-            self.cached_tokens = said.cached_tokens
-        if self._next_index:
+            self._computed = said.done
+        if not self._emitted:
+            if isinstance(said, Progress):
+                self.cached_tokens, self.progress = said.cached, said
+            elif isinstance(said, RunFinished):
+                self.cached_tokens = said.cached_tokens
+        if self._decoding:
             return []  # decoding needs nothing more of the prefill worker; its stream ends by itself
         match said:
             case Progress():
                 self._wait(now, self._limits.prefill_silence_s, Role.PREFILL, "The prefill worker fell silent")
-                return []
+                return self._release()
             case RunFinished():
                 self._prefill_done = True
                 self._wait(now, self._limits.prefill_silence_s, Role.DECODE, "The decode worker gave no first token")
-                return []
+                return self._release()
             case Failed():
-                return self._failed(Role.PREFILL, said)
+                return self._failed(now, Role.PREFILL, said)
             case _:
-                return self._fault(Role.PREFILL, WorkerLost(f"The prefill worker sent {type(said).__name__}."))
+                return self._fault(now, Role.PREFILL, WorkerLost(f"The prefill worker sent {type(said).__name__}."))
 
     def _tokens(self, now: float, said: Tokens) -> list[RelayAction]:
         if said.attempt != self._attempt:
             return []  # replayed by a worker for an attempt we gave up
-        fresh = tuple(token for token in said.tokens if token.index >= self._next_index)
-        for index, token in enumerate(fresh, start=self._next_index):
+        fresh = tuple(token for token in said.tokens if token.index >= len(self._emitted))
+        for index, token in enumerate(fresh, start=len(self._emitted)):
             if token.index != index:
-                return self._lied(f"token {token.index} where {index} was due")
+                return self._lied(now, f"token {token.index} where {index} was due")
             if index >= self._request.sampling.max_tokens:
-                return self._lied(f"more than the {self._request.sampling.max_tokens} tokens asked for")
+                return self._lied(now, f"more than the {self._request.sampling.max_tokens} tokens asked for")
             if token.token_id >= self._request.vocab_size or not all(
                 0 <= other < self._request.vocab_size for other, _ in token.top
             ):
-                return self._lied(f"a token id outside the vocabulary of {self._request.vocab_size}")
+                return self._lied(now, f"a token id outside the vocabulary of {self._request.vocab_size}")
             if not math.isfinite(token.logprob):
-                return self._lied("a log probability that is not a number")
+                return self._lied(now, "a log probability that is not a number")
         if not fresh:
             return []
-        if self._next_index:
+        if self._drawing:
             self._gaps.append((now - self._last_token_at) / len(fresh))
+        self._decoding = self._drawing = True
         self._last_token_at = now
-        self._next_index += len(fresh)
+        self._emitted.extend(token.token_id for token in fresh)
         median = statistics.median(self._gaps) if self._gaps else 0.0
         allowed = max(self._limits.token_silence_s, self._limits.token_silence_factor * median)
         self._wait(now, allowed, Role.DECODE, "The decode worker stopped in the middle of the answer")
         return [Deliver(fresh)]
 
-    def _finished(self, said: Finished) -> list[RelayAction]:
-        if said.completion_tokens != self._next_index:
-            return self._lied(f"{said.completion_tokens} tokens after sending {self._next_index}")
-        if said.reason is FinishReason.LENGTH and self._next_index != self._request.sampling.max_tokens:
-            return self._lied(f"the limit of {self._request.sampling.max_tokens} reached at {self._next_index} tokens")
-        return self._end(Complete(said))
+    def _finished(self, now: float, said: Finished) -> list[RelayAction]:
+        count, most = len(self._emitted), self._request.sampling.max_tokens
+        if said.completion_tokens != count:
+            return self._lied(now, f"{said.completion_tokens} tokens after sending {count}")
+        if said.reason is FinishReason.LENGTH and count != most:
+            return self._lied(now, f"the limit of {most} reached at {count} tokens")
+        # What a later attempt found in a cache is not what the client's prompt found there.
+        return self._end(Complete(replace(said, cached_tokens=self.cached_tokens) if self._migrations else said))
 
-    def _failed(self, role: Role, said: Failed) -> list[RelayAction]:
+    def _failed(self, now: float, role: Role, said: Failed) -> list[RelayAction]:
         error = error_from_code(said.code, said.message)
-        return self._fault(role, error, retryable=said.retryable)
+        return self._fault(now, role, error, retryable=said.retryable)
 
-    def _lied(self, what: str) -> list[RelayAction]:
-        return self._fault(Role.DECODE, WorkerLost(f"The decode worker reported {what}."))
+    def _lied(self, now: float, what: str) -> list[RelayAction]:
+        return self._fault(now, Role.DECODE, WorkerLost(f"The decode worker reported {what}."))
 
-    def _fault(self, role: Role, error: PenumbraError, *, retryable: bool | None = None) -> list[RelayAction]:
-        """The attempt is over because of the worker in `role`: start over if that is still possible."""
+    def _fault(
+        self, now: float, role: Role, error: PenumbraError, *, retryable: bool | None = None
+    ) -> list[RelayAction]:
+        """The attempt is over because of the worker in `role`: go on elsewhere if that is still possible."""
         retryable = error.retryable if retryable is None else retryable
-        if self._next_index or not retryable or self._attempt >= self._limits.max_attempts:
+        if self._emitted:
+            retryable = retryable and self._migrations < self._limits.migration_limit
+            self._migrations += 1
+        else:
+            retryable = retryable and self._attempt < self._limits.max_attempts
+        if not retryable:
             return self._end(Fail(error))
+        held: list[tuple[str, int]] = []
+        given_up, done = self._attempt, [*self._release()]
         if self._placement is not None:
-            prefill = self._placement.prefill
-            worker = self._placement.decode if role is Role.DECODE or prefill is None else prefill
-            self._avoid.add(worker.worker_id)
-        given_up = self._attempt
+            decode, prefill = self._placement.decode.worker_id, self._placement.prefill
+            by_decode = role is Role.DECODE or prefill is None
+            self._avoid.add(decode if by_decode or prefill is None else prefill.worker_id)
+            if not by_decode:
+                # The decode worker keeps the pages that had arrived.
+                held.append((decode, self._computed // PAGE_TOKENS * PAGE_TOKENS))
+            elif prefill is not None and self._prefill_done:
+                held.append((prefill.worker_id, len(self._request.prompt)))
+                self._holding = given_up
         self._attempt += 1
         self._placement = None
-        self._admitted = self._prefill_done = False
-        self.cached_tokens, self.progress = 0, None
+        self._admitted = self._prefill_done = self._decoding = self._drawing = False
+        self._computed = 0
+        if not self._emitted:
+            self.cached_tokens, self.progress = 0, None
         self._deadline = None
+        self._place_until = now + self._limits.migration_patience_s
         pause = self._random.uniform(0, RETRY_PAUSE_S * 2 ** (given_up - 1))
-        return [Drop(given_up), Retry(given_up, error), Place(self._attempt, pause, frozenset(self._avoid))]
+        self._place_again = Place(self._attempt, pause, frozenset(self._avoid), tuple(held))
+        end = DropDecode(given_up) if self._holding == given_up else Drop(given_up)
+        return [*done, end, Retry(given_up, error), self._place_again]
+
+    def _release(self) -> list[RelayAction]:
+        """The pages an earlier attempt kept have been taken over, or nobody will come for them."""
+        held, self._holding = self._holding, None
+        return [] if held is None else [Drop(held)]
 
     def _end(self, last: Complete | Fail) -> list[RelayAction]:
         self.done = True
         self._deadline = None
-        return [Drop(self._attempt), last]
+        return [*self._release(), Drop(self._attempt), last]
 
     def _wait(self, now: float, seconds: float, role: Role, what: str) -> None:
         self._deadline = (now + seconds, role, f"{what} within {seconds:.3g} s.")
@@ -480,6 +554,11 @@ class _Attempt:
         for hold in self.holds.values():
             hold.close()
 
+    def drop_decode(self) -> None:
+        if Role.DECODE in self.calls:
+            self.calls.pop(Role.DECODE).cancel()
+        self.holds[Role.DECODE].close()
+
 
 class _Shell:
     def __init__(
@@ -532,12 +611,12 @@ class _Shell:
     async def _carry_out(self, actions: list[RelayAction]) -> None:
         for action in actions:
             match action:
-                case Place(attempt, pause_s, avoid):
+                case Place(attempt, pause_s, avoid, held):
                     await asyncio.sleep(pause_s)
-                    self._inbox.put_nowait(self._place(attempt, avoid))
-                case StartDecode(attempt, placement):
+                    self._inbox.put_nowait(self._place(attempt, avoid, held))
+                case StartDecode(attempt, placement, emitted):
                     self._attempts[attempt].calls[Role.DECODE] = self._tasks.create_task(
-                        self._run(attempt, Role.DECODE, self._decode(attempt, placement)),
+                        self._run(attempt, Role.DECODE, self._decode(attempt, placement, emitted)),
                         name=f"decode {self._request.request_id}",
                     )
                 case StartPrefill(attempt, placement, skip, secret):
@@ -548,6 +627,9 @@ class _Shell:
                 case Drop(attempt):
                     if (dropped := self._attempts.pop(attempt, None)) is not None:
                         dropped.drop()
+                case DropDecode(attempt):
+                    if (kept := self._attempts.get(attempt)) is not None:
+                        kept.drop_decode()
                 case Retry(attempt, error):
                     self._on_retry(attempt, error)
                 case Deliver(tokens):
@@ -558,12 +640,14 @@ class _Shell:
                 case Fail(error):
                     self._feed.put(error)
 
-    def _place(self, attempt: int, avoid: frozenset[str]) -> Placed | NotPlaced:
+    def _place(self, attempt: int, avoid: frozenset[str], held: tuple[tuple[str, int], ...]) -> Placed | NotPlaced:
         prompt_tokens, max_tokens = len(self._request.prompt), self._request.sampling.max_tokens
         fleet = self._fleet.snapshot()
         # A worker that failed us once is better than none: on a cluster of one pair it is the only one there is,
         # and a dead one is out of the snapshot by its own health.
         resident = self._resident(fleet)
+        for worker_id, tokens in held:
+            resident[worker_id] = max(tokens, resident.get(worker_id, 0))
         rules, turn = self._rules, self._fleet.next_turn()
         placement = choose(fleet, prompt_tokens, max_tokens, avoid, resident, rules=rules, turn=turn) or choose(
             fleet, prompt_tokens, max_tokens, resident=resident, rules=rules, turn=turn
@@ -595,6 +679,8 @@ class _Shell:
         try:
             async for event in events:
                 self._inbox.put_nowait(Said(attempt, role, event))
+                if isinstance(event, RunFinished) and (live := self._attempts.get(attempt)) is not None:
+                    live.holds[role].close()  # the call goes on, the work does not
         except grpc.aio.AioRpcError as failure:
             error = error_from_rpc(failure)
             if isinstance(error, Cancelled):  # not by us: our own cancellation ends this task
@@ -606,13 +692,14 @@ class _Shell:
             live.holds[role].close()
         self._inbox.put_nowait(Broke(attempt, role, error))
 
-    async def _decode(self, attempt: int, placement: Placement) -> AsyncIterator[StartEvent]:
+    async def _decode(self, attempt: int, placement: Placement, emitted: tuple[int, ...]) -> AsyncIterator[StartEvent]:
         request = StartRequest(
             request_id=self._request.request_id,
             attempt=attempt,
             prompt=self._request.prompt,
             sampling=self._request.sampling,
             source=None if placement.prefill is None else placement.prefill.ref,
+            emitted=emitted,
             namespace=self._request.namespace(placement.decode.model),
         )
         async with self._fleet.channel(placement.decode.ref) as channel:
@@ -635,6 +722,7 @@ class _Shell:
             skip=skip,
             secret=secret,
             namespace=self._request.namespace(placement.prefill.model),
+            hold=True,
         )
         async with self._fleet.channel(placement.prefill.ref) as channel:
             with _step(self._span, "Prefill.Run", attempt, placement.prefill) as metadata:

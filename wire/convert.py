@@ -32,6 +32,7 @@ from wire.types import (
     Progress,
     Region,
     RegionClass,
+    Replaying,
     RunEvent,
     RunFinished,
     RunRequest,
@@ -427,6 +428,7 @@ def run_request_to_wire(request: RunRequest, packed: bytes | None = None) -> wor
         skip=request.skip,
         secret=request.secret,
         namespace=request.namespace,
+        hold=request.hold,
     )
 
 
@@ -442,6 +444,7 @@ def run_request_from_wire(message: worker_pb2.RunRequest) -> RunRequest:
         skip=_page_aligned("skip", message.skip),
         secret=_secret("secret", message.secret),
         namespace=_namespace(message.namespace),
+        hold=message.hold,
     )
 
 
@@ -496,6 +499,8 @@ def start_event_to_wire(event: StartEvent) -> worker_pb2.StartEvent:
             )
         case Fetching():
             return worker_pb2.StartEvent(fetching=worker_pb2.Fetching(pages=event.pages))
+        case Replaying():
+            return worker_pb2.StartEvent(replaying=worker_pb2.Replaying(done=event.done, total=event.total))
         case Tokens():
             tokens = [token_to_wire(token) for token in event.tokens]
             times = None if event.times is None else first_token_times_to_wire(event.times)
@@ -523,6 +528,11 @@ def start_event_from_wire(message: worker_pb2.StartEvent) -> StartEvent:
             )
         case "fetching":
             return Fetching(pages=message.fetching.pages)
+        case "replaying":
+            replaying = message.replaying
+            if replaying.done > replaying.total:
+                _refuse("replaying", f"{replaying.done} done of {replaying.total}")
+            return Replaying(done=replaying.done, total=replaying.total)
         case "tokens":
             return _tokens_from_wire(message.tokens)
         case "finished":

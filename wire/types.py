@@ -253,7 +253,11 @@ class StartRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRequest:
-    """Prefill this request; whoever shows `secret` may claim its pages from token `skip` on."""
+    """Prefill this request; whoever shows `secret` may claim its pages from token `skip` on.
+
+    With `hold` the call goes on after the result: while it does, and while there is room, the pages stay for a later
+    attempt of the request, with another secret and reader.
+    """
 
     request_id: str
     attempt: int
@@ -262,6 +266,7 @@ class RunRequest:
     skip: int
     secret: bytes = field(repr=False)
     namespace: bytes = b""  # as in StartRequest
+    hold: bool = False
 
 
 # Events of Decode.Start and Prefill.Run streams.
@@ -276,6 +281,14 @@ class Admitted:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fetching:
     pages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replaying:
+    """The prompt's pages are here; `done` of the `total` tokens emitted elsewhere have been computed again."""
+
+    done: int
+    total: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,7 +328,7 @@ class Failed:
     retryable: bool
 
 
-StartEvent = Admitted | Fetching | Progress | Tokens | Finished | Failed
+StartEvent = Admitted | Fetching | Progress | Replaying | Tokens | Finished | Failed
 RunEvent = Progress | RunFinished | Failed
 
 

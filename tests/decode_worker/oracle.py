@@ -281,6 +281,7 @@ async def pair_of(
             WorkerMetrics(CollectorRegistry()),
             model="m",
             max_context=prefill_limits.max_context,
+            held_bytes=1 << 40,
         )
         decode = DecodeService(
             DecodeCore(ours, decode_limits),

@@ -50,6 +50,7 @@ from wire.types import (
     PageOffer,
     Region,
     RegionClass,
+    Replaying,
     SamplingParams,
     StartEvent,
     StartRequest,
@@ -557,7 +558,8 @@ def test_the_same_attempt_twice_is_stale_and_a_newer_one_takes_over() -> None:
             "8190 prompt tokens and max_tokens=3 exceed the context of 8192",
         ),
         (request(num_tokens=2048, max_tokens=1), "need 9 pages and this worker has 8 in all"),
-        (replace(request(), emitted=(5,)), "replay"),
+        (replace(request(), emitted=(5,) * 5), "5 tokens have been emitted of max_tokens=4"),
+        (replace(request(), emitted=(1000,)), "emitted token ids are outside the vocabulary"),
         (replace(request(), prompt=(1000,)), "vocabulary of 1000"),
     ],
 )
@@ -568,6 +570,78 @@ def test_a_request_that_can_never_run_is_refused_with_its_numbers(bad: StartRequ
     assert (failed.code, failed.retryable) == ("invalid_request", False)
     assert words in failed.message
     assert pools.counts("free") == (8, 16, 4)
+
+
+def test_emitted_tokens_are_computed_and_not_drawn_and_the_answer_goes_on_behind_them() -> None:
+    """Page by page, as many in a step as the limit allows, and nothing is said twice."""
+    core = DecodeCore(Pools(), limits())
+    said = tuple(2 + i % 7 for i in range(300))
+    moved = replace(request(num_tokens=300, max_tokens=400, attempt=2), emitted=said)
+    actions = make_running(core, moved, first=said[0])
+    assert emitted(actions) == [Replaying(done=0, total=300)]
+    (first,) = core.next_batch(0.0)
+    assert (first.start, first.tokens, first.sample) == (300, list(said[:212]), False)  # to the page's end
+    assert emitted(core.finish(0.0, [Drawn()])) == [Replaying(done=212, total=300)]
+    (second,) = core.next_batch(0.0)
+    assert (second.start, second.tokens) == (512, list(said[212:]))
+    assert (second.sample, second.index) == (True, 300)
+    assert token_ids(core.finish(0.0, drawn(Sampled(token_id=77, logprob=-1.0)))) == [77]
+    (third,) = core.next_batch(0.0)
+    assert (third.start, third.tokens, third.index) == (600, [77], 301)
+
+
+def test_many_answers_that_move_here_share_what_a_step_may_compute_again_and_others_go_on() -> None:
+    core = DecodeCore(Pools(), limits())
+    make_running(core, request("b"))
+    for name in "ac":
+        make_running(core, replace(request(name, max_tokens=400), emitted=tuple(range(2, 202))))
+    batch = core.next_batch(0.0)
+    assert [len(segment.tokens) for segment in batch] == [1, 200, 56]
+    assert [segment.sample for segment in batch] == [True, True, False]
+
+
+@pytest.mark.parametrize(("last", "reason"), [(9, FinishReason.LENGTH), (EOS, FinishReason.STOP)])
+def test_an_answer_whose_last_token_was_emitted_elsewhere_ends_at_once(last: int, reason: FinishReason) -> None:
+    pools = Pools()
+    core = DecodeCore(pools, limits())
+    over = replace(request(max_tokens=3 if last != EOS else 9), emitted=(7, 8, last))
+    (end,) = emitted(core.step(0.0, Start(over, SECRET)))
+    assert end == Finished(reason=reason, prompt_tokens=300, cached_tokens=0, completion_tokens=3)
+    assert pools.counts("used") == (0, 0, 0)
+
+
+def test_a_replaying_request_that_makes_room_comes_back_to_the_token_it_was_at() -> None:
+    core = DecodeCore(Pools(full=5), limits(growth_tokens=0))
+    make_running(core, request("b", num_tokens=256, max_tokens=300))
+    make_running(core, replace(request("a", num_tokens=300, max_tokens=700), emitted=tuple(range(2, 602))))
+    seen: list[DecodeAction] = []
+    positions: list[int] = []
+    for _ in range(700):
+        batch = core.next_batch(0.0)
+        if not batch:
+            break
+        positions += [s.start for s in batch if s.sequence.request_id == "a"]
+        results = [Drawn((Sampled(token_id=60, logprob=-1.0),)) if s.sample else Drawn() for s in batch]
+        seen += carry_out(core, core.finish(0.0, results))
+    assert any(isinstance(action, Save) and action.run == A for action in seen)
+    assert positions == sorted(positions)
+    tokens = [e for action in seen if isinstance(action, Emit) and action.run == A for e in [action.event]]
+    indices = [t.index for event in tokens if isinstance(event, Tokens) for t in event.tokens]
+    assert indices == list(range(600, 700))
+
+
+def test_pages_that_had_landed_when_an_owner_was_lost_are_not_fetched_again() -> None:
+    core = DecodeCore(Pools(), limits(prefix_cache=True))
+    core.step(0.0, Start(request(num_tokens=700), SECRET))
+    core.step(0.0, OfferArrived(A, meeting()))
+    for seq, positions in ((1, [0]), (2, [1])):
+        offer = PageOffer(seq=seq, claim_id="c", groups=(group(PageClass.FULL, positions, 40 + seq),))
+        job = submitted(core.step(0.0, OfferArrived(A, offer)))
+        if seq == 1:
+            core.step(0.0, landed(job))
+    core.step(0.0, ClaimEnded(A, WorkerLost("the owner died")))
+    actions = core.step(0.0, Start(request(num_tokens=700, attempt=2), SECRET))
+    assert emitted(actions)[0] == Admitted(resident_prefix=256, secret=SECRET)
 
 
 def test_a_full_queue_refuses_at_once_and_may_be_tried_elsewhere() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -17,7 +19,17 @@ from wire.errors import (
     StaleAttempt,
     WorkerLost,
 )
-from wire.types import AttemptId, ClaimRequest, OwnerCard, PageClass, PageGroup, Tail, TokenEvent
+from wire.types import (
+    AttemptId,
+    ClaimRequest,
+    OwnerCard,
+    PageClass,
+    PageGroup,
+    Region,
+    RegionClass,
+    Tail,
+    TokenEvent,
+)
 
 CARD = OwnerCard(
     worker_id="prefill-0", epoch=7, transport="loopback", agent="a", metadata=b"", signature="sig", classes=()
@@ -60,6 +72,59 @@ def test_offers_follow_the_card_in_order_and_without_gaps(table: ClaimTable) -> 
     ]
     assert table.offers("c", 2) == offers[2:]
     assert table.offers("c", 3) == []
+
+
+def read(table: ClaimTable, now_s: float, run: AttemptId, claim_id: str, *, hold: bool = True) -> None:
+    table.expect(now_s, run, SECRET, 0)
+    table.open(now_s, claim_id, claim(run))
+    table.offer(now_s, run, (GROUP,), TAIL)
+    table.finished(now_s, run)
+    if hold:
+        table.hold(run)
+
+
+def test_held_pages_stay_after_their_reader_until_they_are_let_go(table: ClaimTable) -> None:
+    read(table, 0.0, RUN, "c")
+    assert table.release(1.0, "c", SECRET) == (True, [])
+    assert table.offers("c", 0) is None
+    assert table.expire(1e6) == []
+    assert table.counts().held == table.counts().runs == 1
+    with pytest.raises(StaleAttempt, match="claimed before"):
+        table.open(1e6, "c2", claim())
+    assert table.release(1e6, "c", SECRET)[1] == []
+    assert table.let_go(1e6, RUN) == [Freed(RUN, None)]
+    assert table.let_go(1e6, RUN) == []
+
+
+def test_a_reader_that_broke_off_leaves_held_pages_to_the_next_attempt(table: ClaimTable) -> None:
+    read(table, 0.0, RUN, "c")
+    table.broken(1.0, "c")
+    assert table.expire(11.0) == []
+    assert table.counts().held == 1
+    (freed,) = table.expect(12.0, AttemptId("r", 2), OTHER, 0)
+    assert freed.run == RUN
+    assert isinstance(freed.error, StaleAttempt)
+
+
+def test_what_is_let_go_while_it_is_read_stays_for_its_reader(table: ClaimTable) -> None:
+    read(table, 0.0, RUN, "c")
+    assert table.let_go(1.0, RUN) == []
+    assert table.release(2.0, "c", SECRET) == (True, [Freed(RUN, None)])
+
+
+def test_of_more_held_pages_than_the_budget_allows_the_oldest_go() -> None:
+    region = Region(name="r", address=0, item_bytes=10, num_items=9)
+    card = replace(CARD, classes=(RegionClass(name=PageClass.FULL, regions=(region,)),))
+    table = ClaimTable(card, ClaimLimits(held_bytes=20))
+    runs = [AttemptId(name, 1) for name in "abc"]
+    freed = []
+    for i, run in enumerate(runs):
+        read(table, float(i), run, run.request_id)
+        freed += table.release(float(i), run.request_id, SECRET)[1]
+    assert freed == [Freed(runs[0], None)]
+    assert table.make_room(9.0) == [Freed(runs[1], None)]
+    assert table.make_room(9.0) == [Freed(runs[2], None)]
+    assert table.make_room(9.0) == []
 
 
 def test_a_claim_that_comes_before_its_run_waits_for_it_and_then_opens(table: ClaimTable) -> None:

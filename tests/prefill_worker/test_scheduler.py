@@ -14,6 +14,7 @@ from engine.batch import Sampled, Segment
 from engine.cache.pools import PageAllocator
 from engine.loop import StepFailed, Tick
 from prefill_worker.scheduler import (
+    Crowded,
     Drop,
     Ended,
     Offered,
@@ -99,8 +100,53 @@ def spans(batch: list[Segment]) -> list[tuple[str, int, int]]:
 
 
 def told(actions: list[PrefillAction]) -> list[PrefillAction]:
-    """Without what is said about the cache."""
-    return [action for action in actions if not isinstance(action, PrefixesChanged)]
+    """Without what is said about the cache and the room in it."""
+    return [action for action in actions if not isinstance(action, PrefixesChanged | Crowded)]
+
+
+def test_a_later_attempt_takes_over_what_an_earlier_one_has_computed() -> None:
+    """Nothing is computed, the first token is the same, and the checksums are those of the first offer."""
+    pools = Pools()
+    core = PrefillCore(pools, limits())
+    core.step(0.0, Submit(request("a", 600)))
+    offered: list[PrefillAction] = []
+    while batch := core.next_batch(0.0):
+        offered += core.finish(0.0, answer(batch))
+    first = [action for action in offered if isinstance(action, Offered)]
+    again = told(core.step(0.0, Submit(request("a", 600, skip=256, attempt=2))))
+    run = AttemptId("a", 2)
+    progressed, offer, ended = again
+    assert progressed == Progressed(run, Progress(done=600, total=600, cached=600))
+    assert ended == Ended(run, RunFinished(prompt_tokens=600, cached_tokens=600))
+    assert isinstance(offer, Offered)
+
+    def pages(groups: Items[PageGroup]) -> set[tuple[PageClass, int, int, int]]:
+        return {
+            (group.page_class, *page)
+            for group in groups
+            for page in zip(group.positions, group.items, group.checksums, strict=True)
+        }
+
+    before = {page for action in first for page in pages(action.groups)}
+    found = pages(offer.groups)
+    assert found == {page for page in before if (page[0], page[1]) != (PageClass.FULL, 0)}
+    assert offer.tail is not None
+    assert first[-1].tail is not None
+    assert offer.tail.first == first[-1].tail.first
+    assert offer.tail.total_pages == len(found)
+    core.step(0.0, Drop(AttemptId("a", 1)))  # overtaken: it holds nothing any more
+    assert held(core)[0] == 3
+    core.step(0.0, Drop(run))
+    assert held(core) == (0, 0, 0)
+
+
+def test_a_prompt_that_finds_no_room_says_so() -> None:
+    core = PrefillCore(Pools(full=4), limits())
+    core.step(0.0, Submit(request("a", 700)))
+    while batch := core.next_batch(0.0):
+        core.finish(0.0, answer(batch))
+    assert Crowded() in core.step(0.0, Submit(request("b", 700)))
+    assert Crowded() not in core.step(0.0, Drop(AttemptId("a", 1)))
 
 
 def held(core: PrefillCore) -> tuple[int, ...]:
@@ -532,7 +578,7 @@ def test_small_prompts_pass_a_large_one_that_has_no_room_but_not_for_ever() -> N
     core = PrefillCore(Pools(full=8, slots=16), limits())
     core.step(0.0, Submit(request("a", 1000)))
     core.step(0.0, Submit(request("b", 2000)))
-    passed = [attempt for attempt in range(1, 12) if finish_run(core, request("c", 10, attempt=attempt))]
+    passed = [attempt for attempt in range(1, 12) if told(finish_run(core, request("c", 10, attempt=attempt)))]
     assert passed == [1, 2, 3, 4, 5, 6, 7, 8]
     core.step(0.0, Submit(request("c", 10, attempt=12)))
     core.step(0.0, Drop(A))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,7 @@ from router.relay import (
     Complete,
     Deliver,
     Drop,
+    DropDecode,
     Fail,
     NotPlaced,
     Place,
@@ -36,6 +38,7 @@ from wire.types import (
     Finished,
     FinishReason,
     Progress,
+    Replaying,
     Role,
     RunFinished,
     SamplingParams,
@@ -49,6 +52,8 @@ PROMPT = (5, 6, 7)
 MAX_TOKENS = 4
 LIMITS = RelayLimits(
     max_attempts=3,
+    migration_limit=2,
+    migration_patience_s=5,
     admission_s=30,
     prefill_queue_s=120,
     prefill_silence_s=20,
@@ -224,7 +229,12 @@ def test_a_finish_that_does_not_match_what_was_sent_is_an_error_and_not_a_short_
     driver = Driver()
     driver.admitted()
     driver.decode(tokens(11, 12))
-    assert isinstance(failure(driver.decode(last)), WorkerLost)
+    drop, retry, place = driver.decode(last)
+    assert drop == Drop(1)
+    assert isinstance(retry, Retry)
+    assert isinstance(retry.error, WorkerLost)
+    assert isinstance(place, Place)
+    assert driver.placed(2, OTHER) == [StartDecode(2, OTHER, (11, 12))]
 
 
 def test_length_is_accepted_exactly_at_max_tokens():
@@ -269,12 +279,96 @@ def test_a_failure_that_is_the_clients_fault_is_not_tried_again():
     assert str(error) == "too long"
 
 
-def test_after_the_first_token_a_failure_ends_the_request():
+# Going on elsewhere
+
+
+def test_an_answer_goes_on_at_its_next_token_when_its_decode_worker_dies():
     driver = Driver()
+    driver.admitted()
+    driver.prefill(RunFinished(prompt_tokens=3, cached_tokens=1))
+    driver.decode(tokens(11, 12))
+    drop, retry, place = driver.step(Broke(1, Role.DECODE, WorkerLost("gone")))
+    # The prefill stream of attempt 1 goes on: it keeps the prompt's pages for whoever comes next.
+    assert drop == DropDecode(1)
+    assert isinstance(retry, Retry)
+    assert isinstance(place, Place)
+    assert (place.attempt, place.avoid, place.held) == (2, frozenset({"d0"}), (("p0", len(PROMPT)),))
+    moved = Placement(prefill=PAIR.prefill, decode=OTHER.decode)
+    assert driver.placed(2, moved) == [StartDecode(2, moved, (11, 12))]
+    start = driver.decode(Admitted(resident_prefix=0, secret=b"t" * 16), 2)
+    assert start == [StartPrefill(2, moved, 0, b"t" * 16)]
+    assert driver.prefill(Progress(done=3, total=3, cached=3), 2) == [Drop(1)]
+    assert driver.prefill(RunFinished(prompt_tokens=3, cached_tokens=3), 2) == []
+    assert driver.decode(Replaying(done=0, total=2), 2) == []
+    assert driver.decode(tokens(13, first=2, attempt=2), 2) == [Deliver(tokens(13, first=2).tokens)]
+    # The client is told what its prompt found in the cache, not what the second attempt did.
+    (_, complete) = driver.decode(finished(3), 2)
+    assert complete == Complete(replace(finished(3), cached_tokens=1))
+    assert driver.core.migrations == 1
+
+
+def test_tokens_of_the_dead_worker_that_come_late_are_not_delivered_twice():
+    driver = Driver()
+    driver.admitted()
+    driver.decode(tokens(11, 12))
+    driver.step(Broke(1, Role.DECODE, WorkerLost("gone")))
+    driver.admitted(2, OTHER)
+    assert driver.decode(tokens(13, first=2, attempt=1), 1) == []
+    assert ids(driver.decode(tokens(13, 14, first=2, attempt=2), 2)) == [13, 14]
+
+
+def test_a_prefill_worker_that_dies_while_an_answer_moves_is_replaced_and_the_decode_worker_stays_first_choice():
+    driver = Driver()
+    driver.core = RelayCore(replace(driver.core._request, prompt=tuple(range(600))), LIMITS)
+    driver.admitted()
+    driver.decode(tokens(11))
+    driver.step(Broke(1, Role.DECODE, WorkerLost("gone")))
+    driver.admitted(2, OTHER)
+    driver.prefill(Progress(done=520, total=600, cached=0), 2)
+    place = driver.step(Broke(2, Role.PREFILL, WorkerLost("gone")))[-1]
+    assert isinstance(place, Place)
+    assert (place.avoid, place.held) == (frozenset({"d0", "p1"}), (("d1", 512),))
+
+
+def test_an_answer_moves_so_often_and_then_fails_with_the_last_reason():
+    driver = Driver()
+    driver.admitted()
+    driver.decode(tokens(11))
+    for attempt in (1, 2):
+        assert isinstance(driver.step(Broke(attempt, Role.DECODE, WorkerLost("gone")))[-1], Place)
+        driver.admitted(attempt + 1, OTHER)
+    actions = driver.step(Broke(3, Role.DECODE, WorkerLost("death 3")))
+    assert [type(action) for action in actions] == [Drop, Fail]
+    assert str(failure(actions)) == "death 3"
+
+
+def test_with_a_migration_limit_of_0_the_first_failure_after_a_token_is_the_end():
+    driver = Driver(replace(LIMITS, migration_limit=0))
     driver.admitted()
     driver.decode(tokens(11))
     actions = driver.decode(Failed(code="worker_lost", message="gone", retryable=True))
     assert [type(action) for action in actions] == [Drop, Fail]
+
+
+def test_an_answer_waits_a_while_for_workers_to_go_on_with():
+    driver = Driver()
+    driver.admitted()
+    driver.decode(tokens(11))
+    driver.step(Broke(1, Role.DECODE, WorkerLost("gone")))
+    (again,) = driver.step(NotPlaced(2, NoWorkers("none yet")))
+    assert isinstance(again, Place)
+    assert (again.attempt, again.avoid) == (2, frozenset({"d0"}))
+    driver.now += 5
+    assert str(failure(driver.step(NotPlaced(2, NoWorkers("none"))))) == "none"
+
+
+def test_an_answer_that_only_lacked_its_end_is_finished_by_whoever_is_told_its_tokens():
+    driver = Driver()
+    driver.admitted()
+    driver.decode(tokens(1, 2, 3, 4))
+    driver.step(Broke(1, Role.DECODE, WorkerLost("gone before it said so")))
+    assert driver.placed(2, OTHER) == [StartDecode(2, OTHER, (1, 2, 3, 4))]
+    assert driver.decode(finished(4, FinishReason.LENGTH), 2)[-1] == Complete(finished(4, FinishReason.LENGTH))
 
 
 def test_no_pair_of_workers_ends_the_request_with_the_placements_error():
@@ -350,7 +444,9 @@ def test_the_token_watchdog_waits_ten_median_gaps_when_tokens_are_slow():
         driver.now += 2.0
         driver.decode(tokens(1, first=index))
     assert driver.core.next_deadline() == driver.now + 20
-    assert isinstance(failure(driver.wait(20)), DeadlineExceeded)
+    retry = driver.wait(20)[1]
+    assert isinstance(retry, Retry)
+    assert isinstance(retry.error, DeadlineExceeded)
 
 
 def test_tokens_that_travel_together_share_their_gap():

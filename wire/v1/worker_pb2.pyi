@@ -115,6 +115,14 @@ class FirstTokenTimes(_message.Message):
     prefill: _kv_pb2.PrefillTimes
     def __init__(self, admit_us: _Optional[int] = ..., pages_us: _Optional[int] = ..., transfer_us: _Optional[int] = ..., emit_us: _Optional[int] = ..., prefill: _Optional[_Union[_kv_pb2.PrefillTimes, _Mapping]] = ...) -> None: ...
 
+class Replaying(_message.Message):
+    __slots__ = ("done", "total")
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    done: int
+    total: int
+    def __init__(self, done: _Optional[int] = ..., total: _Optional[int] = ...) -> None: ...
+
 class Tokens(_message.Message):
     __slots__ = ("attempt", "tokens", "times")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -148,23 +156,25 @@ class Failed(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., retryable: _Optional[bool] = ...) -> None: ...
 
 class StartEvent(_message.Message):
-    __slots__ = ("admitted", "fetching", "tokens", "finished", "failed", "progress")
+    __slots__ = ("admitted", "fetching", "tokens", "finished", "failed", "progress", "replaying")
     ADMITTED_FIELD_NUMBER: _ClassVar[int]
     FETCHING_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    REPLAYING_FIELD_NUMBER: _ClassVar[int]
     admitted: Admitted
     fetching: Fetching
     tokens: Tokens
     finished: Finished
     failed: Failed
     progress: Progress
-    def __init__(self, admitted: _Optional[_Union[Admitted, _Mapping]] = ..., fetching: _Optional[_Union[Fetching, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ...) -> None: ...
+    replaying: Replaying
+    def __init__(self, admitted: _Optional[_Union[Admitted, _Mapping]] = ..., fetching: _Optional[_Union[Fetching, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., replaying: _Optional[_Union[Replaying, _Mapping]] = ...) -> None: ...
 
 class RunRequest(_message.Message):
-    __slots__ = ("request_id", "attempt", "prompt", "sampling", "skip", "secret", "namespace")
+    __slots__ = ("request_id", "attempt", "prompt", "sampling", "skip", "secret", "namespace", "hold")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -172,6 +182,7 @@ class RunRequest(_message.Message):
     SKIP_FIELD_NUMBER: _ClassVar[int]
     SECRET_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    HOLD_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     prompt: bytes
@@ -179,7 +190,8 @@ class RunRequest(_message.Message):
     skip: int
     secret: bytes
     namespace: bytes
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., skip: _Optional[int] = ..., secret: _Optional[bytes] = ..., namespace: _Optional[bytes] = ...) -> None: ...
+    hold: bool
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., skip: _Optional[int] = ..., secret: _Optional[bytes] = ..., namespace: _Optional[bytes] = ..., hold: _Optional[bool] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("done", "total", "cached")
