@@ -281,7 +281,7 @@ async def test_after_the_first_token_a_failure_is_one_error_event_and_no_done(st
         assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "half"
         assert last["error"]["code"] == "worker_lost"
         assert "[DONE]" not in answer.text
-        assert len(d0.requests) == 1
+        assert len(d0.requests) == 4  # it moved as often as it may, here always to the same worker
         # Without a stream nothing was promised yet, so the status says it.
         assert (await client.post("/v1/completions", json=BODY)).status_code == 503
 
