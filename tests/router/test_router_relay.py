@@ -475,8 +475,8 @@ def test_a_decode_worker_alone_is_asked_for_everything_and_watched():
     tokens = (TokenEvent(index=0, token_id=9),)
     assert drive.step(Said(1, Role.DECODE, Tokens(attempt=1, tokens=tokens))) == [Deliver(tokens)]
     # A progress behind the first token is a worker that lost its place.
-    (_, failure) = drive.step(Said(1, Role.DECODE, Progress(done=3, total=3, cached=0)))
-    assert isinstance(failure, Fail)
+    (_, retry, _) = drive.step(Said(1, Role.DECODE, Progress(done=3, total=3, cached=0)))
+    assert isinstance(retry, Retry)
 
 
 def test_a_decode_worker_alone_that_falls_silent_is_avoided():
