@@ -7,6 +7,7 @@ import pytest
 
 from engine.model.tiny import write_tiny
 from tests.cluster.local_cluster import LocalCluster, local_cluster
+from tests.wire.collector import Collector
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +29,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cluster(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    """One prefill and one decode worker, packed layout: what `make up` starts."""
-    with local_cluster(tmp_path_factory.mktemp("home"), model) as running:
+def collector() -> Iterator[Collector]:
+    with Collector() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def cluster(model: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """One prefill and one decode worker, packed layout: what `make up` starts. All of them trace to `collector`."""
+    home = tmp_path_factory.mktemp("home")
+    with local_cluster(home, model, "--otlp-traces-endpoint", collector.url) as running:
         yield running
