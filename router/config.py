@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from router.gate import GateLimits
 from router.placement import PlacementRules, Policy
 from wire.errors import ConfigError
 
@@ -49,6 +51,17 @@ class RouterConfig:
     json_keepalive_s: float = 30.0  # an answer that is not streamed says by then that it is on its way; 0: not at all
     shutdown_grace_s: float = 30.0  # running requests may take this long after SIGTERM
 
+    keys_file: Path | None = None  # tenants and their keys; None: everybody may do everything
+    insecure: bool = False  # serve others than this machine without keys
+    admin_host: str = "127.0.0.1"
+    admin_port: int | None = None  # for what only administrators may see; None: on `port`, for their keys
+    expected_routers: int = 1  # what each router's share of a limit goes by while Redis is away
+
+    queue_size: int = 256  # requests that may wait for room
+    queue_tokens: int = 8_000_000  # and their prompts
+    queue_timeout_s: float = 60.0
+    prefill_backlog_s: float = 10.0  # of prefill's work that may be let in ahead, for each lane
+    lane_edges: tuple[int, ...] = (8_192, 131_072)  # prompts of so many tokens are in the next lane
     policy: Policy = "expected_ttft"  # how a pair of workers is chosen
     local_prefill_tokens: int = 0  # a decode worker computes at most so many of a prompt itself, where that is faster
     on_no_prefill: Literal["local", "reject"] = "reject"  # what becomes of requests without any prefill worker
@@ -61,6 +74,16 @@ class RouterConfig:
     @property
     def model_names(self) -> tuple[str, ...]:
         return self.served_model_names or (self.model.resolve().name,)
+
+    @property
+    def gate(self) -> GateLimits:
+        return GateLimits(
+            lane_edges=self.lane_edges,
+            max_waiting=self.queue_size,
+            max_waiting_tokens=self.queue_tokens,
+            timeout_s=self.queue_timeout_s,
+            backlog_s=self.prefill_backlog_s,
+        )
 
     @property
     def placement(self) -> PlacementRules:
@@ -79,8 +102,23 @@ class RouterConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} is no interval. Set it to seconds, or 0 for none.")
         if self.migration_limit < 0:
             raise ConfigError(f"migration_limit={self.migration_limit} is no number of times. Set it to 0 or more.")
+        if self.keys_file is None and not self.insecure:
+            for host in (self.host, self.admin_host):
+                if not is_inside(host):
+                    raise ConfigError(
+                        f"Without API keys anybody who reaches {host} could use this router. Give it keys with --keys "
+                        "FILE, listen on 127.0.0.1, or say --insecure if something else keeps strangers out."
+                    )
         if any(not name for name in self.served_model_names):
             raise ConfigError("served_model_names holds an empty name. Give each name at least one character.")
+
+
+def is_inside(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from asyncio import timeout
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class Dialect:
     def refusal(self, error: PenumbraError, headers: Mapping[str, str] | None = None) -> Response:
         """The whole answer to a request that failed before its stream began."""
         status = self.status(error)
-        more = {"retry-after": "1", "retry-after-ms": "1000"} if status in (503, 529) else {}
+        more = _when_to_retry(status, error.retry_after_s)
         kind = _UnreadRefusal if isinstance(error, UNREAD) else Response
         return kind(
             dump(self.error_body(error)),
@@ -69,6 +70,17 @@ class Dialect:
             headers={**more, **(headers or {})},
             media_type="application/json",
         )
+
+
+def _when_to_retry(status: int, after_s: float | None) -> dict[str, str]:
+    """What tells a client when to come again, or that it need not."""
+    if after_s == 0:
+        return {"x-should-retry": "false"}  # OpenAI's and Anthropic's clients would retry a 429 by themselves
+    if after_s is None and status in (503, 529):
+        after_s = 1.0
+    if after_s is None:
+        return {}
+    return {"retry-after": str(math.ceil(after_s)), "retry-after-ms": str(math.ceil(after_s * 1e3))}
 
 
 def detail_code(error: PenumbraError) -> str:

@@ -245,7 +245,7 @@ class GateCore:
     def _make_place(self, newcomer: _Waiting) -> Refuse | None:
         """A place in line for the newcomer: None if there is one, or who is told to come again so that there is."""
         limits, ask = self._limits, newcomer.ask
-        retry_s = self._retry_after_s()
+        retry_s = self.retry_after_s()
         tenants = {waiting.ask.tenant for waiting in self._waiting.values()} | {ask.tenant}
         mine = sum(waiting.ask.tenant == ask.tenant for waiting in self._waiting.values())
         if len(tenants) > 1 and mine >= max(1, int(limits.max_waiting * limits.tenant_share)):
@@ -289,7 +289,7 @@ class GateCore:
                 QueueTimeout(
                     f"There was no room for {waiting.ask.prompt_tokens} prompt tokens within "
                     f"{self._limits.timeout_s:g} s. Retry later."
-                ).after(self._retry_after_s()),
+                ).after(self.retry_after_s()),
             )
             for waiting in late
         ]
@@ -355,8 +355,8 @@ class GateCore:
         backlog = rate * self._limits.backlog_s if rate else UNMEASURED_BACKLOG_TOKENS * self._room.num_prefill
         return sum(ask.compute_tokens for ask in computing) + waiting.ask.compute_tokens <= backlog
 
-    def _retry_after_s(self) -> float:
-        """Until those who wait now have been served: by what there is to compute, and by how fast requests leave."""
+    def retry_after_s(self) -> float:
+        """Seconds until those who wait now are served: by what there is to compute, and by how fast requests leave."""
         rate = self._room.prefill_tokens_per_s
         computing = Counter(inside.computed for inside in self._inside.values())
         tokens = sum(waiting.ask.compute_tokens for waiting in self._waiting.values())

@@ -24,7 +24,7 @@ import structlog
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from router.admission import Admission
+from router.admission import Admission, Wishes
 from router.answers import Answer, Json, Usage, merged, usage_chunk
 from router.dialects import Dialect, dump
 from router.fleet import Fleet
@@ -32,6 +32,7 @@ from router.intake import Prepared
 from router.live import LiveRequests
 from router.mirror import PrefixMirror
 from router.placement import Placement
+from router.quota import Stay
 from router.relay import RelayEvent, RelayLimits, RelayRequest, Said, relay
 from router.timeline import PromptProgress, Timeline
 from wire.errors import PenumbraError
@@ -98,6 +99,8 @@ class Generation(Response):
         serving: Serving,
         dialect: Dialect,
         prepared: Prepared,
+        stay: Stay,
+        wishes: Wishes,
         *,
         timeline: Timeline,
         span: Span,
@@ -107,6 +110,8 @@ class Generation(Response):
         self._serving = serving
         self._dialect = dialect
         self._prepared = prepared
+        self._stay = stay
+        self._wishes = wishes
         self._choices = [
             _Choice(request=request, answer=answer, timeline=timeline if i == 0 else timeline.fork())
             for i, (request, answer) in enumerate(prepared.choices)
@@ -210,6 +215,8 @@ class Generation(Response):
             self._log("attempt_failed", choice, attempt=attempt, error_code=error.code, error=str(error))
 
         def on_place(placement: Placement) -> None:
+            turn.placed()
+            self._stay.used = max(self._stay.used, len(request.prompt))
             self._placements[request.request_id] = placement
             serving.metrics.placements.labels(placement.decision, placement.reason.value).inc()
 
@@ -218,20 +225,25 @@ class Generation(Response):
             if shown is not None and isinstance(event, Said) and isinstance(event.event, Progress):
                 self._progressed.set()
 
-        timeline.ended("queue", time.monotonic())
         with serving.requests.follow(request, timeline.arrived) as live:
-            async with relay(
-                serving.fleet,
-                request,
-                serving.limits,
-                serving.mirror,
-                on_retry=on_retry,
-                on_place=on_place,
-                watch=watch,
-                span=self._span,
-            ) as tokens:
+            async with contextlib.AsyncExitStack() as held:
+                turn = await held.enter_async_context(serving.admission.turn(request, self._stay.tenant, self._wishes))
+                timeline.ended("queue", time.monotonic())
+                tokens = await held.enter_async_context(
+                    relay(
+                        serving.fleet,
+                        request,
+                        serving.limits,
+                        serving.mirror,
+                        on_retry=on_retry,
+                        on_place=on_place,
+                        watch=watch,
+                        span=self._span,
+                    )
+                )
                 live.feed = tokens
                 async for batch in tokens:
+                    turn.computed()
                     live.tokens(time.monotonic(), len(batch))
                     opening: list[Json] = []
                     if self._measure(choice, batch):
@@ -268,6 +280,7 @@ class Generation(Response):
         before = line.last_token
         first = line.delivered(now)
         metrics.generation_tokens.inc(len(batch))
+        self._stay.used += len(batch)
         if before is None:
             metrics.ttft.observe(now - line.arrived)
             for part, begin, end in line.parts():
@@ -358,6 +371,7 @@ class Generation(Response):
                 headers = [(b"content-type", kind), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
                 if (placed := self._placements.get(self._choices[0].request.request_id)) is not None:
                     headers.append((b"x-penumbra-placement", _told(placed).encode()))
+                headers += [(name.encode(), value.encode()) for name, value in self._stay.headers().items()]
                 if not more:
                     headers.append((b"content-length", str(len(body)).encode()))
                 await self._put(send, {"type": "http.response.start", "status": 200, "headers": headers})

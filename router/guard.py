@@ -6,11 +6,13 @@ administrators, routes that do not exist included.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Container
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from router.dialects import dialect_of
+from router.quota import Quotas
 from router.tenants import ANYONE, Keyring, Tenant
 from wire.errors import InvalidKey, NotAllowed, PenumbraError
 
@@ -25,24 +27,32 @@ FOR_TENANTS = frozenset(("/tokenize", "/detokenize", "/version"))
 
 
 class Guard:
-    """Answers 401 and 403, or lets the request in as its tenant, `scope["state"]["tenant"]`.
+    """Answers 401, 403 and 429, or lets the request in as its tenant, `scope["state"]["tenant"]`.
+
+    A request that generates is counted against its tenant's limits before its body is read, and as a stream until it is
+    over; `scope["state"]["stay"]` is where its tokens are counted.
 
     keyring  None where no keys are configured: then everybody is `ANYONE`
     inside   whether only this machine reaches the address
     admin    whether this is the administrators' own port
+    counted  paths of requests that generate
     """
 
     def __init__(
         self,
         app: ASGIApp,
-        keyring: Callable[[], Keyring | None],
+        keyring: Keyring | None,
+        quotas: Quotas,
         *,
+        counted: Container[str],
         inside: bool,
         admin_port: bool,
         admin: bool = False,
     ) -> None:
         self._app = app
         self._keyring = keyring
+        self._quotas = quotas
+        self._counted = counted
         self._open = OPEN_INSIDE if inside or admin else OPEN
         self._inside = inside
         self._admin_port = admin_port
@@ -52,18 +62,21 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        try:
-            tenant = self._let_in(scope)
-        except PenumbraError as error:
-            scope.setdefault("state", {})["error_code"] = error.code
-            headers = {"www-authenticate": "Bearer"} if isinstance(error, InvalidKey) else None
-            await dialect_of(scope["path"]).refusal(error, headers)(scope, receive, send)
-            return
-        scope.setdefault("state", {})["tenant"] = tenant
-        await self._app(scope, receive, send)
+        state = scope.setdefault("state", {})
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                state["tenant"] = tenant = self._let_in(scope)
+                if scope["method"] == "POST" and scope["path"] in self._counted:
+                    state["stay"] = await stack.enter_async_context(self._quotas.stay(tenant))
+            except PenumbraError as error:
+                state["error_code"] = error.code
+                headers = {"www-authenticate": "Bearer"} if isinstance(error, InvalidKey) else None
+                await dialect_of(scope["path"]).refusal(error, headers)(scope, receive, send)
+                return
+            await self._app(scope, receive, send)
 
     def _let_in(self, scope: Scope) -> Tenant:
-        keyring, path = self._keyring(), scope["path"]
+        keyring, path = self._keyring, scope["path"]
         if path in self._open or (self._admin and self._inside):
             return ANYONE
         for_tenants = path.startswith("/v1/") or path in FOR_TENANTS

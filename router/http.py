@@ -21,10 +21,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from router.admission import Admission
+from router.admission import Admission, Wishes
 from router.answers import Json
 from router.board import Board
-from router.config import ModelFacts, RouterConfig
+from router.config import ModelFacts, RouterConfig, is_inside
 from router.dialects import (
     BodyStalled,
     MethodNotAllowed,
@@ -37,12 +37,16 @@ from router.dialects import (
 from router.fleet import Fleet
 from router.front_page import FrontPage
 from router.generation import Generation, Serving
+from router.guard import Guard
 from router.intake import Intake, Prepared
 from router.live import LiveRequests
 from router.mirror import PrefixMirror
 from router.protocols import chat, completions, messages, responses, tokenize
+from router.quota import Quotas, Stay
 from router.relay import RelayLimits
+from router.replicas import Replicas
 from router.status import Status
+from router.tenants import Keyring
 from router.text import Text
 from router.timeline import Timeline
 from wire.errors import BodyTooLarge, InvalidRequest, PenumbraError
@@ -69,6 +73,11 @@ CONVERTING: Mapping[str, Callable[[Intake, bytes, int], Json]] = {
 }
 """Routes whose answers need no worker."""
 
+RESERVED_ANSWER_TOKENS = 4_096
+"""The part of an answer that is reserved from a tenant's tokens a minute; what it turns out to be counts in the end."""
+
+PRIORITY = re.compile(r"-?[0-9]{1,4}")
+
 log = structlog.get_logger()
 
 
@@ -85,10 +94,13 @@ class Front:
         metrics: RouterMetrics,
         registry: CollectorRegistry,
         tracer: Tracer,
+        replicas: Replicas,
     ) -> None:
         self._config = config
         self._intake = Intake(config, facts, text, fleet)
-        self.admission = Admission(config, metrics)
+        self.keyring = None if config.keys_file is None else Keyring(config.keys_file)
+        self.admission = Admission(config, metrics, fleet, mirror)
+        self._quotas = Quotas(replicas)
         requests = LiveRequests()
         self._serving = Serving(
             fleet=fleet,
@@ -105,10 +117,28 @@ class Front:
         self._status = Status(self._intake, self.admission, fleet, mirror, metrics, registry)
         about = {"router_id": config.router_id, "models": list(config.model_names)}
         self.page = FrontPage(Board(requests), fleet, mirror, self.admission, about)
-        self.app = _Door(self._routes(), metrics)
+        routes = self._routes()
+        self.app = _Door(self._guarded(routes, config.host), metrics)
+        self.admin_app = _Door(self._guarded(routes, config.admin_host, admin=True), metrics)
 
     def close(self) -> None:
         self._intake.close()
+
+    def refresh_keys(self) -> None:
+        """Take in what has changed in the key file."""
+        if self.keyring is not None:
+            self.keyring.refresh()
+
+    def _guarded(self, routes: ASGIApp, host: str, *, admin: bool = False) -> Guard:
+        return Guard(
+            routes,
+            self.keyring,
+            self._quotas,
+            counted=GENERATING,
+            inside=is_inside(host),
+            admin_port=self._config.admin_port is not None,
+            admin=admin,
+        )
 
     def _routes(self) -> FastAPI:
         app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -127,11 +157,14 @@ class Front:
         async def endpoint(request: Request) -> Response:
             timeline = Timeline(time.monotonic())
             self.admission.check()
+            wishes = wishes_of(request)
             raw = await self._read_body(request)
             timeline.ended("receive", time.monotonic())
             # Another look: reading took as long as the client liked.
             self.admission.check()
-            prepared = await self._intake.run(prepare, raw)
+            stay: Stay = request.state.stay
+            prepared = await self._intake.of(stay.tenant).run(prepare, raw)
+            await self._quotas.reserve(stay, tokens_at_most(prepared))
             timeline.ended("tokenize", time.monotonic())
             span = self._serving.tracer.serving(
                 f"POST {request.url.path}", request.headers.get(TRACEPARENT, ""), begin_s=timeline.arrived
@@ -140,6 +173,8 @@ class Front:
                 self._serving,
                 dialect_of(request.url.path),
                 prepared,
+                stay,
+                wishes,
                 timeline=timeline,
                 span=span,
                 client_request_id=request.state.request_id,
@@ -149,7 +184,8 @@ class Front:
 
     def _convert(self, convert: Callable[[Intake, bytes, int], Json]) -> Endpoint:
         async def endpoint(request: Request) -> Response:
-            return json_response(await self._intake.run(convert, await self._read_body(request)))
+            intake = self._intake.of(request.state.tenant)
+            return json_response(await intake.run(convert, await self._read_body(request)))
 
         return endpoint
 
@@ -158,6 +194,27 @@ class Front:
 
 
 Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+def tokens_at_most(prepared: Prepared) -> int:
+    """What a request is taken to use before it has: its prompt, and as much of its answers as it may well get.
+
+    A client that does not limit its answer asks for all of the context and uses little of it.
+    """
+    requests = [request for request, _ in prepared.choices]
+    answers = sum(min(request.sampling.max_tokens, RESERVED_ANSWER_TOKENS) for request in requests)
+    return len(requests[0].prompt) + answers
+
+
+def wishes_of(request: Request) -> Wishes:
+    """How the request's headers want it to wait. Raises InvalidRequest for a priority that is none."""
+    sent = request.headers.get("x-dynamo-request-priority", "0")
+    if not PRIORITY.fullmatch(sent):
+        raise InvalidRequest("x-dynamo-request-priority is an integer from -1000 to 1000; lower goes first.")
+    return Wishes(
+        priority=max(-1000, min(1000, int(sent))),
+        may_wait="if-available" not in request.headers.get("prefer", "").lower(),
+    )
 
 
 async def read_body(request: Request, limit: int, silence_s: float) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from router.config import ModelFacts, RouterConfig
 from router.fleet import Fleet
 from router.placement import capacity
 from router.relay import RelayRequest
+from router.tenants import ANYONE, Tenant
 from router.text import ChatPrompt, Text
 from router.timeline import PromptProgress
 from wire.errors import InvalidRequest, ModelNotFound
@@ -50,6 +52,7 @@ class Intake:
         self.model_names = config.model_names
         self._max_context = config.max_context
         self._fleet = fleet
+        self.tenant = ANYONE
         self._lanes = {
             long: ThreadPoolExecutor(2, thread_name_prefix="prepare-long" if long else "prepare")
             for long in (False, True)
@@ -59,6 +62,13 @@ class Intake:
         for lane in self._lanes.values():
             lane.shutdown(wait=False, cancel_futures=True)
         self.text.close()
+
+    def of(self, tenant: Tenant) -> Intake:
+        """The same for requests of this tenant: it knows no other models, and shares no prefix with others."""
+        own = copy.copy(self)
+        own.tenant = tenant
+        own.model_names = tuple(name for name in self.model_names if tenant.may_use(name))
+        return own
 
     async def run(self, prepare: Callable[[Intake, bytes, int], T], raw: bytes) -> T:
         """`prepare` on a thread: it may take seconds."""
@@ -99,9 +109,10 @@ class Intake:
             vocab_size=self.facts.vocab_size,
             packed=packed,
             cache_salt=salt,
+            tenant=self.tenant.tenant_id,
             # As a rule there is one model; there are two while a fleet changes from one to the next.
             digests={
-                model: cut(packed_page_hashes(packed, namespace(model, cache_salt=salt)))
+                model: cut(packed_page_hashes(packed, namespace(model, self.tenant.tenant_id, salt)))
                 for model in self._fleet.models()
             },
         )

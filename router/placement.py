@@ -37,6 +37,9 @@ SEQUENCE_COST = 256
 """What each sequence costs that shares decode steps with this one. Not a part of the first token's time, but of all
 later ones'."""
 
+GROWTH_TOKENS = 512
+"""Of an answer whose length nobody knows, what counts as its room from the start: as on decode workers themselves."""
+
 DEPTH_TOKENS = 1024
 """Workers report how much more a token takes for each so many tokens in front of it."""
 
@@ -198,7 +201,7 @@ class _Request:
 
     def _shared_s(self, decode: WorkerView) -> float:
         missing = self._prompt_tokens - self.held(decode)
-        full = ROOM_COST * max(0, missing + self._max_tokens - decode.free_tokens)
+        full = ROOM_COST * max(0, missing + min(self._max_tokens, GROWTH_TOKENS) - decode.free_tokens)
         return (full + SEQUENCE_COST * decode.num_requests) * self._token_s
 
     def _compute_s(self, worker: WorkerView, tokens: int, depth: int) -> float:

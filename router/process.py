@@ -6,17 +6,19 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import structlog
 import uvicorn
 import uvloop
 from prometheus_client import CollectorRegistry
+from starlette.types import ASGIApp
 
 from router.config import ModelFacts, RouterConfig
 from router.fleet import Fleet
 from router.http import Front
 from router.mirror import PrefixMirror, follow
+from router.replicas import Replicas
 from router.text import Text
 from wire.errors import ConfigError
 from wire.events import PrefixReader
@@ -57,55 +59,79 @@ async def serve(
         contextlib.aclosing(spans),
         Registry(config.redis_url, config.namespace) as registry,
         PrefixReader(config.redis_url, config.namespace) as prefixes,
+        contextlib.aclosing(Replicas(config.redis_url, config.namespace, expected=config.expected_routers)) as replicas,
     ):
-        listener = listen(config)
-        host, port = listener.getsockname()[:2]
-        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         fleet, mirror = Fleet(registry, poll_s=config.registry_poll_s), PrefixMirror()
         metrics = RouterMetrics(collectors)
-        front = Front(config, facts, text, fleet, mirror, metrics, collectors, spans)
-        server = _Server(
-            uvicorn.Config(
-                front.app,
-                http="httptools",
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_keep_alive=75,
-                timeout_graceful_shutdown=max(1, round(config.shutdown_grace_s)),
-            )
-        )
-        signals = _stop_signals(server, front) if own_signals else contextlib.nullcontext()
-        with listener, signals, contextlib.closing(front):
+        with contextlib.ExitStack() as held:
+            front = Front(config, facts, text, fleet, mirror, metrics, collectors, spans, replicas)
+            held.enter_context(contextlib.closing(front))
+            doors = [(_server(config, front.app), held.enter_context(listen(config.host, config.port)))]
+            if config.admin_port is not None:
+                admin_listener = held.enter_context(listen(config.admin_host, config.admin_port))
+                doors.append((_server(config, front.admin_app), admin_listener))
+            if own_signals:
+                held.enter_context(_stop_signals([server for server, _ in doors], front))
             async with asyncio.TaskGroup() as tasks:
                 watches = [
                     tasks.create_task(fleet.run(), name="fleet"),
                     tasks.create_task(front.page.run(), name="front-page"),
+                    tasks.create_task(front.admission.run(), name="admission"),
+                    tasks.create_task(replicas.run(front.refresh_keys), name="replicas"),
                     tasks.create_task(follow(mirror, prefixes, fleet.epochs, metrics), name="prefix-mirror"),
                 ]
-                log.info("router_ready", url=url, models=",".join(config.model_names))
+                url, *others = [_url(listener) for _, listener in doors]
+                log.info("router_ready", url=url, models=",".join(config.model_names), admin_url=",".join(others))
                 on_ready(url)
                 try:
-                    await server.serve(sockets=[listener])
-                except asyncio.CancelledError:
-                    front.admission.draining = server.should_exit = True
-                    await server.shutdown([listener])
-                    raise
+                    async with asyncio.TaskGroup() as serving:
+                        for server, listener in doors:
+                            serving.create_task(_serve_until_told(server, listener, front))
                 finally:
                     for watch in watches:
                         watch.cancel()
         log.info("router_stopped")
 
 
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _server(config: RouterConfig, app: ASGIApp) -> _Server:
+    return _Server(
+        uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=max(1, round(config.shutdown_grace_s)),
+        )
+    )
+
+
+async def _serve_until_told(server: _Server, listener: socket.socket, front: Front) -> None:
+    try:
+        await server.serve(sockets=[listener])
+    except asyncio.CancelledError:
+        front.admission.draining = server.should_exit = True
+        await server.shutdown([listener])
+        raise
+
+
 @contextlib.contextmanager
-def _stop_signals(server: uvicorn.Server, front: Front) -> Iterator[None]:
+def _stop_signals(servers: Sequence[uvicorn.Server], front: Front) -> Iterator[None]:
     """The first signal drains: no new requests, running ones finish. The second one ends them."""
 
     def stop() -> None:
-        server.force_exit = front.admission.draining
-        front.admission.draining = server.should_exit = True
+        for server in servers:
+            server.force_exit = front.admission.draining
+            server.should_exit = True
+        front.admission.draining = True
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -117,20 +143,19 @@ def _stop_signals(server: uvicorn.Server, front: Front) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-def listen(config: RouterConfig) -> socket.socket:
-    """The listening socket. Raises ConfigError when the address can not be bound."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ConfigError when the address can not be bound."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # With the protocol spelled out: asyncio turns Nagle's algorithm off only on such sockets, and with it on, an
     # answer's last bytes wait 40 ms for the client's delayed acknowledgement.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((config.host, config.port))
+        listener.bind((host, port))
         listener.listen(1024)
         return listener
     except OSError as error:
         listener.close()
         raise ConfigError(
-            f"Cannot listen on {config.host}:{config.port}: {error.strerror or error}. Choose another port, "
-            "or 0 for a free one."
+            f"Cannot listen on {host}:{port}: {error.strerror or error}. Choose another port, or 0 for a free one."
         ) from error

@@ -120,10 +120,11 @@ class _Counts:
 
 @dataclass(slots=True)
 class Stay:
-    """A tenant's request on its way through: what was counted for it."""
+    """A tenant's request on its way through: what was counted for it, and what it has used so far."""
 
     tenant: Tenant
-    tokens: int = 0
+    reserved: int = 0  # tokens
+    used: int = 0  # tokens; what counts in the end, however it ends
     use: Use = field(default_factory=lambda: Use(into_s=0))
 
     def headers(self) -> dict[str, str]:
@@ -151,7 +152,10 @@ class Quotas:
 
     @contextlib.asynccontextmanager
     async def stay(self, tenant: Tenant) -> AsyncIterator[Stay]:
-        """Count a request, and a stream for as long as it is inside. Raises RateLimited for one too many."""
+        """Count a request, a stream for as long as it is inside, and in the end the tokens that it used.
+
+        Raises RateLimited for one too many.
+        """
         stay = Stay(tenant)
         if not tenant.limited:
             yield stay
@@ -160,19 +164,13 @@ class Quotas:
         try:
             yield stay
         finally:
-            await self._add(tenant, Counter(streams=-1))
+            await self._add(tenant, Counter(streams=-1, tokens=stay.used - stay.reserved))
 
     async def reserve(self, stay: Stay, tokens: int) -> None:
         """Count the tokens that a request may use at most. Raises RateLimited if those are too many."""
         if stay.tenant.tokens_per_min:
             await self._count(stay, tokens=tokens)
-            stay.tokens += tokens
-
-    async def settle(self, stay: Stay, tokens: int) -> None:
-        """Count what the request has used instead of what was reserved for it."""
-        if stay.tenant.tokens_per_min and tokens != stay.tokens:
-            difference, stay.tokens = tokens - stay.tokens, tokens
-            await self._add(stay.tenant, Counter(tokens=difference))
+            stay.reserved += tokens
 
     async def _count(self, stay: Stay, **amounts: int) -> None:
         asked = Counter(amounts)

@@ -32,7 +32,7 @@ import grpc
 from router.config import RouterConfig
 from router.fleet import Fleet, FleetSnapshot
 from router.mirror import PrefixMirror
-from router.placement import Placement, PlacementRules, choose, why_not
+from router.placement import GROWTH_TOKENS, Placement, PlacementRules, choose, why_not
 from wire import convert
 from wire.errors import Cancelled, DeadlineExceeded, InvalidRequest, PenumbraError, WorkerLost
 from wire.prefix import DEFAULT_TENANT, namespace
@@ -75,8 +75,8 @@ RETRY_PAUSE_S = 0.1
 class RelayRequest:
     """A request as the workers see it: ids only. `prompt` has at least one id, all below `vocab_size`.
 
-    Prefixes are shared among requests of one `cache_salt`. `digests` are those of the prompt's pages, whole or
-    cut, by the model fingerprint they were computed for; a worker of another model is taken to hold nothing.
+    Prefixes are shared among requests of one tenant and `cache_salt`. `digests` are those of the prompt's pages, whole
+    or cut, by the model fingerprint they were computed for; a worker of another model is taken to hold nothing.
     """
 
     request_id: str
@@ -85,11 +85,12 @@ class RelayRequest:
     vocab_size: int
     packed: bytes | None = field(default=None, repr=False)  # the prompt as it travels, if it is packed already
     cache_salt: str = field(default="", repr=False)
+    tenant: str = DEFAULT_TENANT
     digests: Mapping[str, Sequence[bytes]] = field(default_factory=lambda: MappingProxyType({}), repr=False)
 
     def namespace(self, fingerprint: str) -> bytes:
         """Within which a worker with this model may reuse pages for the request."""
-        return namespace(fingerprint, DEFAULT_TENANT, self.cache_salt)
+        return namespace(fingerprint, self.tenant, self.cache_salt)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -662,7 +663,8 @@ class _Shell:
         if placement.prefill is not None:
             to_compute = prompt_tokens - placement.prefill_resident
             holds[Role.PREFILL].enter_context(self._fleet.assigned(placement.prefill.ref, to_compute))
-        holds[Role.DECODE].enter_context(self._fleet.assigned(placement.decode.ref, prompt_tokens + max_tokens))
+        to_hold = prompt_tokens + min(max_tokens, GROWTH_TOKENS)
+        holds[Role.DECODE].enter_context(self._fleet.assigned(placement.decode.ref, to_hold))
         return Placed(attempt, placement)
 
     def _resident(self, fleet: FleetSnapshot) -> dict[str, int]:

@@ -79,7 +79,7 @@ class Replicas:
         finally:
             await self._leave()
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         await self.redis.aclose()
 
     async def _beat(self) -> None:

@@ -54,12 +54,13 @@ class Status:
             "/version": self._version,
         } | dict.fromkeys(("/health", "/healthz", "/liveness", "/livez", "/live"), self._liveness)
 
-    async def _models(self, _: Request) -> Response:
-        return json_response({"object": "list", "data": [self._model_card(name) for name in self._intake.model_names]})
+    async def _models(self, request: Request) -> Response:
+        names = self._intake.of(request.state.tenant).model_names
+        return json_response({"object": "list", "data": [self._model_card(name) for name in names]})
 
     async def _model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        self._intake.check_model(name)
+        self._intake.of(request.state.tenant).check_model(name)
         return json_response(self._model_card(name))
 
     def _model_card(self, name: str) -> Json:

@@ -402,7 +402,7 @@ async def test_a_taken_port_and_a_bad_redis_url_are_refused_at_start(model_dir: 
 
 async def test_answers_are_sent_without_waiting_for_acknowledgements(model_dir: Any, redis_url: str):
     """asyncio sets TCP_NODELAY on connections accepted from a socket whose protocol is spelled out, and no other."""
-    with listen(RouterConfig(model=model_dir, redis_url=redis_url, port=0)) as listener:
+    with listen("127.0.0.1", 0) as listener:
         client = socket.create_connection(listener.getsockname())
         accepted, _ = listener.accept()
         with client, accepted:
