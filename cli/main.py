@@ -93,6 +93,28 @@ TracesEndpoint = Annotated[
 WorkerId = Annotated[str | None, flag("worker-id", "Name in the registry; else one is made up.")]
 GrpcPort = Annotated[int, flag("port", "gRPC port; 0 picks a free one.", min=0, max=65535)]
 WorkerHttpPort = Annotated[int, flag("http-port", "Health and metrics port; 0 picks a free one.", min=0, max=65535)]
+Keys = Annotated[
+    Path | None, flag("keys", "File of tenants and their hashed API keys; without it everybody may do everything.")
+]
+Insecure = Annotated[bool, flag("insecure", "Serve others than this machine without API keys.", switch=True)]
+Policy = Annotated[
+    Literal["expected_ttft", "round_robin", "power_of_two", "least_tokens"],
+    flag("policy", "How a pair of workers is chosen."),
+]
+LocalPrefillTokens = Annotated[
+    int,
+    flag(
+        "local-prefill-tokens",
+        "A decode worker computes at most so many tokens of a prompt itself, where that is measured faster; 0: none.",
+        min=0,
+    ),
+]
+OnNoPrefill = Annotated[
+    Literal["local", "reject"],
+    flag("on-no-prefill", "Without any prefill worker: let decode workers compute prompts, or refuse requests."),
+]
+QueueSize = Annotated[int, flag("queue-size", "Requests that may wait for room on one router.", min=1)]
+QueueTimeout = Annotated[float, flag("queue-timeout-s", "Seconds a request may wait for room.", min=0)]
 HttpPort = Annotated[int, flag("port", "HTTP port of the router; 0 picks a free one.", min=0, max=65535)]
 
 # The cluster on this machine.
@@ -106,8 +128,16 @@ def up(
     served_model_name: ServedName = None,
     prefill: Annotated[int, flag("prefill", "Prefill workers.", min=1)] = 1,
     decode: Annotated[int, flag("decode", "Decode workers.", min=1)] = 1,
+    routers: Annotated[int, flag("routers", "Routers, on --port and the ports after it.", min=1)] = 1,
     host: Host = "127.0.0.1",
     port: HttpPort = 8000,
+    keys: Keys = None,
+    insecure: Insecure = False,
+    policy: Policy = "expected_ttft",
+    local_prefill_tokens: LocalPrefillTokens = 0,
+    on_no_prefill: OnNoPrefill = "reject",
+    queue_size: QueueSize = 256,
+    queue_timeout_s: QueueTimeout = 60.0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     kv_layout: KvLayout = "v4",
@@ -144,6 +174,8 @@ def up(
         served_model_name=served_model_name,
         prefill=prefill,
         decode=decode,
+        routers=routers,
+        keys=keys,
         host=host,
         port=port,
         redis=redis,
@@ -154,7 +186,14 @@ def up(
             *("--max-requests", str(max_requests), "--max-context", str(max_context), "--transport", transport),
             *shared,
         ),
-        router_flags=("--migration-limit", str(migration_limit), *shared),
+        router_flags=(
+            *("--migration-limit", str(migration_limit)),
+            *("--policy", policy, "--local-prefill-tokens", str(local_prefill_tokens)),
+            *("--on-no-prefill", on_no_prefill),
+            *("--queue-size", str(queue_size), "--queue-timeout-s", str(queue_timeout_s)),
+            "--insecure" if insecure else "--no-insecure",
+            *shared,
+        ),
         threads=threads,
         ready_timeout_s=ready_timeout_s,
         grace_s=grace_s,
@@ -190,6 +229,15 @@ def status(cluster: Cluster = "default", home: Home = None, config: ConfigFile =
     return local.show_status(local.cluster_folder(home, cluster), cluster, Console())
 
 
+@app.command()
+def key(config: ConfigFile = None) -> int:
+    """Make an API key: the key itself on the first line, and on the second what to put in the file of --keys."""
+    from router.tenants import new_key
+
+    print(*new_key(), sep="\n")
+    return 0
+
+
 # Single services, as the container images run them.
 
 
@@ -202,6 +250,23 @@ def router(
     host: Host = "127.0.0.1",
     port: HttpPort = 8000,
     migration_limit: MigrationLimit = 3,
+    keys: Keys = None,
+    insecure: Insecure = False,
+    admin_host: Annotated[str, flag("admin-host", "Address of the administrators' port.")] = "127.0.0.1",
+    admin_port: Annotated[
+        int | None, flag("admin-port", "Port for what only administrators may see; else --port.", min=0, max=65535)
+    ] = None,
+    expected_routers: Annotated[
+        int, flag("expected-routers", "Routers of the cluster, for each one's share of limits without Redis.", min=1)
+    ] = 1,
+    max_concurrent_requests: Annotated[
+        int, flag("max-concurrent-requests", "Requests one router holds at once, waiting ones included.", min=1)
+    ] = 1024,
+    queue_size: QueueSize = 256,
+    queue_timeout_s: QueueTimeout = 60.0,
+    policy: Policy = "expected_ttft",
+    local_prefill_tokens: LocalPrefillTokens = 0,
+    on_no_prefill: OnNoPrefill = "reject",
     grace_s: Grace = 30.0,
     log_level: LogLevel = "info",
     otlp_traces_endpoint: TracesEndpoint = "",
@@ -218,6 +283,17 @@ def router(
             port=port,
             redis_url=redis,
             migration_limit=migration_limit,
+            keys_file=keys,
+            insecure=insecure,
+            admin_host=admin_host,
+            admin_port=admin_port,
+            expected_routers=expected_routers,
+            max_concurrent_requests=max_concurrent_requests,
+            queue_size=queue_size,
+            queue_timeout_s=queue_timeout_s,
+            policy=policy,
+            local_prefill_tokens=local_prefill_tokens,
+            on_no_prefill=on_no_prefill,
             shutdown_grace_s=grace_s,
             log_level=log_level,
             otlp_traces_endpoint=otlp_traces_endpoint,

@@ -77,6 +77,8 @@ class ClusterConfig:
     served_model_name: str | None = None
     prefill: int = 1
     decode: int = 1
+    routers: int = 1  # on `port` and the ports after it
+    keys: Path | None = None
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free one
     redis: str | None = None  # None: an embedded server
@@ -125,6 +127,8 @@ class ClusterState:
     ready: bool
     supervisor: Member
     members: tuple[Member, ...] = field(default=())
+    urls: tuple[str, ...] = ()  # of every router, where there are several
+    admin_url: str = ""  # where the fleet is shown, if not at `url`
 
     def save(self, folder: Path) -> None:
         draft = folder / "state.json.new"
@@ -139,6 +143,7 @@ class ClusterState:
             data = json.loads(path.read_text())
             data["supervisor"] = Member(**data["supervisor"])
             data["members"] = tuple(Member(**member) for member in data["members"])
+            data["urls"] = tuple(data.get("urls", ()))
             return cls(**data)
         except FileNotFoundError:
             return None
@@ -255,7 +260,7 @@ def show_status(folder: Path, cluster: str, console: Console) -> int:
     if state is None or state.supervisor.process() is None:
         console.print(f"the cluster '{cluster}' is not up")
         return 3
-    held = _loads(state.url)
+    held = _loads(state.admin_url or state.url)
     table = Table("process", "state", box=box.SIMPLE, pad_edge=False)
     for heading in ("pid", "MB", "up s", *LOAD_COLUMNS.values()):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -342,19 +347,30 @@ class _Cluster:
         self._folder = folder
         self._console = console
         self._stop = stop
-        self._port = config.port or free_port()
+        self._ports = [config.port + i if config.port else free_port() for i in range(config.routers)]
+        # With keys, nobody but administrators sees the workers: this process looks at them on a port of their own.
+        self._admin_ports = [free_port() if config.keys else None for _ in self._ports]
         self._redis: EmbeddedRedis | None = None
         self._redis_retry_at = 0.0
         self._served = config.served_model_name or (config.model.name if config.model else BUNDLED_MODEL)
 
     @property
     def _url(self) -> str:
+        return self._urls[0]
+
+    @property
+    def _urls(self) -> list[str]:
         host = "127.0.0.1" if self._config.host in ("0.0.0.0", "::") else self._config.host
-        return f"http://{host}:{self._port}"
+        return [f"http://{host}:{port}" for port in self._ports]
+
+    @property
+    def _admin_url(self) -> str:
+        port = self._admin_ports[0]
+        return self._url if port is None else f"http://127.0.0.1:{port}"
 
     def run(self) -> int:
         began = time.monotonic()
-        self._require_free_port()
+        self._require_free_ports()
         if self._config.model is not None and not (self._config.model / "config.json").is_file():
             raise ConfigError(
                 f"{self._config.model} holds no config.json, so it is no checkpoint folder. Give --model the folder of "
@@ -380,7 +396,7 @@ class _Cluster:
             decode = self._workers("decode", self._config.decode, model, redis_url)
             supervisor.start(prefill)
             supervisor.start(decode)
-            supervisor.start([self._router(model, redis_url)])
+            supervisor.start([self._router(index, model, redis_url) for index in range(self._config.routers)])
             self._save(supervisor, ready=False)
             code = self._until_ready(supervisor, status, began)
             if code is None:
@@ -403,8 +419,8 @@ class _Cluster:
             if fetch_json(f"{self._url}/liveness") is None:
                 text = "starting the router and the workers"
             else:
-                known = len(_loads(self._url))
-                if known >= wanted and fetch_json(f"{self._url}/readiness") is not None:
+                known = len(_loads(self._admin_url))
+                if known >= wanted and all(fetch_json(f"{url}/readiness") is not None for url in self._urls):
                     return None
                 text = f"the router is up; {known} of {wanted} workers have registered"
             status.update(f"{text} ({time.monotonic() - began:.0f} s)")
@@ -458,14 +474,17 @@ class _Cluster:
 
     # What runs.
 
-    def _router(self, model: Path, redis_url: str) -> ChildSpec:
-        config = self._config
+    def _router(self, index: int, model: Path, redis_url: str) -> ChildSpec:
+        config, admin_port = self._config, self._admin_ports[index]
+        keys = () if config.keys is None else ("--keys", str(config.keys), "--admin-port", str(admin_port))
         command = _penumbra(
             "router",
             *("--model", str(model), "--served-model-name", self._served, "--redis", redis_url),
-            *("--host", config.host, "--port", str(self._port), *config.router_flags),
+            *("--host", config.host, "--port", str(self._ports[index]), *config.router_flags),
+            *("--expected-routers", str(config.routers), *keys),
         )
-        return ChildSpec(name="router", command=command, env=_environment(1))
+        name = f"router-{index}" if index else "router"
+        return ChildSpec(name=name, command=command, env=_environment(1))
 
     def _workers(self, role: Literal["prefill", "decode"], count: int, model: Path, redis_url: str) -> list[ChildSpec]:
         return [
@@ -523,6 +542,8 @@ class _Cluster:
         return ClusterState(
             cluster=self._config.cluster,
             url=self._url,
+            urls=tuple(self._urls),
+            admin_url=self._admin_url,
             model=self._served.split(",")[0],
             ready=ready,
             supervisor=Member(
@@ -534,15 +555,19 @@ class _Cluster:
     def _save(self, supervisor: Supervisor, *, ready: bool) -> None:
         self._state(supervisor, ready=ready).save(self._folder)
 
-    def _require_free_port(self) -> None:
+    def _require_free_ports(self) -> None:
+        for port in self._ports:
+            self._require_free(port)
+
+    def _require_free(self, port: int) -> None:
         with socket.socket(socket.AF_INET6 if ":" in self._config.host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((self._config.host, self._port))
+                probe.bind((self._config.host, port))
             except OSError as error:
                 reason = "it is in use" if error.errno == errno.EADDRINUSE else error.strerror
                 raise ConfigError(
-                    f"Cannot listen on {self._config.host}:{self._port}: {reason}. Choose another with --port, "
+                    f"Cannot listen on {self._config.host}:{port}: {reason}. Choose another with --port, "
                     "or let --port 0 find a free one."
                 ) from error
 
