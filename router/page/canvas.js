@@ -19,7 +19,7 @@ export const colours = () => {
   return palette;
 };
 
-const surfaces = new Set();
+export const surfaces = new Set();
 
 export const themeChanged = () => {
   palette = null;
@@ -29,7 +29,8 @@ export const themeChanged = () => {
 export const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)");
 
 export class Surface {
-  // `draw(context, width, height, now)` returns true to be called again in the next frame.
+  // `draw(context, width, height, now)` returns the milliseconds after which it wants to be called again: 0 for the next
+  // frame, nothing for never.
   constructor(canvas, draw) {
     this.canvas = canvas;
     this.width = 0;
@@ -38,6 +39,7 @@ export class Surface {
     this._draw = draw;
     this._asked = false;
     this._inSight = true;
+    this._timer = 0;
     this._context = canvas.getContext("2d");
     surfaces.add(this);
     new ResizeObserver(() => this._resize()).observe(canvas);
@@ -51,6 +53,7 @@ export class Surface {
   ask() {
     if (this._asked) return;
     this._asked = true;
+    clearTimeout(this._timer);
     requestAnimationFrame((now) => this._frame(now));
   }
 
@@ -69,9 +72,11 @@ export class Surface {
     this._asked = false;
     if (!this._inSight || !this.width) return;
     const began = performance.now();
-    const again = this._draw(this._context, this.width, this.height, now);
+    const after = this._draw(this._context, this.width, this.height, now);
     this.drawMs = performance.now() - began;
-    if (again && !reducedMotion.matches) this.ask();
+    if (after === undefined || reducedMotion.matches) return;
+    if (after < 17) this.ask();
+    else this._timer = setTimeout(() => this.ask(), after);
   }
 }
 

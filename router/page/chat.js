@@ -37,7 +37,10 @@ export class Chat {
         if (!this._leave) this._say();
       }
     });
-    get("clear").addEventListener("click", () => this.clear());
+    get("clear").addEventListener("click", () => {
+      this.clear();
+      get("message").focus({ preventScroll: true });
+    });
     get("example-tool").addEventListener("click", () => {
       get("tools").value = JSON.stringify(EXAMPLE_TOOL, null, 1);
     });
@@ -64,7 +67,6 @@ export class Chat {
     this._messages = [];
     const mark = el("img", { src: "/page/mark.svg", alt: "", class: "eclipse" });
     this._talk.replaceChildren(el("div", { class: "empty" }, mark, el("p", {}, "Ask something, and see on the left which workers answer and where the time goes.")));
-    get("message").focus({ preventScroll: true });
     if (!get("model").options.length) this.loadModels();
   }
 

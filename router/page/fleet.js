@@ -5,8 +5,8 @@ import { Surface, clip, colours, font, monoFont, reducedMotion, rounded } from "
 import { bytes, count, el, ms, percent, short } from "./format.js";
 import { clock, state } from "./state.js";
 
-const GUTTER = 0.26; // of the width, between the two pools
-const MOST_THREADS = 240;
+const MOST_THREADS = 90;
+const CROWD = 24; // threads from which on they are a texture, without labels and without motion
 const ROW = 28; // of the table, as in style.css
 const byName = new Intl.Collator("en", { numeric: true }).compare;
 
@@ -23,7 +23,7 @@ export const grid = (n, width, height) => {
     const rows = Math.ceil(n / columns);
     const w = Math.min(290, width / columns);
     const h = Math.min(78, height / rows);
-    const score = Math.min(w, h * 2.8);
+    const score = Math.min(w, h * (w > 84 ? 2.8 : 1.15)); // cards are wide, mere cells nearly square
     if (score > best.score) best = { columns, w, h, score };
     if (w < 5) break;
   }
@@ -37,6 +37,8 @@ export class FleetMap {
     this._tip = tip;
     this._cells = [];
     this._at = new Map(); // worker id -> cell
+    this._partners = []; // who the worker in focus moves pages with
+    this._edge = { prefill: 0, decode: 0 }; // where threads leave one pool and reach the other
     this._key = "";
     this.selected = null;
     this.hovered = null;
@@ -83,14 +85,16 @@ export class FleetMap {
     this._key = key;
     this._cells = [];
     this._at.clear();
-    const side = (width * (1 - GUTTER)) / 2;
+    // Between the two pools there is room for the threads: more of it where cards leave it free anyway.
+    const side = (width * (state.workers.size > 60 ? 0.86 : 0.74)) / 2;
     for (const [role, ids] of Object.entries(roles)) {
       ids.sort(byName);
       const { columns, w, h } = grid(ids.length, side, height);
       const rows = Math.ceil(ids.length / columns);
       const left = role === "prefill" ? 0 : width - Math.min(columns, ids.length) * w;
+      this._edge[role] = role === "prefill" ? Math.min(columns, ids.length) * w + 2 : left - 2;
       const top = Math.max(0, (height - rows * h) / 2);
-      const gap = w > 60 ? 8 : w > 16 ? 2 : 1;
+      const gap = w > 84 ? 8 : w > 12 ? 2 : 1;
       ids.forEach((id, index) => {
         const cell = {
           id,
@@ -118,14 +122,15 @@ export class FleetMap {
       context.textAlign = "center";
       context.fillText("No worker has registered yet.", width / 2, height / 2);
       context.textAlign = "left";
-      return false;
+      return undefined;
     }
     const moving = this._threads(context, c, now);
     for (const cell of this._cells) this._cell(context, c, cell);
+    for (const id of this._partners) this._ring(context, c.transfer, id, 1.5);
     for (const id of this.highlight) this._ring(context, c.transfer, id, 2);
     if (this.hovered) this._ring(context, c["strong-line"], this.hovered, 1);
     if (this.selected) this._ring(context, c.text, this.selected, 2);
-    return moving;
+    return moving ? 0 : undefined;
   }
 
   _ring(context, colour, id, thickness) {
@@ -143,37 +148,37 @@ export class FleetMap {
     if (focus) links = links.filter((link) => link.prefill === focus || link.decode === focus);
     links.sort((a, b) => b.active_s - a.active_s || b.gb_s - a.gb_s);
     links = links.slice(0, MOST_THREADS);
-    const crowd = links.length > 24;
+    const crowd = links.length > CROWD;
+    const small = this._cells[0].h < 26; // cells lie in front of each other: threads run between the two pools only
+    this._partners = focus && small ? links.map((link) => (link.prefill === focus ? link.decode : link.prefill)) : [];
     let moving = false;
     const at = clock();
     context.lineCap = "round";
     for (const link of links) {
       const from = this._at.get(link.prefill);
       const to = this._at.get(link.decode);
-      const x0 = from.x + from.w;
+      const x0 = small ? this._edge.prefill : from.x + from.w;
       const y0 = from.y + from.h / 2;
-      const x1 = to.x;
+      const x1 = small ? this._edge.decode : to.x;
       const y1 = to.y + to.h / 2;
       const bend = Math.max(20, (x1 - x0) * 0.45);
       const fresh = at - link.active_s < 2.5;
       context.strokeStyle = c.transfer;
-      context.globalAlpha = fresh ? (crowd ? 0.5 : 0.9) : crowd ? 0.09 : 0.32;
+      context.globalAlpha = fresh ? (crowd ? 0.45 : 0.9) : crowd ? 0.08 : 0.32;
       context.lineWidth = Math.min(5, 1 + Math.log2(1 + link.gb_s) * (crowd ? 0.4 : 1));
       context.beginPath();
       context.moveTo(x0, y0);
       context.bezierCurveTo(x0 + bend, y0, x1 - bend, y1, x1, y1);
       context.stroke();
-      if (fresh) {
+      if (fresh && !crowd && !reducedMotion.matches) {
         moving = true;
-        if (!reducedMotion.matches) {
-          context.globalAlpha = 1;
-          context.strokeStyle = c.surface;
-          context.lineWidth = Math.max(1, context.lineWidth - 1.5);
-          context.setLineDash([3, 15]);
-          context.lineDashOffset = -now / 22;
-          context.stroke();
-          context.setLineDash([]);
-        }
+        context.globalAlpha = 1;
+        context.strokeStyle = c.surface;
+        context.lineWidth = Math.max(1, context.lineWidth - 1.5);
+        context.setLineDash([3, 15]);
+        context.lineDashOffset = -now / 22;
+        context.stroke();
+        context.setLineDash([]);
       }
     }
     if (!crowd) {
@@ -188,7 +193,7 @@ export class FleetMap {
         // Somewhere on its curve where no other label is.
         const spot = [0.5, 0.3, 0.7, 0.18, 0.82, 0.4, 0.6]
           .map((t) => ({
-            x: from.x + from.w + (to.x - from.x - from.w) * t,
+            x: small ? this._edge.prefill + (this._edge.decode - this._edge.prefill) * t : from.x + from.w + (to.x - from.x - from.w) * t,
             y: from.y + from.h / 2 + (to.y + to.h / 2 - from.y - from.h / 2) * t * t * (3 - 2 * t),
           }))
           .find(({ x, y }) => taken.every((other) => Math.abs(other.x - x) > other.half + half + 2 || Math.abs(other.y - y) > 19));
@@ -232,10 +237,6 @@ export class FleetMap {
           top -= tall;
           context.fillStyle = colour;
           context.fillRect(x, Math.max(y, top), w, Math.min(tall, h));
-        }
-        if (worker.running && w >= 9) {
-          context.fillStyle = own;
-          context.fillRect(x, y, w, Math.min(2, h));
         }
       }
       context.globalAlpha = 1;

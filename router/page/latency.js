@@ -27,7 +27,7 @@ export class Distribution {
     const floor = height - BOTTOM;
     context.fillStyle = c.line;
     context.fillRect(0, floor, width, 1);
-    if (!data?.num) return false;
+    if (!data?.num) return undefined;
     const { edges_ms: edges, counts } = data;
     const low = Math.log(edges[0]);
     const high = Math.log(edges[edges.length - 1]);
@@ -69,7 +69,7 @@ export class Distribution {
       }
     }
     context.textAlign = "left";
-    return false;
+    return undefined;
   }
 }
 
@@ -89,7 +89,7 @@ export class Spark {
     const c = colours();
     context.clearRect(0, 0, width, height);
     const values = this._values.map((value) => (Number.isFinite(value) ? value : 0));
-    if (values.length < 2) return false;
+    if (values.length < 2) return undefined;
     const most = Math.max(...values) || 1;
     const step = width / (values.length - 1);
     const y = (value) => height - 1.5 - (value / most) * (height - 5);
@@ -106,6 +106,6 @@ export class Spark {
     context.fillStyle = c[this._colour];
     context.fill();
     context.globalAlpha = 1;
-    return false;
+    return undefined;
   }
 }

@@ -13,12 +13,12 @@ const get = (id) => document.getElementById(id);
 // Figures: what is true right now, and the last minutes of it
 
 const FIGURES = [
-  { name: "Workers", colour: "muted", series: (now) => now.serving, text: (s) => [count(s.now.serving), `of ${count(s.workers.size)}`], sub: (s) => `${count(s.now.serving_prefill)} prefill, ${count(s.now.serving_decode)} decode` },
+  { name: "Workers", colour: "muted", series: (now) => now.serving, text: (s) => [count(s.now.serving), `of ${count(s.workers.size)}`], sub: (s) => [el("span", { class: "is-prefill", title: "prefill workers that serve" }, `${count(s.now.serving_prefill)} P`), " + ", el("span", { class: "is-decode", title: "decode workers that serve" }, `${count(s.now.serving_decode)} D`)] },
   { name: "In flight", colour: "decode", series: (now) => now.running, text: (s) => [count(s.now.running), "requests"], sub: (s) => `${s.now.requests_s.toFixed(1)} finished /s` },
   { name: "Prompt", colour: "prefill", series: (now) => now.prompt_tokens_s, text: (s) => [short(s.now.prompt_tokens_s), "tokens/s"], sub: (s) => `${short(s.now.queued_tokens)} queued` },
   { name: "Answers", colour: "decode", series: (now) => now.generation_tokens_s, text: (s) => [short(s.now.generation_tokens_s), "tokens/s"], sub: () => "" },
   { name: "First token", colour: "prefill", series: (now) => now.ttft_p50_ms, text: (s) => [ms(s.latency.ttft?.p50_ms ?? NaN), ""], sub: (s) => (s.latency.ttft?.num ? `p99 ${ms(s.latency.ttft.p99_ms)}` : "no answers yet") },
-  { name: "Prefix hits", colour: "muted", series: (now) => now.hit_rate, text: (s) => [percent(s.now.hit_rate), ""], sub: (s) => (s.now.hit_window ? `of ${short(s.now.hit_window)} prompt tokens` : "no prompts yet") },
+  { name: "Prefix hits", colour: "muted", series: (now) => now.hit_rate, text: (s) => [percent(s.now.hit_rate), ""], sub: (s) => (s.now.hit_window ? `of ${short(s.now.hit_window)} tokens` : "no prompts yet") },
   { name: "Pages moved", colour: "transfer", series: (now) => now.read_bytes_s, text: (s) => (s.now.read_bytes_s >= 1e9 ? [(s.now.read_bytes_s / 1e9).toFixed(2), "GB/s"] : bytes(s.now.read_bytes_s).split(" ").map((word, index) => (index ? `${word}/s` : word))), sub: (s) => `${bytes(s.now.reading_bytes)} in flight` },
 ];
 
@@ -34,7 +34,7 @@ const updateFigures = () => {
   for (const figure of figures) {
     const [number, unit] = figure.text(state);
     figure.value.replaceChildren(number, unit ? el("small", {}, unit) : "");
-    figure.subNode.textContent = figure.sub(state);
+    figure.subNode.replaceChildren(...[figure.sub(state)].flat());
     figure.spark.update(state.history.map(figure.series));
   }
 };

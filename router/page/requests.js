@@ -1,7 +1,7 @@
 // Requests as timelines: time runs to the right edge, which is now. The span is as long as the oldest one in flight
 // needs, so that a prefill of minutes and an answer of a second both fit.
 
-import { Surface, clip, colours, font, monoFont, reducedMotion, rounded } from "./canvas.js";
+import { Surface, clip, colours, font, monoFont, rounded } from "./canvas.js";
 import { count, el, percent, seconds, short } from "./format.js";
 import { clock, state } from "./state.js";
 
@@ -85,14 +85,13 @@ export class RequestLines {
     const c = colours();
     const at = clock();
     context.clearRect(0, 0, width, height);
-    const flying = state.requests.size > 0;
     if (!this._rows.length) {
       context.fillStyle = c.muted;
       context.font = font(13);
       context.textAlign = "center";
       context.fillText("Nothing is in flight. Ask something on the right.", width / 2, height / 2);
       context.textAlign = "left";
-      return false;
+      return undefined;
     }
     const span = this._span(at);
     const x0 = LEFT;
@@ -154,7 +153,8 @@ export class RequestLines {
       const words = request.failed ? request.failed : `${short(request.prompt_tokens)} → ${count(request.generated_tokens)}${over ? "" : " …"}`;
       context.fillText(clip(context, words, RIGHT - 14), width - RIGHT + 10, y + 15);
     });
-    return flying && !reducedMotion.matches;
+    // Again once a bar has grown by a pixel.
+    return state.requests.size ? (1000 * span) / wide : undefined;
   }
 
   _tell() {
