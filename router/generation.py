@@ -225,7 +225,7 @@ class Generation(Response):
             if shown is not None and isinstance(event, Said) and isinstance(event.event, Progress):
                 self._progressed.set()
 
-        with serving.requests.follow(request, timeline.arrived) as live:
+        with serving.requests.follow(request, timeline) as live:
             async with contextlib.AsyncExitStack() as held:
                 turn = await held.enter_async_context(serving.admission.turn(request, self._stay.tenant, self._wishes))
                 timeline.ended("queue", time.monotonic())
@@ -244,7 +244,7 @@ class Generation(Response):
                 live.feed = tokens
                 async for batch in tokens:
                     turn.computed()
-                    live.tokens(time.monotonic(), len(batch))
+                    live.generated_tokens += len(batch)
                     opening: list[Json] = []
                     if self._measure(choice, batch):
                         opening = [] if shown is None else self._progress(shown)

@@ -12,10 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from router.relay import Relay, RelayRequest
+from router.timeline import Timeline
 from wire.errors import PenumbraError
 
 MOST_ENDED = 512
 """Ended requests that are remembered: what latencies and hit rates of late are taken from."""
+
+BRIEF_S = 1e-4
+"""A phase shorter than this is none that anybody could see."""
 
 Phase = tuple[str, float]
 """A phase's name and when it began, seconds after the request arrived."""
@@ -23,51 +27,43 @@ Phase = tuple[str, float]
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Live:
-    """One request on its way. Times are monotonic seconds."""
+    """One request on its way."""
 
     request: RelayRequest
-    arrived: float
+    timeline: Timeline
     feed: Relay | None = None  # once it is being relayed
-    first_token: float | None = None
-    last_token: float | None = None
     generated_tokens: int = 0
-
-    def tokens(self, now_s: float, num_tokens: int) -> None:
-        """So many more have been delivered."""
-        if self.first_token is None:
-            self.first_token = now_s
-        self.last_token = now_s
-        self.generated_tokens += num_tokens
 
     def told(self) -> Told:
         """How it stands now."""
-        feed, placement = self.feed, self.feed and self.feed.placement
-        prompt_tokens = len(self.request.prompt)
-        phases: list[Phase] = [("queue", 0.0)]
-        if feed is not None and feed.placed_at is not None:
-            phases.append(("prefill", feed.placed_at - self.arrived))
-        if self.first_token is not None:
-            phases.append(("decode", self.first_token - self.arrived))
+        feed, line = self.feed, self.timeline
+        placement = feed.placement if feed is not None else None
+        progress = line.progress(time.monotonic())
+        tpot_s = None
+        if line.first_token is not None and line.last_token is not None and self.generated_tokens > 1:
+            tpot_s = (line.last_token - line.first_token) / (self.generated_tokens - 1)
         return Told(
             request_id=self.request.request_id,
-            arrived=self.arrived,
+            arrived=line.arrived,
             prefill=placement.prefill.worker_id if placement and placement.prefill else "",
             decode=placement.decode.worker_id if placement else "",
             attempt=feed.attempts if feed else 0,
-            prompt_tokens=prompt_tokens,
-            cached_tokens=min(feed.progress.cached, prompt_tokens) if feed and feed.progress else 0,
-            done_tokens=min(feed.progress.done, prompt_tokens) if feed and feed.progress else 0,
+            prompt_tokens=len(self.request.prompt),
+            cached_tokens=progress.cached if progress else 0,
+            done_tokens=progress.processed if progress else 0,
             generated_tokens=self.generated_tokens,
             max_tokens=self.request.sampling.max_tokens,
-            phases=tuple(phases),
-            ttft_s=None if self.first_token is None else self.first_token - self.arrived,
-            tpot_s=self._tpot_s(),
+            phases=tuple(_visible([(part, begin - line.arrived) for part, begin in line.begun()])),
+            ttft_s=line.ttft,
+            tpot_s=tpot_s,
         )
 
-    def _tpot_s(self) -> float | None:
-        if self.first_token is None or self.last_token is None or self.generated_tokens < 2:
-            return None
-        return (self.last_token - self.first_token) / (self.generated_tokens - 1)
+
+def _visible(phases: list[Phase]) -> Iterator[Phase]:
+    """Without those that ended as they began."""
+    for (part, begin), after in zip(phases, [*phases[1:], None], strict=True):
+        if after is None or after[1] - begin >= BRIEF_S:
+            yield part, begin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,9 +98,9 @@ class LiveRequests:
     ended_computed_tokens: int = 0  # prompt tokens
 
     @contextlib.contextmanager
-    def follow(self, request: RelayRequest, arrived: float) -> Iterator[Live]:
+    def follow(self, request: RelayRequest, timeline: Timeline) -> Iterator[Live]:
         """The request is in flight while inside; how it left says how it ended."""
-        live = self.flying[request.request_id] = Live(request=request, arrived=arrived)
+        live = self.flying[request.request_id] = Live(request=request, timeline=timeline)
         failed = "cancelled"
         try:
             yield live
@@ -121,4 +117,4 @@ class LiveRequests:
         self.num_ended += 1
         self.ended_generated_tokens += told.generated_tokens
         self.ended_computed_tokens += told.done_tokens - told.cached_tokens
-        self.ended.append(replace(told, ended_s=time.monotonic() - live.arrived, failed=failed))
+        self.ended.append(replace(told, ended_s=time.monotonic() - live.timeline.arrived, failed=failed))

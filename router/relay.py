@@ -263,7 +263,6 @@ class RelayCore:
         self._place_again: Place | None = None
         self._holding: int | None = None  # an earlier attempt whose prefill stream still keeps the prompt's pages
         self.cached_tokens = 0  # of the prompt, as the prefill worker of the first token's attempt said
-        self.progress: Progress | None = None  # of the current attempt's prefill
         self._avoid: set[str] = set()
         self._gaps: deque[float] = deque(maxlen=GAP_WINDOW)
         self._last_token_at = 0.0
@@ -359,7 +358,7 @@ class RelayCore:
             self._computed = said.done
         if not self._emitted:
             if isinstance(said, Progress):
-                self.cached_tokens, self.progress = said.cached, said
+                self.cached_tokens = said.cached
             elif isinstance(said, RunFinished):
                 self.cached_tokens = said.cached_tokens
         if self._decoding:
@@ -449,7 +448,7 @@ class RelayCore:
         self._admitted = self._prefill_done = self._decoding = self._drawing = False
         self._computed = 0
         if not self._emitted:
-            self.cached_tokens, self.progress = 0, None
+            self.cached_tokens = 0
         self._deadline = None
         self._place_until = now + self._limits.migration_patience_s
         pause = self._random.uniform(0, RETRY_PAUSE_S * 2 ** (given_up - 1))
@@ -484,8 +483,6 @@ class Relay:
         self.cached_tokens = 0  # of the prompt; certain once `finished` is set
         self.attempts = 0
         self.placement: Placement | None = None
-        self.placed_at: float | None = None  # the current attempt, monotonic seconds
-        self.progress: Progress | None = None  # of its prefill
 
     def __aiter__(self) -> Relay:
         return self
@@ -602,7 +599,6 @@ class _Shell:
             now = time.monotonic()
             self._watch(now, event)
             await self._carry_out(self._core.step(now, event))
-            self._feed.progress = self._core.progress
 
     def drop_all(self) -> None:
         for attempt in self._attempts.values():
@@ -657,7 +653,6 @@ class _Shell:
             return NotPlaced(attempt, why_not(fleet, prompt_tokens, max_tokens))
         self._feed.attempts, self._feed.placement = attempt, placement
         self._on_place(placement)
-        self._feed.placed_at = time.monotonic()
         # Counted at once, before the next placement looks, not when a task gets to run.
         holds = self._attempts.setdefault(attempt, _Attempt()).holds
         if placement.prefill is not None:

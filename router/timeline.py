@@ -130,6 +130,21 @@ class Timeline:
             yield part, begin, end
             begin = end
 
+    def begun(self) -> Iterator[tuple[str, float]]:
+        """(part, its begin) of the parts so far, the one that lasts included; `tokens` is what follows the first."""
+        if self.first_token is not None:
+            for part, begin, _ in self.parts():
+                yield part, begin
+            yield "tokens", self.first_token
+            return
+        begin = self.arrived
+        for part in (*PARTS[:6], "prefill"):
+            yield part, begin
+            end = self._admitted if part == "admit" else self._ends.get(part)
+            if end is None:
+                return
+            begin = max(begin, end)
+
     def _part_ends(self, first_token: float) -> Iterator[tuple[str, float]]:
         for part in PARTS[:5]:
             yield part, self._ends.get(part, 0.0)

@@ -120,6 +120,8 @@ export class Chat {
       max_tokens: Number(get("max-tokens").value) || undefined,
       temperature: Number(get("temperature").value),
       thinking: { type: get("thinking").value },
+      return_progress: true,
+      return_timeline: true,
     };
     if (get("effort").value) body.reasoning_effort = get("effort").value;
     if (tools) body.tools = tools;
@@ -284,8 +286,14 @@ class AnswerView {
     return message;
   }
 
-  // The parts of the answer's time: as the router tells them, else as they look from here.
+  // The parts of the answer's time: as the router tells them with the answer or in the fleet's stream, else as they look
+  // from here.
   _parts() {
+    const told = this._usage?.timeline;
+    if (told?.ttft_ms) {
+      const parts = Object.entries(told).filter(([name, value]) => name.endsWith("_ms") && name !== "ttft_ms" && value >= 0.05);
+      return parts.map(([name, value]) => [name.slice(0, -3), value]);
+    }
     const request = state.requests.get(this.id) ?? state.finished.find((one) => one.request_id === this.id);
     if (request?.phases?.length) {
       const end = request.ended_s ?? (this._over ? null : (performance.now() - this._sent) / 1000);
@@ -297,7 +305,7 @@ class AnswerView {
     }
     const now = this._over ? this._last : performance.now();
     const parts = [["waiting", (this._first ?? now) - this._sent]];
-    if (this._first) parts.push(["decode", now - this._first]);
+    if (this._first) parts.push(["answer", now - this._first]);
     return parts;
   }
 
@@ -315,14 +323,13 @@ class AnswerView {
     const facts = [];
     const fact = (name, value) => facts.push(el("span", {}, name, " ", el("b", {}, value)));
     if (!this._first && !this._over) {
-      const { total, processed = 0, cache = 0, time_ms: spent = 0 } = this._progress ?? {};
+      const { total, processed = 0, cache = 0, eta_ms: left } = this._progress ?? {};
       if (total) {
-        const rate = processed > cache ? (processed - cache) / spent : 0;
         fact("prompt", `${percent(processed / total)} of ${count(total)} tokens${cache ? `, ${count(cache)} cached` : ""}`);
-        if (rate > 0 && processed < total) fact("left", ms((total - processed) / rate));
+        if (left) fact("left", ms(left));
       } else fact("waiting", ms(performance.now() - this._sent));
     }
-    if (this._first) fact("first token", ms(this._first - this._sent));
+    if (this._first) fact("first token", ms(this._usage?.timeline?.ttft_ms ?? this._first - this._sent));
     const usage = this._usage;
     if (usage) {
       const { prompt_tokens: prompt, completion_tokens: tokens } = usage;

@@ -2,7 +2,7 @@
 // a thousand workers cost a thousand rectangles and no DOM nodes; and a table of which only the rows in sight exist.
 
 import { Surface, clip, colours, font, monoFont, reducedMotion, rounded } from "./canvas.js";
-import { bytes, count, el, ms, percent, short } from "./format.js";
+import { bytes, count, el, ms, percent, short, speed } from "./format.js";
 import { clock, state } from "./state.js";
 
 const MOST_THREADS = 90;
@@ -188,7 +188,7 @@ export class FleetMap {
       for (const link of links.slice(0, 12)) {
         const from = this._at.get(link.prefill);
         const to = this._at.get(link.decode);
-        const text = `${link.gb_s.toFixed(link.gb_s < 10 ? 2 : 0)} GB/s`;
+        const text = speed(link.gb_s);
         const half = context.measureText(text).width / 2 + 6;
         // Somewhere on its curve where no other label is.
         const spot = [0.5, 0.3, 0.7, 0.18, 0.82, 0.4, 0.6]
@@ -360,7 +360,7 @@ export class FleetMap {
     const links = [...state.links.values()].filter((link) => link.prefill === this.selected || link.decode === this.selected).sort((a, b) => b.active_s - a.active_s);
     for (const link of links.slice(0, 3)) {
       const other = link.prefill === this.selected ? link.decode : link.prefill;
-      facts.push([`${worker.role === "decode" ? "from" : "to"} ${other} `, `${link.gb_s.toFixed(2)} GB/s, p50 ${ms(link.p50_ms)}, ${bytes(link.bytes)}`]);
+      facts.push([`${worker.role === "decode" ? "from" : "to"} ${other} `, `${speed(link.gb_s)}, p50 ${ms(link.p50_ms)}, ${bytes(link.bytes)}`]);
     }
     if (links.length > 3) facts.push(["and ", `${links.length - 3} more pairs`]);
     this._detail.replaceChildren(el("span", { class: "name" }, worker.worker_id), ...facts.map(([name, value]) => el("span", {}, name, el("b", {}, value))));

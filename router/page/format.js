@@ -32,6 +32,8 @@ export const bytes = (value) => {
   return `${Math.round(value)} B`;
 };
 
+export const speed = (gigabytes) => (gigabytes < 0.1 ? `${(gigabytes * 1e3).toFixed(gigabytes < 0.01 ? 1 : 0)} MB/s` : `${gigabytes.toFixed(gigabytes < 10 ? 2 : 0)} GB/s`);
+
 export const ms = (value) => {
   if (!Number.isFinite(value)) return "–";
   if (value >= 60_000) return `${Math.floor(value / 60_000)} min ${Math.round((value % 60_000) / 1000)} s`;

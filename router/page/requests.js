@@ -12,10 +12,8 @@ const SPANS = [12, 20, 40, 60, 120, 240, 480, 960, 1920, 4800]; // whole seconds
 
 // A phase's colour. Everything before the prompt is computed is waiting, whatever its name.
 export const phaseClass = (name) => {
-  if (name === "prefill" || name === "prefill_queue") return name === "prefill" ? "prefill" : "queue";
-  if (name.includes("transfer")) return "transfer";
-  if (name === "decode" || name === "tokens" || name === "first_decode") return "decode";
-  return "queue";
+  if (name === "prefill" || name === "transfer") return name;
+  return name === "tokens" || name === "first_decode" || name === "answer" ? "decode" : "queue";
 };
 
 export class RequestLines {

@@ -7,8 +7,8 @@ import pytest
 
 from engine.model.tiny import write_tiny
 from tests.cluster.local_cluster import LocalCluster, local_cluster
-from tests.wire.collector import Collector
 from tests.page.browser import browser as browser
+from tests.wire.collector import Collector
 
 
 @pytest.fixture(scope="session")

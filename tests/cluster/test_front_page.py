@@ -29,9 +29,9 @@ def test_a_conversation_streams_and_shows_where_its_time_went(browser: Browser, 
         assert page.locator(".said.user").inner_text() == MARKUP
         assert page.locator(".talk img, .talk script").count() == 0
         assert page.title() == "Penumbra"
-        # The stream of the fleet tells of this request in its own words, and the answer is drawn from them.
+        # The router tells with the answer where its time went, and the answer is drawn from that.
         expect(answer.locator(".track")).to_have_attribute(
-            "aria-label", re.compile(r"prefill .*decode "), timeout=WAIT_MS
+            "aria-label", re.compile(r"prefill .*first decode .*tokens "), timeout=WAIT_MS
         )
         page.keyboard.press("Escape")
         page.keyboard.press("r")

@@ -21,6 +21,7 @@ from router.fleet import FleetSnapshot, WorkerView
 from router.front_page import FrontPage
 from router.live import LiveRequests
 from router.relay import RelayRequest
+from router.timeline import Timeline
 from wire.registry import decode_record, encode_record
 from wire.types import Link, Role, SamplingParams, WorkerInfo
 
@@ -91,14 +92,25 @@ class Thousand:
 def some_requests(num_flying: int = 300, num_ended: int = 400) -> LiveRequests:
     requests, chance = LiveRequests(), random.Random(2)
     now = time.monotonic()
+
+    def timeline(arrived: float, first_token: float | None) -> Timeline:
+        line = Timeline(arrived)
+        line.ended("tokenize", arrived + 0.02)
+        line.ended("route", arrived + 0.1)
+        line.ended("retry", arrived + 0.1)
+        if first_token is not None:
+            line.delivered(first_token)
+        return line
+
     for i in range(num_ended):
-        with requests.follow(_request(f"{i:04x}ended"), now - chance.lognormvariate(0.5, 1.1) - 1) as live:
-            live.tokens(now - 1, 1)
-            live.tokens(now, chance.randint(20, 90))
+        line = timeline(now - chance.lognormvariate(0.5, 1.1) - 2, now - 1)
+        with requests.follow(_request(f"{i:04x}ended"), line) as live:
+            live.generated_tokens = chance.randint(20, 90)
+            line.delivered(now)
     for i in range(num_flying):
-        live = requests.follow(_request(f"{i:04x}flying"), now - chance.uniform(0, 40)).__enter__()
-        if i % 3:
-            live.tokens(now - chance.uniform(0, 5), 7)
+        line = timeline(now - chance.uniform(6, 40), now - chance.uniform(0, 5) if i % 3 else None)
+        live = requests.follow(_request(f"{i:04x}flying"), line).__enter__()
+        live.generated_tokens = 7 if i % 3 else 0
     return requests
 
 

@@ -12,6 +12,7 @@ from router.board import MOST_REQUESTS, Board, Look, distribution
 from router.fleet import FleetSnapshot, WorkerView
 from router.live import LiveRequests
 from router.relay import RelayRequest
+from router.timeline import Timeline
 from wire.errors import WorkerLost
 from wire.types import Link, Role, SamplingParams, WorkerInfo
 
@@ -79,14 +80,24 @@ def test_a_pair_is_active_when_its_bytes_are_seen_to_move() -> None:
 def test_requests_are_told_while_they_fly_and_once_when_they_end() -> None:
     requests = LiveRequests()
     board = Board(requests)
-    with requests.follow(request("r1"), arrived=-1.0) as live:
-        live.tokens(0.5, 1)
-        live.tokens(1.5, 2)
-        board.tick(look(2))
+    line = Timeline(10.0)
+    with requests.follow(request("r1"), line) as live:
+        for part, end in (("receive", 10.0), ("tokenize", 10.25), ("queue", 10.5)):
+            line.ended(part, end)
+        board.tick(look(11))
+        assert board.frame["requests"][0]["phases"] == [["tokenize", 0.0], ["queue", 0.25], ["route", 0.5]]
+        line.ended("route", 10.75)
+        line.ended("retry", 10.75)
+        board.tick(look(11))
+        assert board.frame["requests"][0]["phases"][-1] == ["admit", 0.75]
+        live.generated_tokens = 3
+        line.delivered(11.5)
+        line.delivered(12.5)
+        board.tick(look(13))
         (told,) = board.frame["requests"]
         assert (told["request_id"], told["generated_tokens"], told["prompt_tokens"]) == ("r1", 3, 8)
-        assert told["phases"] == [["queue", 0.0], ["decode", 1.5]]
-        assert told["arrived"] == 999_999
+        assert told["phases"][-2:] == [["prefill", 0.75], ["tokens", 1.5]]
+        assert told["arrived"] == 1_000_010
     board.tick(look(3))
     assert board.change["requests"] == []
     (ended,) = board.change["finished"]
@@ -101,9 +112,9 @@ def test_requests_are_told_while_they_fly_and_once_when_they_end() -> None:
 
 def test_a_request_that_failed_says_why_and_one_left_by_its_client_was_cancelled() -> None:
     requests = LiveRequests()
-    with pytest.raises(WorkerLost), requests.follow(request("r1"), arrived=0.0):
+    with pytest.raises(WorkerLost), requests.follow(request("r1"), Timeline(0.0)):
         raise WorkerLost("gone")
-    with pytest.raises(KeyboardInterrupt), requests.follow(request("r2"), arrived=0.0):
+    with pytest.raises(KeyboardInterrupt), requests.follow(request("r2"), Timeline(0.0)):
         raise KeyboardInterrupt
     assert [told.failed for told in requests.ended] == [WorkerLost.code, "cancelled"]
     assert not requests.flying
@@ -112,7 +123,7 @@ def test_a_request_that_failed_says_why_and_one_left_by_its_client_was_cancelled
 def test_with_more_requests_than_a_frame_tells_the_oldest_and_newest_are_there() -> None:
     requests = LiveRequests()
     board = Board(requests)
-    holds = [requests.follow(request(f"r{i}"), arrived=float(i)) for i in range(MOST_REQUESTS + 50)]
+    holds = [requests.follow(request(f"r{i}"), Timeline(float(i))) for i in range(MOST_REQUESTS + 50)]
     for hold in holds:
         hold.__enter__()
     board.tick(look(1000))
