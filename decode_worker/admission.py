@@ -91,13 +91,16 @@ class Admission:
         counts = self.cache.counts(PageClass.FULL)
         return counts.free + counts.evictable
 
-    def admit(self, request: StartRequest, num_tokens: int, digests: Items[bytes]) -> tuple[Sequence, int] | None:
+    def admit(
+        self, request: StartRequest, num_tokens: int, digests: Items[bytes], *, computed: bool = True
+    ) -> tuple[Sequence, int] | None:
         """Places for the request's first `num_tokens` tokens: full pages, the window before the next one, and a
         slot; and how many pages, of those that `digests` name, are resident and need not be fetched. Or None.
 
         The next token has its page as well. So whoever is let in, or let in again, says at least one more word before
         it can be asked to make room: requests that take turns all get ahead.
         Behind its pages a request finds room to grow, unless it has the worker to itself and needs nobody's leave.
+        Tokens that are not `computed` anywhere yet have no window: whoever computes them maps it as they go.
         """
         pools, most = self._pools, _most_pages(request)
         total, window = num_pages(num_tokens + 1), most_window_pages(1)
@@ -120,7 +123,8 @@ class Admission:
         )
         self._inside[sequence.slot] = _Inside(sequence, most, lease)
         self.window.reserve(sequence, window)
-        self.window.cover(sequence, first_window_page(num_tokens) * PAGE_TOKENS, num_tokens)
+        if computed:
+            self.window.cover(sequence, first_window_page(num_tokens) * PAGE_TOKENS, num_tokens)
         return sequence, resident
 
     def grow(self, sequence: Sequence) -> bool:

@@ -24,6 +24,7 @@ class DecodeConfig:
     growth_tokens: int = 512  # kept free behind each request when another one comes in
     host_memory_bytes: int = 1 << 30  # for requests that made room for others
     draft_tokens: int | None = 0  # verified in one step at most, 0 to 3; None: as many as pay
+    local_prefill: bool = True  # compute prompts itself when a router asks for it
     prefix_cache: bool = True  # keep prompts and answers for requests that begin with them
     drain_s: float = 30.0
     log_level: str = "info"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -11,6 +12,8 @@ from prometheus_client import CollectorRegistry
 from decode_worker.config import DecodeConfig
 from decode_worker.scheduler import DecodeCore, DecodeLimits
 from decode_worker.service import DecodeService
+from engine.colocated import generate
+from engine.pace import Pace
 from engine.runner import Runner
 from kvtransfer.loopback import LoopbackTransport
 from kvtransfer.nixl import NixlTransport
@@ -18,6 +21,7 @@ from kvtransfer.reader import Reader
 from kvtransfer.transport import Transport
 from wire.events import PrefixPublisher
 from wire.telemetry import WorkerMetrics, configure_logging
+from wire.types import PAGE_TOKENS, SamplingParams
 from wire.worker import DoorConfig, serve
 
 log = structlog.get_logger()
@@ -40,6 +44,21 @@ def run(config: DecodeConfig) -> int:
         transport.close()
 
 
+def measured(runner: Runner) -> Pace:
+    """How fast this worker computes prompts, from one of a page's length; the first one only warms up.
+
+    Without it no router would know whether to ask it to, and it would never find out.
+    """
+    pace, num_tokens = Pace(), min(PAGE_TOKENS, runner.max_context - 1)
+    prompt = [i % runner.model_config.vocab_size for i in range(num_tokens)]
+    for _ in range(2):
+        began = time.perf_counter()
+        for _ in generate(runner, prompt, SamplingParams(max_tokens=1, seed=0), chunk_tokens=num_tokens):
+            pace = Pace()
+            pace.record([(0, num_tokens)], time.perf_counter() - began)
+    return pace
+
+
 async def _serve(config: DecodeConfig, runner: Runner, transport: Transport, epoch: int) -> int:
     pools = runner.pools
     core = DecodeCore(
@@ -52,10 +71,14 @@ async def _serve(config: DecodeConfig, runner: Runner, transport: Transport, epo
             host_memory_bytes=config.host_memory_bytes,
             prefix_cache=config.prefix_cache,
             draft_tokens=config.draft_tokens if runner.draft is not None else 0,
+            local_prefill=config.local_prefill,
+            # The draft layer's window is behind one layer more.
+            num_layers=runner.model_config.num_layers + (config.engine.draft and runner.model_config.draft_layer),
             max_context=runner.max_context,
             vocab_size=runner.model_config.vocab_size,
             eos_token_id=runner.model_config.eos_token_id,
         ),
+        measured(runner) if config.local_prefill else Pace(),
     )
     registry = CollectorRegistry()
     publisher = PrefixPublisher(config.redis_url, config.worker_id, epoch)
@@ -69,6 +92,7 @@ async def _serve(config: DecodeConfig, runner: Runner, transport: Transport, epo
         model=runner.fingerprint,
         signature=pools.signature,
         max_context=runner.max_context,
+        local_prefill=config.local_prefill,
         hold_grammar=runner.grammars.hold,
         publish=publisher.publish,
     )

@@ -6,6 +6,9 @@ are not fetched again. When answers outgrow the pages there are, the request tha
 bytes move to host memory and back once there is room again, and it goes on where it was. However a request
 ends, it holds nothing afterwards, except pages that a read has not let go of yet.
 
+A request that names nobody to fetch from has its prompt computed here, a page's worth of it in each step beside those
+who decode.
+
 A request may bring tokens that another worker has emitted. These are computed, not drawn: several in a step, with
 the bits they had there, and the next token is drawn as it would have been there.
 """
@@ -21,8 +24,9 @@ from decode_worker.admission import Admission, Place, Pools, has_room, places_of
 from decode_worker.drafting import DraftDepth
 from decode_worker.fetch import Fetch
 from decode_worker.preemption import HostPages
-from engine.batch import Drawn, Segment, Sequence, not_drawn
+from engine.batch import Drawn, Segment, Sequence, not_drawn, rebuild_tokens
 from engine.loop import Load, StepFailed, Tick
+from engine.pace import Pace
 from kvtransfer.plan import item_bytes
 from kvtransfer.reader import ReadJob, ReadResult
 from wire.convert import failed_from_error
@@ -47,6 +51,7 @@ from wire.types import (
     PageClass,
     PageOffer,
     PrefixEvent,
+    Progress,
     RegionClass,
     Replaying,
     SamplingParams,
@@ -199,6 +204,8 @@ class DecodeLimits:
     host_memory_bytes: int = 1 << 30  # for preempted requests
     prefix_cache: bool = True
     draft_tokens: int | None = 0  # verified in one step at most; None: as many as pay
+    local_prefill: bool = False  # compute prompts for which no source is named
+    num_layers: int = 1  # says how much to compute again for a window that is gone
     max_context: int
     vocab_size: int
     eos_token_id: int
@@ -209,6 +216,7 @@ class _State(Enum):
 
     WAITING = auto()  # for room
     FETCHING = auto()
+    COMPUTING = auto()  # its prompt, itself
     RUNNING = auto()
     SAVING = auto()
     PREEMPTED = auto()  # in host memory
@@ -232,6 +240,7 @@ class _Run:
     guesses: tuple[int, ...] = ()  # at the tokens behind those
     length: int = 0  # tokens whose KV is computed, once the prompt's is
     cached_tokens: int = 0
+    rebuilt_at: int = 0  # up to here, of a prompt that is computed here, only windows are computed
     trusted: bool = True
 
     @property
@@ -247,7 +256,8 @@ class _Run:
 class DecodeCore:
     """The decode worker's scheduler; implements `engine.loop.Core`."""
 
-    def __init__(self, pools: Pools, limits: DecodeLimits) -> None:
+    def __init__(self, pools: Pools, limits: DecodeLimits, pace: Pace | None = None) -> None:
+        """`pace` is what this worker knows of how fast it computes prompts."""
         self._pools = pools
         self._limits = limits
         self._admission = Admission(pools, limits.growth_tokens)
@@ -258,6 +268,9 @@ class DecodeCore:
         self._batch: list[tuple[_Run, int, int]] = []  # with how many tokens of its answer, and drafts behind those
         self._depth = DraftDepth(limits.draft_tokens)
         self._batch_started_s = 0.0
+        self._computing: deque[_Run] = deque()  # whose chunk is next, first
+        self._pace = pace or Pace()
+        self._rebuild_tokens = rebuild_tokens(limits.num_layers)
         self._by_job: dict[str, _Run] = {}
         self._orphans: dict[str, tuple[Place, ...]] = {}  # reads that outlived their request -> quarantined places
         self._num_admitted = 0
@@ -303,7 +316,9 @@ class DecodeCore:
         return actions + self._share_out(now_s)
 
     def next_batch(self, now_s: float) -> list[Segment]:
-        """The last token of every running request that has room for it, and the guesses at what follows it."""
+        """The last token of every running request that has room for it, and the guesses at what follows it; and a chunk
+        of one prompt that is computed here.
+        """
         assert not self._batch, "the last batch has not been answered"
         segments = []
         going = [run for run in self._running.values() if run.sequence is not None and has_room(run.sequence)]
@@ -341,7 +356,53 @@ class DecodeCore:
                     guesses=guesses,
                 )
             )
+        if self._computing:
+            segments.append(self._chunk(self._computing[0]))
         return segments
+
+    def _chunk(self, run: _Run) -> Segment:
+        """The next part of a prompt that is computed here: within one page, so that neither its window needs more than
+        is reserved nor those who decode beside it wait for long.
+        """
+        self._computing.rotate(-1)
+        sequence, total = run.sequence, len(run.request.prompt)
+        assert sequence is not None
+        start = run.length
+        end = min(total, (start // PAGE_TOKENS + 1) * PAGE_TOKENS)
+        self._batch.append((run, end - start, 0))
+        self._admission.window.cover(sequence, start, end)
+        return Segment(
+            sequence=sequence,
+            start=start,
+            tokens=list(run.request.prompt[start:end]),
+            # Where the answer goes on from what another worker emitted, its first token is known.
+            sample=end == total and not run.answer,
+            rebuild=start < run.rebuilt_at,
+        )
+
+    def _computed(self, run: _Run, taken: int, drawn: Drawn) -> list[DecodeAction]:
+        """A chunk of the prompt is there; behind the last one the request runs like any other."""
+        sequence, total = run.sequence, len(run.request.prompt)
+        assert sequence is not None
+        run.length += taken
+        sequence.length = run.length
+        self._admission.window.trim(sequence)
+        told = Emit(run.id, Progress(done=run.length, total=total, cached=run.cached_tokens))
+        if run.length < total:
+            return [told]
+        self._computing.remove(run)
+        run.state = _State.RUNNING
+        self._running[run.id] = run
+        if not run.answer:
+            (first,) = drawn.tokens
+            if not first.ok:
+                run.trusted = bool(first.problem)
+                return [told, *self._fail(run, not_drawn(first, f"prompt {run.id}"))]
+        self._admission.share(sequence, run.digests)
+        if run.answer:
+            return [told, self._replaying(run)]
+        token = TokenEvent(index=0, token_id=first.token_id, logprob=first.logprob, top=first.top)
+        return [told, *self._advance(run, [token])]
 
     def _replay(self, run: _Run, tokens: list[int]) -> Segment:
         """Tokens of the answer that another worker has drawn; behind the last of them one is drawn here."""
@@ -355,12 +416,19 @@ class DecodeCore:
     def finish(self, now_s: float, results: list[Drawn]) -> list[DecodeAction]:
         actions: list[DecodeAction] = []
         batch, self._batch = self._batch, []
-        if all(taken == 1 for _, taken, _ in batch):  # a step that replays says nothing about what drafts cost
+        chunks = [(run.length, taken) for run, taken, _ in batch if run.state is _State.COMPUTING]
+        if chunks and len(chunks) == len(batch):
+            self._pace.record(chunks, now_s - self._batch_started_s)
+        # A step that replays, or computes a prompt, says nothing about what drafts cost.
+        if not chunks and all(taken == 1 for _, taken, _ in batch):
             self._depth.measured(
                 [(drafts, len(drawn.tokens) - 1) for (_, _, drafts), drawn in zip(batch, results, strict=True)],
                 now_s - self._batch_started_s,
             )
         for (run, taken, _), drawn in zip(batch, results, strict=True):
+            if run.state is _State.COMPUTING:
+                actions += self._computed(run, taken, drawn)
+                continue
             sequence = run.sequence
             assert sequence is not None
             whole = taken == len(run.ahead)
@@ -392,11 +460,16 @@ class DecodeCore:
     def load(self) -> Load:
         pools = self._pools
         fetching = [run for run in self._runs.values() if run.fetch is not None]
+        computing = [run for run in (*self._waiting, *self._computing) if run.request.source is None]
+        token_ns, depth_ns = self._pace.line()
         return Load(
             running=len(self._runs) - len(self._waiting),
             waiting=len(self._waiting),
             queued_tokens=sum(len(run.request.prompt) for run in (*self._waiting, *fetching)),
             free_tokens=self._admission.free_pages * PAGE_TOKENS,
+            prefill_token_ns=token_ns,
+            prefill_depth_ns=depth_ns,
+            computing_tokens=sum(len(run.request.prompt) - run.length for run in computing),
             pages={
                 PageClass.FULL: self._admission.cache.counts(PageClass.FULL),
                 PageClass.SWA: pools.swa.counts(),
@@ -442,7 +515,7 @@ class DecodeCore:
         newest = max((a for r, a in self._runs if r == request.request_id), default=-1)
         if request.attempt <= newest:
             raise StaleAttempt(f"run {run_id} comes after attempt {newest}, which is here; send a higher attempt")
-        if request.source is None:
+        if request.source is None and not limits.local_prefill:
             raise InvalidRequest("this worker computes no prompts; name the worker that does", param="source")
         if len(request.emitted) > sampling.max_tokens:
             raise InvalidRequest(
@@ -503,7 +576,7 @@ class DecodeCore:
         for victim in reversed(self._by_order(_State.RUNNING)[1:]):
             if (save := self._preempt(victim)) is not None:
                 return [save]
-        coming = self._pools.full.counts().quarantined or self._by_order(_State.FETCHING)
+        coming = self._pools.full.counts().quarantined or self._by_order(_State.FETCHING, _State.COMPUTING)
         if len(stuck) < len(self._running) or coming:
             return []
         # Everybody stands still and nothing will come back by itself.
@@ -573,9 +646,11 @@ class DecodeCore:
         actions: list[DecodeAction] = []
         while self._waiting:
             run = self._waiting[0]
-            # At least one token is prefill's to compute, so that there is a first one to answer with.
-            n = len(run.request.prompt)
-            admitted = self._admission.admit(run.request, n, run.digests[: (n - 1) // PAGE_TOKENS])
+            # At least one token is left to compute, so that there is a first one to answer with.
+            n, source = len(run.request.prompt), run.request.source
+            admitted = self._admission.admit(
+                run.request, n, run.digests[: (n - 1) // PAGE_TOKENS], computed=source is not None
+            )
             if admitted is None:
                 break
             sequence, resident = admitted
@@ -583,6 +658,9 @@ class DecodeCore:
             self._num_admitted += 1
             run.state, run.sequence, run.order = _State.FETCHING, sequence, self._num_admitted
             sequence.answer = run.answer
+            if source is None:
+                actions += self._compute(run, resident)
+                continue
             run.fetch = Fetch(
                 run.request,
                 sequence,
@@ -598,6 +676,22 @@ class DecodeCore:
                 OpenClaim(run.id, run.fetch.source, resident * PAGE_TOKENS, run.secret),
             ]
         return actions
+
+    def _compute(self, run: _Run, resident_pages: int) -> list[DecodeAction]:
+        """Waiting -> computing. The prefix tree here keeps no windows, so the one behind the resident pages is computed
+        again, from as far back as it takes to be right.
+        """
+        assert run.sequence is not None
+        run.state, run.deadline = _State.COMPUTING, None
+        run.rebuilt_at = resident_pages * PAGE_TOKENS
+        run.length = run.sequence.length = run.cached_tokens = max(0, run.rebuilt_at - self._rebuild_tokens)
+        run.sequence.swa_pages[:] = [0] * (run.length // PAGE_TOKENS)
+        self._computing.append(run)
+        total = len(run.request.prompt)
+        return [
+            Emit(run.id, Admitted(resident_prefix=run.rebuilt_at, secret=run.secret)),
+            Emit(run.id, Progress(done=run.length, total=total, cached=run.cached_tokens)),
+        ]
 
     def _offer(self, now_s: float, run_id: AttemptId, offer: PageOffer) -> list[DecodeAction]:
         run = self._runs.get(run_id)
@@ -718,6 +812,8 @@ class DecodeCore:
         """Out of every book, from any state. Pages under a read are quarantined until that read has ended."""
         del self._runs[run.id]
         self._running.pop(run.id, None)
+        if run in self._computing:
+            self._computing.remove(run)
         self._forget_saved(run)
         if run.state is _State.WAITING:
             self._waiting.remove(run)

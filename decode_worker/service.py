@@ -110,6 +110,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         model: str,
         signature: str,
         max_context: int,
+        local_prefill: bool = False,
         publish: Callable[[Sequence[PrefixEvent]], None] = lambda events: None,
         hold_grammar: Callable[[str], contextlib.AbstractAsyncContextManager[None]] = lambda _: (
             contextlib.nullcontext()
@@ -123,6 +124,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._model = model
         self._signature = signature
         self._max_context = max_context
+        self._local_prefill = local_prefill
         self._memory = memory
         self._publish_prefixes = publish
         self._metrics = metrics
@@ -184,6 +186,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             transfer_bytes_per_s=int(self._reads.mean),
             exposed_us=int(self._exposed.mean * 1e6),
             kv_token_bytes=self._kv_token_bytes,
+            local_prefill=self._local_prefill,
             computing_tokens=load.computing_tokens,
             read_bytes=self._links.read_bytes,
             reading_bytes=self._links.reading_bytes,
