@@ -1,4 +1,4 @@
-"""Keep what `make test-long` found: one row a test, replacing the rows of the run before.
+"""Keep what `make test-long` found: one row a test, replacing the row it had before.
 
     python -m bench.long_tests REPORT.xml
 
@@ -41,10 +41,15 @@ def rows(report: Path) -> list[dict[str, str]]:
 
 def main(report: Path) -> int:
     path = RESULTS / "test-long.csv"
+    kept: dict[str, dict[str, str]] = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = {row["test"]: row for row in csv.DictReader(file)}
+    kept |= {row["test"]: row for row in rows(report)}
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=COLUMNS)
         writer.writeheader()
-        writer.writerows(rows(report))
+        writer.writerows(kept.values())
     print(f"kept in {path}")
     return 0
 

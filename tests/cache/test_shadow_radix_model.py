@@ -56,8 +56,11 @@ class Naive:
 
 
 class TreeAgainstModel(RuleBasedStateMachine):
+    steps = 0  # of all examples
+
     def __init__(self) -> None:
         super().__init__()
+        TreeAgainstModel.steps -= 1  # the first look comes before any step
         self.full, self.swa = PageAllocator(NUM_FULL + 1), PageAllocator(NUM_SWA + 1)
         self.tree = ShadowRadix(self.full, self.swa, retained_windows=3)
         self.model = Naive()
@@ -158,6 +161,7 @@ class TreeAgainstModel(RuleBasedStateMachine):
 
     @invariant()
     def books_agree(self) -> None:
+        TreeAgainstModel.steps += 1
         self.tree.check({})
         for component, kept, allocator in (
             (FULL, self.model.full, self.full),
@@ -177,20 +181,29 @@ class TreeAgainstModel(RuleBasedStateMachine):
         assert (self.full.free, self.swa.free) == (NUM_FULL, NUM_SWA)
 
 
-def run_steps(examples: int) -> None:
-    run_state_machine_as_test(
-        TreeAgainstModel,
-        settings=settings(
-            max_examples=examples, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
-        ),
-    )
+def run_steps(wanted: int) -> int:
+    """At least so many steps, each followed by a look at everything; returns how many there were."""
+    TreeAgainstModel.steps = 0
+    while TreeAgainstModel.steps < wanted:
+        # In portions: Hypothesis remembers every example of a run.
+        run_state_machine_as_test(
+            TreeAgainstModel,
+            settings=settings(
+                max_examples=200,
+                stateful_step_count=50,
+                deadline=None,
+                database=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+    return TreeAgainstModel.steps
 
 
 def test_ten_thousand_steps_leave_the_tree_as_the_model_has_it() -> None:
-    run_steps(200)
+    run_steps(10_000)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(7200)
-def test_a_million_steps_leave_the_tree_as_the_model_has_it() -> None:
-    run_steps(20_000)
+def test_a_million_steps_leave_the_tree_as_the_model_has_it(record_property: pytest.RecordProperty) -> None:
+    record_property("steps", run_steps(1_000_000))
