@@ -75,6 +75,15 @@ MaxRequests = Annotated[int, flag("max-requests", "Requests one worker holds at 
 MaxContext = Annotated[int, flag("max-context", "Longest request in tokens; 0: what the checkpoint allows.", min=0)]
 Threads = Annotated[int, flag("threads", "Compute threads of one worker.", min=1)]
 Transport = Annotated[Literal["nixl"], flag("transport", "How pages travel.")]
+RetainedMemory = Annotated[
+    int | None,
+    flag(
+        "retained-window-memory",
+        "Memory for windows kept inside long prefixes, for prompts that part there; else a quarter of the windows.",
+        parser=parse_bytes,
+        metavar="BYTES",
+    ),
+]
 ChunkTokens = Annotated[int, flag("chunk-tokens", "Tokens of one prompt computed in one step.", min=1)]
 AdvertiseHost = Annotated[str, flag("advertise-host", "Host name others dial, where it is not --host.")]
 Grace = Annotated[float, flag("grace-s", "Seconds running requests may take to finish after SIGTERM.", min=0)]
@@ -316,6 +325,7 @@ def prefill(
     kv_layout: KvLayout = "v4",
     kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]
     prefix_cache: PrefixCache = True,
+    retained_window_memory: RetainedMemory = None,
     draft_tokens: DraftTokens = "auto",
     max_requests: MaxRequests = 64,
     max_context: MaxContext = 0,
@@ -353,6 +363,7 @@ def prefill(
             transport=transport,
             chunk_tokens=chunk_tokens,
             prefix_cache=prefix_cache,
+            retained_window_bytes=retained_window_memory,
             drain_s=grace_s,
             log_level=log_level,
             otlp_traces_endpoint=otlp_traces_endpoint,
@@ -568,6 +579,22 @@ def bench_cache(
     from bench.cache import run
 
     run(pages)
+    return 0
+
+
+@bench_app.command("reuse")
+def bench_reuse(
+    tokens: Annotated[int, flag("tokens", "Tokens of the first prompt.", min=256)] = 131_072,
+    follow_up: Annotated[int, flag("follow-up", "New tokens each later turn brings.", min=1)] = 4096,
+    turns: Annotated[int, flag("turns", "Later turns.", min=1)] = 3,
+    threads: Threads = 2,
+    kv_layout: KvLayout = "v4",
+    config: ConfigFile = None,
+) -> int:
+    """What a follow-up on a long resident conversation costs, beside computing its new tokens and beside a cold run."""
+    from bench.reuse import run
+
+    run(tokens=tokens, follow_up=follow_up, turns=turns, threads=threads, layout=kv_layout)
     return 0
 
 

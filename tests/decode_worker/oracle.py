@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from prometheus_client import CollectorRegistry
 
-from decode_worker.scheduler import DecodeCore, DecodeLimits
+from decode_worker.scheduler import DecodeLimits
 from decode_worker.service import DecodeService
 from engine.batch import Drawn, Sampled, Segment
 from engine.cache.pools import KvPools, PageAllocator
@@ -28,8 +28,9 @@ from engine.loop import StepRunner
 from engine.window import first_window_page
 from kvtransfer.loopback import Gate, LoopbackTransport
 from kvtransfer.reader import Reader
-from prefill_worker.scheduler import PrefillCore, PrefillLimits
+from prefill_worker.scheduler import PrefillLimits
 from prefill_worker.service import PrefillService
+from tests.books import CheckedDecode, CheckedPrefill
 from wire import convert
 from wire.rpc import Server, open_channel
 from wire.telemetry import WorkerMetrics
@@ -275,7 +276,7 @@ async def pair_of(
             classes=theirs.classes,
         )
         prefill = PrefillService(
-            PrefillCore(theirs, prefill_limits),
+            CheckedPrefill(theirs, prefill_limits),
             prefill_runner,
             card,
             WorkerMetrics(CollectorRegistry()),
@@ -284,7 +285,7 @@ async def pair_of(
             held_bytes=1 << 40,
         )
         decode = DecodeService(
-            DecodeCore(ours, decode_limits),
+            CheckedDecode(ours, decode_limits),
             decode_runner,
             ours,
             WorkerMetrics(registry),

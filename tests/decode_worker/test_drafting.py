@@ -9,11 +9,12 @@ import random
 import pytest
 
 from decode_worker.drafting import MAX_DRAFTS, DraftDepth
-from decode_worker.scheduler import DecodeCore, DecodeLimits
+from decode_worker.scheduler import DecodeLimits
 from engine.batch import Drawn, Sampled, Segment
 from engine.cache.pools import PoolSizes
 from engine.colocated import generate
 from prefill_worker.scheduler import PrefillLimits
+from tests.books import CheckedDecode as DecodeCore
 from tests.decode_worker.oracle import pair_of, until
 from tests.decode_worker.test_preemption import said
 from tests.decode_worker.test_scheduler import Pools, emitted, limits, make_running

@@ -12,7 +12,6 @@ import pytest
 from decode_worker.scheduler import (
     Cancel,
     DecodeAction,
-    DecodeCore,
     Emit,
     OfferArrived,
     OpenClaim,
@@ -26,6 +25,7 @@ from engine.config import KvLayout
 from engine.loop import StepFailed
 from kvtransfer.plan import item_bytes as bytes_of
 from kvtransfer.plan import plan
+from tests.books import CheckedDecode as DecodeCore
 from tests.decode_worker.conftest import MakeRunner
 from tests.decode_worker.oracle import OraclePools, answer, pair, pair_of, until
 from tests.decode_worker.test_preemption import limits as real_limits

@@ -17,7 +17,6 @@ from decode_worker.scheduler import (
     ClaimEnded,
     CloseClaim,
     DecodeAction,
-    DecodeCore,
     DecodeLimits,
     Emit,
     OfferArrived,
@@ -36,6 +35,7 @@ from engine.batch import Drawn, Sampled, Segment
 from engine.cache.pools import PageAllocator
 from engine.loop import StepFailed, Tick
 from kvtransfer.reader import ReadJob, ReadResult
+from tests.books import CheckedDecode as DecodeCore
 from wire.errors import TransferFailed, WorkerLost
 from wire.types import (
     Admitted,

@@ -12,7 +12,8 @@ from engine.cache.pools import KvPools, PoolSizes
 from engine.config import EngineConfig, KvLayout
 from engine.model.deepseek_v4 import DeepseekV4
 from engine.runner import Runner
-from prefill_worker.scheduler import Drop, Ended, Offered, PrefillAction, PrefillCore, PrefillLimits, Submit
+from prefill_worker.scheduler import Drop, Ended, Offered, PrefillAction, PrefillLimits, Submit
+from tests.books import CheckedPrefill as PrefillCore
 from tests.engine.geometries import random_tensors, tiny_config
 from wire.types import AttemptId, PageClass, RunFinished, RunRequest, SamplingParams, TokenEvent
 

@@ -19,12 +19,12 @@ from prefill_worker.scheduler import (
     Ended,
     Offered,
     PrefillAction,
-    PrefillCore,
     PrefillLimits,
     PrefixesChanged,
     Progressed,
     Submit,
 )
+from tests.books import CheckedPrefill as PrefillCore
 from wire.errors import ConfigError
 from wire.types import (
     AttemptId,
@@ -316,6 +316,26 @@ def test_a_short_prompt_waits_for_two_chunks_of_long_ones_at_most_and_they_go_on
     assert all(len(chunks[name]) >= 3 for name in "abcde"), "nobody is put off for ever"
 
 
+def test_2k_behind_900k_wait_for_two_chunks_of_half_a_second_at_most() -> None:
+    core = PrefillCore(Pools(full=3600, swa=64, slots=8), limits(max_context=1 << 20))
+    core.step(0.0, Submit(request("a", 900_000)))
+    now, steps, waits = 0.0, [], [0]
+    while core.load().running:
+        if len(steps) == 3:
+            core.step(now, Submit(request("b", 2048)))
+        batch = core.next_batch(now)
+        steps.append(sum(len(segment.tokens) for segment in batch) * 6e-3)  # as long as two cores take 900K deep
+        now += steps[-1]
+        core.finish(now, answer(batch))
+        if len(steps) > 3:
+            waits.append(0 if "b" in [name for name, _, _ in spans(batch)] else waits[-1] + 1)
+            if core.load().running == 1:
+                break
+    assert max(waits) <= 2
+    assert max(steps[1:]) <= 0.5, "the first one teaches it how long a token takes"
+    assert core.load().queued_tokens > 890_000, "the short one did not wait for the long one's end"
+
+
 def test_several_prompts_share_a_step_up_to_its_budget() -> None:
     core = PrefillCore(Pools(), limits(chunk_tokens=256, max_batch_tokens=600))
     for name in "abc":
@@ -491,6 +511,20 @@ def test_a_prompt_that_was_computed_before_starts_behind_its_last_page_and_offer
         return [item for g in groups(seen) if g.page_class is PageClass.FULL for item in g.items][:4]
 
     assert items(again) == items(first)
+
+
+def test_a_follow_up_on_128k_computes_only_the_answer_before_it_and_what_is_new() -> None:
+    core = PrefillCore(Pools(full=600), limits(max_context=1 << 18))
+    prompt = request("a", 131_072).prompt
+    finish_run(core, request("a", 131_072))
+    follow_up = replace(request("a", 0, attempt=2), prompt=(*prompt, *[7] * 256, *[8] * 4096))
+    core.step(0.0, Submit(follow_up))
+    seen = []
+    while batch := core.next_batch(0.0):
+        seen += spans(batch)
+        core.finish(0.0, answer(batch))
+    assert (seen[0][1], seen[-1][2]) == (131_072, 131_072 + 256 + 4096)
+    assert sum(end - start for _, start, end in seen) == 256 + 4096
 
 
 def test_the_last_token_is_computed_even_of_a_prompt_that_is_cached_whole() -> None:
