@@ -14,7 +14,7 @@ need_python = $(if $(PYTHON),,$(error Penumbra needs Python 3.11 or newer and no
 # One thread per process in tests: two cores are shared by whole clusters.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install install-dev up test test-long lint format stubs bench bench-900k clean
+.PHONY: help install install-dev up test test-long lint format stubs bench bench-900k sbom clean
 
 help:
 	@echo 'make up [ARGS="--prefill 2 --decode 2"]   install, then serve http://127.0.0.1:8000; Ctrl-C stops it'
@@ -60,6 +60,10 @@ bench: install-dev
 # An hour of two cores: not part of `bench`.
 bench-900k: install-dev
 	$(BIN)/penumbra bench 900k
+
+# What an image installs, into build/images/, and its CycloneDX SBOM.
+sbom: install-dev
+	$(BIN)/python -m deploy.images.sbom $(or $(IMAGE),router)
 
 clean:
 	rm -rf $(VENV) build penumbra.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis engine/_penumbra_cpu*.so

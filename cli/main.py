@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from cli.settings import config_flag, dump, effective, flag, parse_bytes, variable
+from cli.settings import config_flag, dump, effective, flag, parse_bytes, read_secret, variable
 from wire.errors import ConfigError, PenumbraError
 
 app = typer.Typer(
@@ -46,7 +46,7 @@ ServedName = Annotated[
         metavar="NAME[,NAME...]",
     ),
 ]
-RedisUrl = Annotated[str, flag("redis", "URL of the Redis that is the registry.")]
+RedisUrl = Annotated[str, flag("redis", "URL of the Redis that is the registry, or @FILE with the URL in it.")]
 Device = Annotated[Literal["cpu"], flag("device", "Where the model runs.")]
 Dtype = Annotated[Literal["bfloat16", "float32"], flag("dtype", "Type of activations.")]
 KvLayout = Annotated[
@@ -290,7 +290,7 @@ def router(
             served_model_names=tuple(served_model_name.split(",")) if served_model_name else (),
             host=host,
             port=port,
-            redis_url=redis,
+            redis_url=read_secret(redis),
             migration_limit=migration_limit,
             keys_file=keys,
             insecure=insecure,
@@ -358,7 +358,7 @@ def prefill(
             port=port,
             http_port=http_port,
             advertise_host=advertise_host,
-            redis_url=redis,
+            redis_url=read_secret(redis),
             worker_id=worker_id or _made_up_name("prefill"),
             transport=transport,
             chunk_tokens=chunk_tokens,
@@ -418,7 +418,7 @@ def decode(
             port=port,
             http_port=http_port,
             advertise_host=advertise_host,
-            redis_url=redis,
+            redis_url=read_secret(redis),
             worker_id=worker_id or _made_up_name("decode"),
             transport=transport,
             host_memory_bytes=host_memory,

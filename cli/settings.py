@@ -61,6 +61,22 @@ def parse_bytes(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** POWERS[unit.lower()])
 
 
+def read_secret(word: str) -> str:
+    """The word itself, or what the file behind `@` holds: a password then shows in no process list and no dump.
+
+    Raises ConfigError for a file that can not be read or holds nothing.
+    """
+    if not word.startswith("@"):
+        return word
+    try:
+        text = Path(word[1:]).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Cannot read {word[1:]}: {getattr(error, 'strerror', None) or error}.") from error
+    if not text:
+        raise ConfigError(f"{word[1:]} is empty; it should hold the value itself.")
+    return text
+
+
 def _use_file(context: typer.Context, path: Path | None) -> Path | None:
     if path is not None and not context.resilient_parsing:
         context.default_map = dict(read_file(path, context))

@@ -5,7 +5,8 @@ import tomllib
 import pytest
 import typer
 
-from cli.settings import parse_bytes
+from cli.settings import parse_bytes, read_secret
+from wire.errors import ConfigError
 
 
 @pytest.fixture
@@ -135,3 +136,19 @@ def test_sizes_are_read_as_written(text, value):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(typer.BadParameter, match="is not a size"):
         parse_bytes(text)
+
+
+def test_a_secret_is_read_from_the_file_behind_an_at_sign_and_never_dumped(dump, tmp_path):
+    file = tmp_path / "url"
+    file.write_text("redis://:swordfish@10.0.0.7:6379/0\n")
+    assert read_secret(f"@{file}") == "redis://:swordfish@10.0.0.7:6379/0"
+    assert read_secret("redis://10.0.0.7:6379/0") == "redis://10.0.0.7:6379/0"
+    found = dump("router", "--model", "/models/m", PENUMBRA_REDIS=f"@{file}")
+    assert found["redis"] == (f"@{file}", "PENUMBRA_REDIS")
+
+
+def test_a_secret_that_is_not_there_is_refused_by_name(tmp_path):
+    (tmp_path / "empty").write_text("\n")
+    for name, complaint in (("absent", "No such file"), ("empty", "is empty")):
+        with pytest.raises(ConfigError, match=complaint):
+            read_secret(f"@{tmp_path / name}")

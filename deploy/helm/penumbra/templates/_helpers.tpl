@@ -77,7 +77,7 @@ capabilities:
 {{- define "penumbra.redisUrl" -}}
 {{- if .Values.redis.urlSecret }}@/run/secrets/penumbra-redis/url
 {{- else if .Values.redis.url }}{{ .Values.redis.url }}
-{{- else }}redis://{{ include "penumbra.fullname" . }}-redis:6379/0{{ end }}
+{{- else }}redis://{{ include "penumbra.fullname" . }}-redis:{{ .Values.redis.port }}/0{{ end }}
 {{- end }}
 
 {{- define "penumbra.volumeMounts" -}}

@@ -1,0 +1,97 @@
+"""The images' recipes. No container engine is needed: what a RUN line installs goes into a plain directory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deploy.images.requirements import LEFT_OUT, ROOT, name_of, requirements
+from deploy.images.sbom import install, write_sbom
+
+IMAGES = ROOT / "deploy" / "images"
+BASE_MB = 130
+"""python:3.11-slim-bookworm unpacked, as its layers are listed; not installed by us."""
+
+
+def recipe(image: str) -> str:
+    return (IMAGES / f"{image}.Dockerfile").read_text()
+
+
+@pytest.mark.parametrize("image", LEFT_OUT)
+def test_the_linter_has_nothing_against_a_recipe(image: str) -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    command = [str(hadolint), "--config", str(IMAGES / "hadolint.yaml"), str(IMAGES / f"{image}.Dockerfile")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("image", LEFT_OUT)
+def test_an_image_is_built_in_two_stages_and_runs_as_nobody(image: str) -> None:
+    lines = recipe(image).splitlines()
+    bases = [line for line in lines if line.startswith("FROM ")]
+    assert len(bases) == 2
+    assert all(":latest" not in base and ":" in base for base in bases)
+    final = lines[lines.index(bases[-1]) :]
+    assert "USER 65532:65532" in final
+    assert 'ENTRYPOINT ["penumbra"]' in final
+    assert not [line for line in final if "pip" in line and line.startswith("RUN")], "pip belongs to the first stage"
+    assert f"requirements.py {image} >" in recipe(image)
+
+
+@pytest.mark.parametrize("image", LEFT_OUT)
+def test_an_image_installs_the_projects_requirements_and_leaves_out_only_what_exists(image: str) -> None:
+    found = requirements(image)
+    names = [name_of(line) for line in found]
+    assert len(set(names)) == len(names)
+    assert not set(LEFT_OUT[image]) & set(names)
+    everything = {name_of(line) for line in requirements("worker-cuda")} | set(LEFT_OUT["worker-cuda"])
+    assert set(LEFT_OUT[image]) <= everything, "a name that no longer is a dependency"
+
+
+def test_the_router_starts_without_what_its_image_leaves_out(tmp_path: Path) -> None:
+    """Imports everything the router runs with the left-out packages made unimportable."""
+    script = (
+        "import sys\n"
+        f"for name in {[name.replace('-', '_') for name in LEFT_OUT['router']]!r}: sys.modules[name] = None\n"
+        "import cli.main, router.process, router.http\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.long
+def test_the_router_image_stays_under_250_mb_and_has_no_torch(tmp_path: Path) -> None:
+    size = install("router", tmp_path / "router")
+    assert size / 1e6 + BASE_MB < 250, f"{size / 1e6:.0f} MB of packages"
+    python = tmp_path / "router" / "bin" / "python"
+    for module, there in (("router.process", True), ("torch", False), ("nixl_cu12", False)):
+        code = subprocess.run(
+            [str(python), "-P", "-c", f"import {module}"], capture_output=True, check=False
+        ).returncode
+        assert (code == 0) is there, module
+    done = subprocess.run(
+        [str(tmp_path / "router" / "bin" / "penumbra"), "router", "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    write_sbom(tmp_path / "router", tmp_path / "sbom.json")
+    listed = {part["name"].lower() for part in json.loads((tmp_path / "sbom.json").read_text())["components"]}
+    assert {"fastapi", "grpcio", "deepseek-recipe", "penumbra"} <= listed
+
+
+@pytest.mark.long
+def test_the_cpu_worker_image_has_its_kernels_and_its_transport(tmp_path: Path) -> None:
+    install("worker-cpu", tmp_path / "worker")
+    script = (
+        "from engine.kernels import native; assert native.library() is not None; "
+        "import nixl_cu12, torch; assert torch.version.cuda is None; "
+        "import prefill_worker.process, decode_worker.process"
+    )
+    python = tmp_path / "worker" / "bin" / "python"
+    done = subprocess.run([str(python), "-P", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
