@@ -180,7 +180,7 @@ def test_selectors_take_their_own_pods_and_no_others(values: str) -> None:
         selector = one["spec"]["selector"]
         wanted = selector.get("matchLabels", selector)
         taken = [where for where, labels in pods.items() if wanted.items() <= labels.items()]
-        assert [where.partition("/")[2] for where in taken] == [one["metadata"]["name"]]
+        assert [where.partition("/")[2] for where in taken] == [one["metadata"]["name"].removesuffix("-admin")]
 
 
 @pytest.mark.parametrize("values", VALUES)
@@ -212,6 +212,8 @@ def test_the_network_lets_through_what_a_request_needs_and_nothing_else(values: 
     stranger: Manifest = {"app.kubernetes.io/instance": "other"}
     for pod in workers.values():
         assert not allowed(found, stranger, pod["metadata"]["labels"], 50051)
+    assert allowed(found, stranger, router, 8000) is (values != "multinode"), "only multinode names its clients"
+    assert not allowed(found, stranger, router, 29000)
     if "rel-penumbra-redis" in pods:
         redis = pods["rel-penumbra-redis"]["metadata"]["labels"]
         assert allowed(found, router, redis, 6379)

@@ -140,10 +140,11 @@ def _probe(pod: Pod, kind: str) -> int | None:
 
 @contextmanager
 def _cluster(folder: Path) -> Iterator[tuple[list[Manifest], dict[str, Pod]]]:
-    ports = [free_port() for _ in range(6)]
+    ports = [free_port() for _ in range(7)]
     found = manifests(
         "cpu",
         f"router.port={ports[0]}",
+        f"router.adminPort={ports[6]}",
         f"redis.port={ports[1]}",
         f"pools.prefill.grpcPort={ports[2]}",
         f"pools.prefill.httpPort={ports[3]}",
@@ -173,7 +174,8 @@ def test_the_cpu_values_run_as_processes_and_answer(tmp_path: Path) -> None:
             time.sleep(0.2)
         for pod in ours:
             assert _probe(pod, "livenessProbe") == _probe(pod, "startupProbe") == 200
-            scraped = httpx.get(f"http://127.0.0.1:{pod.ports['http']}/metrics", timeout=10)
+            door = pod.ports["admin" if pod is pods["router"] else "http"]
+            scraped = httpx.get(f"http://127.0.0.1:{door}/metrics", timeout=10)
             assert "penumbra_num_requests_running" in scraped.text
         _ports_are_those_that_the_chart_knows(found, pods)
         assert _answer(found, pods["router"])["usage"]["completion_tokens"] == 4
