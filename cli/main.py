@@ -247,6 +247,28 @@ def key(config: ConfigFile = None) -> int:
     return 0
 
 
+@app.command()
+def scale(
+    wanted: Annotated[list[str], typer.Argument(help="Such as prefill=3 decode=2.", show_default=False)],
+    cluster: Cluster = "default",
+    home: Home = None,
+    timeout_s: Annotated[float, flag("timeout-s", "Give up when not there by then.", min=1)] = 300.0,
+    config: ConfigFile = None,
+) -> int:
+    """Have more or fewer workers in a running cluster. New ones join when ready; those that go finish or hand over."""
+    from deploy import local
+
+    counts: dict[str, int] = {}
+    for word in wanted:
+        role, _, count = word.partition("=")
+        if role not in ("prefill", "decode") or not count.isdecimal() or int(count) < 1:
+            raise typer.BadParameter(f"'{word}' is not prefill=N or decode=N with N of 1 or more")
+        counts[role] = int(count)
+    local.scale(local.cluster_folder(home, cluster), cluster, counts, timeout_s=timeout_s)
+    print(" ".join(f"{role}={count}" for role, count in counts.items()))
+    return 0
+
+
 # Single services, as the container images run them.
 
 

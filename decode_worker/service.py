@@ -364,8 +364,9 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             error = error_from_rpc(failure)
         except PenumbraError as failure:
             error = failure
-        if not error.retryable:
-            # Whatever the owner holds against the claim, the request may well succeed elsewhere.
+        if not error.retryable or isinstance(error, WorkerLost):
+            # Whatever the owner holds against the claim or died of, the request may well succeed elsewhere; and it is
+            # not this worker that was lost.
             error = TransferFailed(f"worker {source} ended the claim of {claim.run}: {error}")
         self._engine.post(ClaimEnded(claim.run, error))
 

@@ -1,7 +1,8 @@
 """A whole cluster as processes of this machine: Redis, one router, N prefill and M decode workers.
 
-`run` stays in front of them until Ctrl-C, SIGTERM or the death of one, and leaves none behind; even SIGKILL takes
-them along (deploy/tether.py). A state file in the cluster's folder says what runs, for `stop` and `status`.
+`run` stays in front of them until Ctrl-C or SIGTERM and leaves none behind; even SIGKILL takes them along
+(deploy/tether.py). Whoever dies or falls silent once the cluster is up is started again. A state file in the cluster's
+folder says what runs, for `stop` and `status`; what `scale` asks for comes through a file beside it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 from rich.console import Console
@@ -33,7 +34,7 @@ from rich.text import Text
 
 import engine
 from deploy.redis import EmbeddedRedis, free_port
-from deploy.supervisor import Child, ChildSpec, Supervisor
+from deploy.supervisor import Child, ChildSpec, Restarts, Supervisor
 from wire.errors import ConfigError
 
 BUNDLED_MODEL = "penumbra-nano"
@@ -63,6 +64,8 @@ LOAD_COLUMNS = {
 """What `status` shows of a worker's record, and the heading it puts over it."""
 POLL_S = 0.2
 KILL_AFTER_S = 3.0
+SILENCE_S = 20.0
+"""A child that has answered before and then does not for so long, is ended and started again."""
 REDIS_RESTART_S = 1.0
 """Between two tries to replace an embedded Redis that died; streams go on without it meanwhile."""
 
@@ -129,6 +132,8 @@ class ClusterState:
     members: tuple[Member, ...] = field(default=())
     urls: tuple[str, ...] = ()  # of every router, where there are several
     admin_url: str = ""  # where the fleet is shown, if not at `url`
+    prefill: int = 1  # workers wanted
+    decode: int = 1
 
     def save(self, folder: Path) -> None:
         draft = folder / "state.json.new"
@@ -235,6 +240,34 @@ def stop(folder: Path, *, timeout_s: float = 60.0) -> list[str] | None:
     psutil.wait_procs([process for _, process in found], timeout=5.0)
     (folder / "state.json").unlink(missing_ok=True)
     return killed if found else None
+
+
+def scale(folder: Path, cluster: str, wanted: Mapping[str, int], *, timeout_s: float) -> None:
+    """Have so many workers of each role named, and wait until the router serves with exactly these.
+
+    Raises ConfigError when the cluster is not up or does not get there in time.
+    """
+    state = ClusterState.load(folder)
+    if state is None or state.supervisor.process() is None:
+        raise ConfigError(f"The cluster '{cluster}' is not up. Start it with `penumbra up --cluster {cluster}`.")
+    counts = {"prefill": state.prefill, "decode": state.decode} | dict(wanted)
+    draft = folder / "scale.json.new"
+    draft.write_text(json.dumps(counts))
+    draft.replace(folder / "scale.json")
+    names = {f"{role}-{index}" for role, count in counts.items() for index in range(count)}
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        state = ClusterState.load(folder)
+        if state is None:
+            raise ConfigError(f"The cluster '{cluster}' went down meanwhile; its logs are in {folder / 'logs'}.")
+        running = {m.name for m in state.members if m.name.startswith(("prefill-", "decode-"))}
+        serving = {
+            name for name, load in _loads(state.admin_url or state.url).items() if load.get("state") == "serving"
+        }
+        if running == names == serving:
+            return
+        time.sleep(POLL_S)
+    raise ConfigError(f"The cluster has not got to {counts} in {timeout_s:g} s; its logs are in {folder / 'logs'}.")
 
 
 def fetch_json(url: str, timeout_s: float = 1.0) -> Any:
@@ -352,6 +385,12 @@ class _Cluster:
         self._admin_ports = [free_port() if config.keys else None for _ in self._ports]
         self._redis: EmbeddedRedis | None = None
         self._redis_retry_at = 0.0
+        self._model = Path()
+        self._redis_url = ""
+        self._counts = {"prefill": config.prefill, "decode": config.decode}
+        self._leaving: dict[Child, float] = {}  # by scaling down -> when to end them for good
+        self._restarts = Restarts()
+        self._listener = _Listener()
         self._served = config.served_model_name or (config.model.name if config.model else BUNDLED_MODEL)
 
     @property
@@ -392,10 +431,11 @@ class _Cluster:
             supervisor = Supervisor(log_dir=logs, echo=self._echo, grace_s=self._config.grace_s + KILL_AFTER_S)
             # Redis was entered first and leaves last: draining workers still take themselves off the registry.
             stack.callback(self._stop_children, supervisor)
-            prefill = self._workers("prefill", self._config.prefill, model, redis_url)
-            decode = self._workers("decode", self._config.decode, model, redis_url)
-            supervisor.start(prefill)
-            supervisor.start(decode)
+            self._model, self._redis_url = model, redis_url
+            (self._folder / "scale.json").unlink(missing_ok=True)
+            stack.callback(self._listener.stop)
+            for role in ("prefill", "decode"):
+                supervisor.start([self._worker(role, index) for index in range(self._counts[role])])
             supervisor.start([self._router(index, model, redis_url) for index in range(self._config.routers)])
             self._save(supervisor, ready=False)
             code = self._until_ready(supervisor, status, began)
@@ -405,7 +445,10 @@ class _Cluster:
                 state = self._state(supervisor, ready=True)
                 self._say(f"up in {time.monotonic() - began:.1f} s; logs in {logs}; Ctrl-C stops everything")
                 self._say(ready_line(state), style="bold green")
-                code = self._until_stopped(supervisor)
+                routers = {"router" if i == 0 else f"router-{i}": url for i, url in enumerate(self._urls)}
+                self._listener.start(routers, self._admin_url)
+                self._until_stopped(supervisor)
+                code = 0
             status.update("stopping")
             return code
 
@@ -414,8 +457,10 @@ class _Cluster:
         shown = ""
         wanted = self._config.prefill + self._config.decode
         while not self._stop.wait(POLL_S):
-            if (code := self._watch(supervisor)) is not None:
-                return code
+            # What does not come up is not tried again: the reason would come up with it.
+            if (child := supervisor.dead()) is not None:
+                return self._report(child)
+            self._watch_redis(supervisor)
             if fetch_json(f"{self._url}/liveness") is None:
                 text = "starting the router and the workers"
             else:
@@ -436,16 +481,68 @@ class _Cluster:
                 return 1
         return 0
 
-    def _until_stopped(self, supervisor: Supervisor) -> int:
+    def _until_stopped(self, supervisor: Supervisor) -> None:
         while not self._stop.wait(POLL_S):
-            if (code := self._watch(supervisor)) is not None:
-                return code
-        return 0
+            self._watch_redis(supervisor)
+            self._scale(supervisor)
+            self._watch(supervisor)
 
-    def _watch(self, supervisor: Supervisor) -> int | None:
-        """The exit code once a process of the cluster has died; a dead embedded Redis is replaced instead."""
-        if (child := supervisor.dead()) is not None:
-            return self._report(child)
+    def _watch(self, supervisor: Supervisor) -> None:
+        """Whoever died is started again after a pause, and whoever fell silent is ended first."""
+        now = time.monotonic()
+        for child in supervisor.children:
+            if child in self._leaving:
+                if now >= self._leaving[child]:
+                    child.send(signal.SIGKILL)
+                if child.exit_code is not None:
+                    del self._leaving[child]
+                    supervisor.forget(child)
+                    self._say(f"{child.name} has left")
+                    self._save(supervisor, ready=True)
+                continue
+            if child.exit_code is None:
+                if self._listener.silent_s(child.name, child.pid) > SILENCE_S:
+                    self._say(f"{child.name} has not answered for {SILENCE_S:g} s: ending it", style="bold red")
+                    child.send(signal.SIGKILL)
+                continue
+            if not self._restarts.waits(child.name):
+                pause = self._restarts.died(now, child.name)
+                self._say(f"{child.name} ended by itself with {_how(child)}; its last lines:", style="bold red")
+                for line in child.tail():
+                    self._say(f"  {line}")
+                self._say(f"starting it again in {pause:g} s; the whole log is {child.log}")
+        for name in self._restarts.due(now):
+            for child in [c for c in supervisor.children if c.name == name and c.exit_code is not None]:
+                supervisor.replace(child)
+                self._save(supervisor, ready=True)
+
+    def _scale(self, supervisor: Supervisor) -> None:
+        """Start and drain workers until there are as many as `penumbra scale` last asked for."""
+        path = self._folder / "scale.json"
+        try:
+            asked = json.loads(path.read_text())
+            path.unlink()
+        except (FileNotFoundError, ValueError):
+            return
+        for role, count in asked.items():
+            if role not in self._counts or type(count) is not int or count < 1:
+                self._say(f"scale.json asks for {count!r} {role!r} workers: ignored", style="bold red")
+                continue
+            here = {child.name: child for child in supervisor.children if child not in self._leaving}
+            for index in range(count):
+                if f"{role}-{index}" not in here:
+                    supervisor.add(f"{role}-0", self._worker(role, index))
+            for name, child in here.items():
+                kind, _, number = name.rpartition("-")
+                if kind == role and int(number) >= count:
+                    child.send(signal.SIGTERM)
+                    self._leaving[child] = time.monotonic() + self._config.grace_s + KILL_AFTER_S
+            self._say(f"{role}: {count} instead of {self._counts[role]}")
+            self._counts[role] = count
+        self._save(supervisor, ready=True)
+
+    def _watch_redis(self, supervisor: Supervisor) -> None:
+        """A dead embedded Redis is replaced."""
         if self._redis is not None and not self._redis.alive and time.monotonic() >= self._redis_retry_at:
             self._redis_retry_at = time.monotonic() + REDIS_RESTART_S
             self._say("the embedded Redis died: starting an empty one on its port; workers register by themselves")
@@ -454,13 +551,10 @@ class _Cluster:
                 self._save(supervisor, ready=True)
             except ConfigError as error:
                 self._say(str(error), style="bold red")
-        return None
 
     def _report(self, child: Child) -> int:
         code = child.exit_code
-        assert code is not None
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        self._say(f"{child.name} ended by itself with {how}; its last lines:", style="bold red")
+        self._say(f"{child.name} ended by itself with {_how(child)}; its last lines:", style="bold red")
         for line in child.tail():
             self._say(f"  {line}")
         self._say(f"stopping the others; the whole log is {child.log}", style="bold red")
@@ -486,20 +580,17 @@ class _Cluster:
         name = f"router-{index}" if index else "router"
         return ChildSpec(name=name, command=command, env=_environment(1))
 
-    def _workers(self, role: Literal["prefill", "decode"], count: int, model: Path, redis_url: str) -> list[ChildSpec]:
-        return [
-            ChildSpec(
-                name=f"{role}-{index}",
-                command=_penumbra(
-                    role,
-                    *("--model", str(model), "--redis", redis_url, "--worker-id", f"{role}-{index}"),
-                    *("--host", "127.0.0.1", "--port", "0", "--http-port", "0"),
-                    *("--threads", str(self._config.threads), *self._config.worker_flags),
-                ),
-                env=_environment(self._config.threads),
-            )
-            for index in range(count)
-        ]
+    def _worker(self, role: str, index: int) -> ChildSpec:
+        return ChildSpec(
+            name=f"{role}-{index}",
+            command=_penumbra(
+                role,
+                *("--model", str(self._model), "--redis", self._redis_url, "--worker-id", f"{role}-{index}"),
+                *("--host", "127.0.0.1", "--port", "0", "--http-port", "0"),
+                *("--threads", str(self._config.threads), *self._config.worker_flags),
+            ),
+            env=_environment(self._config.threads),
+        )
 
     def _bundled_model(self, status: Status) -> Path:
         """The bundled checkpoint's folder, generated the first time."""
@@ -550,6 +641,8 @@ class _Cluster:
                 name="supervisor", pid=own.pid, started=own.create_time(), log=str(self._folder / "penumbra.log")
             ),
             members=tuple(members),
+            prefill=self._counts["prefill"],
+            decode=self._counts["decode"],
         )
 
     def _save(self, supervisor: Supervisor, *, ready: bool) -> None:
@@ -577,6 +670,50 @@ class _Cluster:
 
     def _say(self, text: str, style: str = "") -> None:
         self._console.print(Text(text, style=style), soft_wrap=True)
+
+
+class _Listener:
+    """Asks every process of a running cluster whether it is alive, on a thread of its own: one that froze takes a
+    second to not answer.
+    """
+
+    def __init__(self) -> None:
+        self._current: dict[str, tuple[int, float]] = {}  # name -> pid it was asked about, and since when
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._last: dict[str, float] = {}  # name -> when it last answered
+
+    def start(self, routers: Mapping[str, str], fleet_url: str) -> None:
+        """`fleet_url` is where a router shows the workers."""
+        self._thread = threading.Thread(target=self._run, args=(routers, fleet_url), name="liveness", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join(5.0)
+
+    def silent_s(self, name: str, pid: int) -> float:
+        """How long the process has not answered; 0 before its first answer, which may take as long as it takes."""
+        if self._current.get(name, (0, 0.0))[0] != pid:
+            self._current[name] = (pid, time.monotonic())
+        since = self._current[name][1]
+        last = self._last.get(name, 0.0)
+        return time.monotonic() - last if last > since else 0.0
+
+    def _run(self, routers: Mapping[str, str], fleet_url: str) -> None:
+        doors = dict(routers)
+        while not self._stopping.wait(1.0):
+            doors |= {name: f"http://{load.get('http_address')}" for name, load in _loads(fleet_url).items()}
+            for name, door in doors.items():
+                if fetch_json(f"{door}/liveness") is not None:
+                    self._last[name] = time.monotonic()
+
+
+def _how(child: Child) -> str:
+    code = child.exit_code
+    assert code is not None
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def _penumbra(*arguments: str) -> tuple[str, ...]:

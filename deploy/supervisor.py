@@ -24,6 +24,12 @@ from wire.errors import ConfigError
 TAIL_LINES = 12
 """Last lines of a child kept for the report of its death."""
 
+RESTART_S = (0.5, 30.0)
+"""Pause before a child that died is started again: at first, and at most. It doubles with each death."""
+
+STEADY_S = 60.0
+"""A child that lived so long died of something new: its next pause is the first one again."""
+
 Echo = Callable[[str, str], None]
 """Called with (child, line) for every line a child writes, on that child's own reader thread."""
 
@@ -48,6 +54,7 @@ class Child:
 
     def __init__(self, spec: ChildSpec, *, log: Path, echo: Echo) -> None:
         self.name = spec.name
+        self.spec = spec
         self.log = log
         self._echo = echo
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
@@ -149,6 +156,28 @@ class Supervisor:
         """A child that has ended by itself, if any."""
         return next((child for child in self.children if child.exit_code is not None), None)
 
+    def replace(self, child: Child) -> Child:
+        """Start a child that has ended once more, in its old place; its log goes on."""
+        tier = next(tier for tier in self._tiers if child in tier)
+        child.close()
+        again = tier[tier.index(child)] = Child(child.spec, log=child.log, echo=self._echo)
+        return again
+
+    def add(self, beside: str, spec: ChildSpec) -> Child:
+        """Start one more child in the tier of the child called `beside`."""
+        tier = next(tier for tier in self._tiers if any(child.name == beside for child in tier))
+        log = self._log_dir / f"{spec.name}.log"
+        log.unlink(missing_ok=True)
+        tier.append(Child(spec, log=log, echo=self._echo))
+        return tier[-1]
+
+    def forget(self, child: Child) -> None:
+        """Let go of a child that has ended and was meant to."""
+        child.close()
+        for tier in self._tiers:
+            if child in tier:
+                tier.remove(child)
+
     def stop(self, *, hurry: Callable[[], bool] = lambda: False) -> list[str]:
         """Stop everything; returns the names that had to be killed. `hurry` turning true ends every grace."""
         killed: list[str] = []
@@ -168,3 +197,30 @@ class Supervisor:
                 child.close()
             self._tiers.pop()
         return killed
+
+
+class Restarts:
+    """When children that died are to be started again. Pure: time is an argument, in monotonic seconds."""
+
+    def __init__(self) -> None:
+        self._pauses: dict[str, float] = {}
+        self._died_at: dict[str, float] = {}
+        self._due: dict[str, float] = {}
+
+    def died(self, now_s: float, name: str) -> float:
+        """The child was found dead; -> seconds until it is to be started. Once for each death."""
+        first, longest = RESTART_S
+        steady = now_s - self._died_at.get(name, -STEADY_S) >= STEADY_S
+        pause = first if steady else min(2 * self._pauses[name], longest)
+        self._pauses[name], self._died_at[name], self._due[name] = pause, now_s, now_s + pause
+        return pause
+
+    def waits(self, name: str) -> bool:
+        return name in self._due
+
+    def due(self, now_s: float) -> list[str]:
+        """Children to start now; each is named once."""
+        found = [name for name, at in self._due.items() if at <= now_s]
+        for name in found:
+            del self._due[name]
+        return found

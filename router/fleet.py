@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import random
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import grpc
@@ -213,6 +213,7 @@ class Fleet:
         self._watches: dict[WorkerRef, asyncio.Task[None]] = {}
         self._connections: dict[WorkerRef, _Connection] = {}
         self._turns = itertools.count()
+        self._on_leaving: dict[WorkerRef, dict[int, Callable[[], None]]] = {}
 
     def next_turn(self) -> int:
         """Counts placements."""
@@ -257,9 +258,14 @@ class Fleet:
                 stub = health_pb2_grpc.HealthStub(channel)
                 while True:
                     try:
+                        served = False
                         async for status in stub.Watch(health_pb2.HealthCheckRequest(service="")):
-                            self._health(ref, status.status == health_pb2.HealthCheckResponse.SERVING)
+                            serving = status.status == health_pb2.HealthCheckResponse.SERVING
+                            self._health(ref, serving)
                             pause = first
+                            if served and not serving:
+                                self._leaving(ref)
+                            served = serving
                     except grpc.aio.AioRpcError as error:
                         log.debug("watch_broken", worker_id=ref.worker_id, status=error.code().name)
                     self._health(ref, False)
@@ -270,6 +276,23 @@ class Fleet:
 
     def _health(self, ref: WorkerRef, serving: bool) -> None:
         self._core.step(time.monotonic(), HealthChanged(ref, serving))
+
+    def _leaving(self, ref: WorkerRef) -> None:
+        """The worker says itself that it takes no more; whoever has work there may want to move it."""
+        for call in list(self._on_leaving.get(ref, {}).values()):
+            call()
+
+    @contextlib.contextmanager
+    def told_of_leaving(self, ref: WorkerRef, call: Callable[[], None]) -> Iterator[None]:
+        """While inside, `call` is called when the worker begins to drain."""
+        calls, key = self._on_leaving.setdefault(ref, {}), next(self._turns)
+        calls[key] = call
+        try:
+            yield
+        finally:
+            del calls[key]
+            if not calls:
+                self._on_leaving.pop(ref, None)
 
     @contextlib.contextmanager
     def assigned(self, ref: WorkerRef, tokens: int) -> Iterator[None]:

@@ -17,7 +17,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
@@ -32,8 +32,9 @@ from router.intake import Prepared
 from router.live import LiveRequests
 from router.mirror import PrefixMirror
 from router.placement import Placement
+from router.quarantine import Quarantine
 from router.quota import Stay
-from router.relay import RelayEvent, RelayLimits, RelayRequest, Said, relay
+from router.relay import Moved, RelayEvent, RelayLimits, RelayRequest, Said, relay
 from router.timeline import PromptProgress, Timeline
 from wire.errors import PenumbraError
 from wire.telemetry import RouterMetrics
@@ -61,6 +62,7 @@ class Serving:
     client_stall_s: float
     sse_keepalive_s: float
     json_keepalive_s: float
+    quarantine: Quarantine = field(default_factory=Quarantine)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -220,6 +222,10 @@ class Generation(Response):
             self._placements[request.request_id] = placement
             serving.metrics.placements.labels(placement.decision, placement.reason.value).inc()
 
+        def on_moved(moved: Moved) -> None:
+            serving.metrics.moved.labels("pages").observe(moved.pages_s)
+            serving.metrics.moved.labels("replay").observe(moved.replay_s)
+
         def watch(now: float, event: RelayEvent) -> None:
             timeline.saw(now, event)
             if shown is not None and isinstance(event, Said) and isinstance(event.event, Progress):
@@ -239,6 +245,8 @@ class Generation(Response):
                         on_place=on_place,
                         watch=watch,
                         span=self._span,
+                        quarantine=serving.quarantine,
+                        on_moved=on_moved,
                     )
                 )
                 live.feed = tokens

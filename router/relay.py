@@ -33,9 +33,19 @@ from router.config import RouterConfig
 from router.fleet import Fleet, FleetSnapshot
 from router.mirror import PrefixMirror
 from router.placement import GROWTH_TOKENS, Placement, PlacementRules, choose, why_not
+from router.quarantine import Quarantine, fingerprint
 from wire import convert
-from wire.errors import Cancelled, DeadlineExceeded, InvalidRequest, PenumbraError, WorkerLost
-from wire.prefix import DEFAULT_TENANT, namespace
+from wire.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    Draining,
+    InvalidRequest,
+    PenumbraError,
+    RequestQuarantined,
+    TransferFailed,
+    WorkerLost,
+)
+from wire.prefix import DEFAULT_TENANT, namespace, pack_tokens
 from wire.rpc import error_from_code, error_from_rpc
 from wire.tracing import NO_SPAN, Span
 from wire.types import (
@@ -66,6 +76,15 @@ GAP_WINDOW = 64
 SILENT_DECODE = "The decode worker, which computes the prompt itself, fell silent"
 PLACE_AGAIN_S = 0.2
 """Between two looks for workers that could go on with an answer, while there are none."""
+
+MAX_DRAINS = 16
+"""Times a request moves because its worker is going away; that many are a rolling restart of a large pool."""
+
+FINISH_TOKENS = 16
+"""An answer that can be no longer than this stays on a worker that is going away, and ends there."""
+
+DEADLY = 2
+"""Workers that may die of one request."""
 
 RETRY_PAUSE_S = 0.1
 """Upper end of the first pause before another attempt; doubles with each, drawn evenly from zero."""
@@ -163,11 +182,18 @@ class Broke:
 
 
 @dataclass(frozen=True, slots=True)
+class Leaving:
+    """The attempt's decode worker drains, and there is another pair to go to."""
+
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
 class Ticked:
     """Time passed; sent no later than `next_deadline`."""
 
 
-RelayEvent = Begun | Placed | NotPlaced | Said | Broke | Ticked
+RelayEvent = Begun | Placed | NotPlaced | Said | Broke | Leaving | Ticked
 
 
 # Actions
@@ -221,6 +247,14 @@ class Deliver:
 
 
 @dataclass(frozen=True, slots=True)
+class Moved:
+    """The answer goes on elsewhere. Seconds from the fault to the prompt's pages, and from there to the next token."""
+
+    pages_s: float
+    replay_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Complete:
     finished: Finished
 
@@ -240,7 +274,7 @@ class Retry:
     error: PenumbraError
 
 
-RelayAction = Place | StartDecode | StartPrefill | Drop | DropDecode | Deliver | Complete | Fail | Retry
+RelayAction = Place | StartDecode | StartPrefill | Drop | DropDecode | Deliver | Moved | Complete | Fail | Retry
 
 
 class RelayCore:
@@ -259,7 +293,15 @@ class RelayCore:
         self._computed = 0  # of the prompt, by this attempt's prefill worker
         self._emitted: list[int] = []
         self._migrations = 0
+        self._failures = 0  # before the first token
+        self._drains = 0
+        self._deaths = 0  # of workers, of which this request may be the cause
+        self._drawn = 0  # tokens of this attempt
+        self._first_here = False  # the attempt brought token 0, which is drawn by prefill
+        self._computing = False  # its prefill worker has begun with the prompt
         self._place_until = 0.0
+        self._moving_since: float | None = None
+        self._replaying_since: float | None = None
         self._place_again: Place | None = None
         self._holding: int | None = None  # an earlier attempt whose prefill stream still keeps the prompt's pages
         self.cached_tokens = 0  # of the prompt, as the prefill worker of the first token's attempt said
@@ -315,6 +357,13 @@ class RelayCore:
                 return self._end(Fail(error))
             case Said(_, role, said):
                 return self._decode_said(now, said) if role is Role.DECODE else self._prefill_said(now, said)
+            case Leaving():
+                if self._drains >= MAX_DRAINS or self._placement is None:
+                    return []
+                if self._emitted and self._request.sampling.max_tokens - len(self._emitted) <= FINISH_TOKENS:
+                    return []  # sooner done than moved
+                worker_id = self._placement.decode.worker_id
+                return self._fault(now, Role.DECODE, Draining(f"Decode worker {worker_id} is going away."))
             case Broke(_, role, error):
                 if role is Role.PREFILL and (self._prefill_done or self._decoding):
                     return []
@@ -342,6 +391,8 @@ class RelayCore:
                 return []
             case Replaying() if self._admitted and self._emitted:
                 self._decoding = True
+                if self._replaying_since is None:
+                    self._replaying_since = now
                 self._wait(now, self._limits.prefill_silence_s, Role.DECODE, "The decode worker replayed nothing")
                 return self._release()
             case Tokens() if self._admitted:
@@ -355,7 +406,7 @@ class RelayCore:
 
     def _prefill_said(self, now: float, said: StartEvent | RunEvent) -> list[RelayAction]:
         if isinstance(said, Progress):
-            self._computed = said.done
+            self._computed, self._computing = said.done, True
         if not self._emitted:
             if isinstance(said, Progress):
                 self.cached_tokens = said.cached
@@ -396,12 +447,19 @@ class RelayCore:
         if self._drawing:
             self._gaps.append((now - self._last_token_at) / len(fresh))
         self._decoding = self._drawing = True
+        self._drawn += len(fresh)
+        self._first_here |= not self._emitted
         self._last_token_at = now
         self._emitted.extend(token.token_id for token in fresh)
         median = statistics.median(self._gaps) if self._gaps else 0.0
         allowed = max(self._limits.token_silence_s, self._limits.token_silence_factor * median)
         self._wait(now, allowed, Role.DECODE, "The decode worker stopped in the middle of the answer")
-        return [Deliver(fresh)]
+        if self._moving_since is None:
+            return [Deliver(fresh)]
+        pages_at = now if self._replaying_since is None else self._replaying_since
+        moved = Moved(pages_at - self._moving_since, now - pages_at)
+        self._moving_since = None
+        return [Deliver(fresh), moved]
 
     def _finished(self, now: float, said: Finished) -> list[RelayAction]:
         count, most = len(self._emitted), self._request.sampling.max_tokens
@@ -424,13 +482,21 @@ class RelayCore:
     ) -> list[RelayAction]:
         """The attempt is over because of the worker in `role`: go on elsewhere if that is still possible."""
         retryable = error.retryable if retryable is None else retryable
-        if self._emitted:
+        if isinstance(error, Draining) and self._drains < MAX_DRAINS:
+            self._drains += 1  # nobody failed
+        elif self._emitted:
             retryable = retryable and self._migrations < self._limits.migration_limit
             self._migrations += 1
         else:
-            retryable = retryable and self._attempt < self._limits.max_attempts
+            retryable = retryable and self._failures + 1 < self._limits.max_attempts
+            self._failures += 1
+        self._deaths += self._is_to_blame(role, error)
+        if self._deaths >= DEADLY:
+            return self._end(Fail(RequestQuarantined(f"{DEADLY} workers died of this request; the last said: {error}")))
         if not retryable:
             return self._end(Fail(error))
+        if isinstance(error, TransferFailed):
+            role = Role.PREFILL  # whoever noticed: the bytes were its
         held: list[tuple[str, int]] = []
         given_up, done = self._attempt, [*self._release()]
         if self._placement is not None:
@@ -446,15 +512,31 @@ class RelayCore:
         self._attempt += 1
         self._placement = None
         self._admitted = self._prefill_done = self._decoding = self._drawing = False
+        self._computing = self._first_here = False
+        self._drawn = 0
         self._computed = 0
         if not self._emitted:
             self.cached_tokens = 0
         self._deadline = None
         self._place_until = now + self._limits.migration_patience_s
-        pause = self._random.uniform(0, RETRY_PAUSE_S * 2 ** (given_up - 1))
+        self._replaying_since = None
+        if self._emitted and self._moving_since is None:
+            self._moving_since = now
+        pause = self._random.uniform(0, RETRY_PAUSE_S * 2 ** min(given_up - 1, 4))
         self._place_again = Place(self._attempt, pause, frozenset(self._avoid), tuple(held))
         end = DropDecode(given_up) if self._holding == given_up else Drop(given_up)
         return [*done, end, Retry(given_up, error), self._place_again]
+
+    def _is_to_blame(self, role: Role, error: PenumbraError) -> bool:
+        """Whether a worker died when it had begun with this request and before it got anywhere.
+
+        Requests that only were there when a worker died had waited, or had drawn tokens.
+        """
+        if not isinstance(error, WorkerLost):
+            return False
+        if role is Role.PREFILL:
+            return self._computing and not self._prefill_done and not self._emitted
+        return self._decoding and self._drawn == self._first_here
 
     def _release(self) -> list[RelayAction]:
         """The pages an earlier attempt kept have been taken over, or nobody will come for them."""
@@ -511,17 +593,30 @@ async def relay(
     on_place: Callable[[Placement], None] = lambda placement: None,
     watch: Callable[[float, RelayEvent], None] = lambda now, event: None,
     span: Span = NO_SPAN,
+    quarantine: Quarantine | None = None,
+    on_moved: Callable[[Moved], None] = lambda moved: None,
 ) -> AsyncIterator[Relay]:
     """Run the request while inside. Leaving, for whatever reason, ends both RPCs before it returns.
+
+    Raises RequestQuarantined at once for a request like one that workers died of.
 
     `watch` sees every event before the core does, with the monotonic time in seconds. The RPCs are steps of `span`.
 
     The queue between is bounded by the request itself: at most `max_tokens` tokens.
     """
     feed = Relay()
+    quarantine = quarantine or Quarantine()
+    packed = pack_tokens(request.prompt) if request.packed is None else request.packed
+    alike = fingerprint(packed, request.sampling.grammar)
+    quarantine.check(time.monotonic(), alike)
+
+    def failed(error: PenumbraError) -> None:
+        if isinstance(error, RequestQuarantined):
+            quarantine.add(time.monotonic(), alike)
+
     failure: Exception | None = None
     async with asyncio.TaskGroup() as tasks:
-        shell = _Shell(fleet, request, limits, mirror, feed, tasks, on_retry, on_place, watch, span)
+        shell = _Shell(fleet, request, limits, mirror, feed, tasks, on_retry, on_place, watch, span, failed, on_moved)
         driver = tasks.create_task(shell.run(), name=f"relay {request.request_id}")
         try:
             yield feed
@@ -571,6 +666,8 @@ class _Shell:
         on_place: Callable[[Placement], None],
         watch: Callable[[float, RelayEvent], None],
         span: Span,
+        on_failed: Callable[[PenumbraError], None],
+        on_moved: Callable[[Moved], None],
     ) -> None:
         self._fleet = fleet
         self._request = request
@@ -583,6 +680,8 @@ class _Shell:
         self._on_retry = on_retry
         self._watch = watch
         self._span = span
+        self._on_failed = on_failed
+        self._on_moved = on_moved
         self._inbox: asyncio.Queue[RelayEvent] = asyncio.Queue()
         self._attempts: dict[int, _Attempt] = {}
 
@@ -632,9 +731,12 @@ class _Shell:
                 case Deliver(tokens):
                     self._feed.cached_tokens = self._core.cached_tokens
                     self._feed.put(tokens)
+                case Moved():
+                    self._on_moved(action)
                 case Complete(finished):
                     self._feed.put(finished)
                 case Fail(error):
+                    self._on_failed(error)
                     self._feed.put(error)
 
     def _place(self, attempt: int, avoid: frozenset[str], held: tuple[tuple[str, int], ...]) -> Placed | NotPlaced:
@@ -661,6 +763,12 @@ class _Shell:
         to_hold = prompt_tokens + min(max_tokens, GROWTH_TOKENS)
         holds[Role.DECODE].enter_context(self._fleet.assigned(placement.decode.ref, to_hold))
         return Placed(attempt, placement)
+
+    def _leaving(self, attempt: int) -> None:
+        """The decode worker drains. If there is nowhere else to go, its grace period is the best there is."""
+        prompt_tokens, max_tokens = len(self._request.prompt), self._request.sampling.max_tokens
+        if choose(self._fleet.snapshot(), prompt_tokens, max_tokens, rules=self._rules) is not None:
+            self._inbox.put_nowait(Leaving(attempt))
 
     def _resident(self, fleet: FleetSnapshot) -> dict[str, int]:
         """Prompt tokens that each worker is believed to hold."""
@@ -700,7 +808,10 @@ class _Shell:
             namespace=self._request.namespace(placement.decode.model),
         )
         async with self._fleet.channel(placement.decode.ref) as channel:
-            with _step(self._span, "Decode.Start", attempt, placement.decode) as metadata:
+            with (
+                self._fleet.told_of_leaving(placement.decode.ref, lambda: self._leaving(attempt)),
+                _step(self._span, "Decode.Start", attempt, placement.decode) as metadata,
+            ):
                 message = convert.start_request_to_wire(request, self._request.packed)
                 call = _decode_stub(channel).Start(message, metadata=metadata)
                 try:

@@ -180,6 +180,13 @@ class NumericalError(PenumbraError):
     retryable = True
 
 
+class RequestQuarantined(PenumbraError):
+    """Workers died of this request. It, and whatever asks the same, is refused for a while."""
+
+    code = "request_quarantined"
+    grpc_status = grpc.StatusCode.FAILED_PRECONDITION
+
+
 class GrammarFailed(PenumbraError):
     """The grammar that an answer must follow can not be followed any further, on any worker."""
 

@@ -126,6 +126,13 @@ class RouterMetrics:
         self.errors = Counter(
             "penumbra_request_errors_total", "Failed requests by error code", ["error_code"], registry=registry
         )
+        self.moved = Histogram(
+            "penumbra_request_move_seconds",
+            "What a client waited for when its answer moved to another decode worker: the prompt's pages, the replay.",
+            ["part"],
+            registry=registry,
+            buckets=(0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 5.0, 10.0, 30.0),
+        )
         self.retries = Counter(
             "penumbra_request_retries_total",
             "Attempts after the first, by error code",

@@ -11,7 +11,8 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -27,6 +28,7 @@ from wire.types import WorkerInfo
 log = structlog.get_logger()
 
 POLL_S = 0.05
+HEARTBEAT_STOP_S = 2.0
 CLOSE_GRACE_S = 1.0
 """After draining, what is left of open calls gets this long to hear that it is over."""
 
@@ -75,7 +77,8 @@ async def serve(service: WorkerService, door: DoorConfig, metrics: CollectorRegi
     once. Raises ConfigError when a port can not be bound or a URL makes no sense.
     """
     spans = tracer(door.otlp_traces_endpoint, service=service.info("").role, instance=door.worker_id)
-    async with Registry(door.redis_url) as registry, contextlib.aclosing(spans):
+    Registry(door.redis_url)  # a URL that makes no sense is refused now
+    async with contextlib.aclosing(spans):
         server = Server(f"{door.host}:{door.port}", spans)
         service.add_to(server)
         status = StatusDoor(metrics, ready=lambda: not service.draining and service.broken is None)
@@ -83,27 +86,28 @@ async def serve(service: WorkerService, door: DoorConfig, metrics: CollectorRegi
             host = _advertised(door)
             address = f"{host}:{await server.start()}"
             http_address = f"{host}:{await status.start(door.host, door.http_port)}"
-            return await _work(service, door, registry, server, address, http_address)
+            return await _work(service, door, server, address, http_address)
         finally:
             await server.drain(CLOSE_GRACE_S)
             await status.stop()
 
 
-async def _work(
-    service: WorkerService, door: DoorConfig, registry: Registry, server: Server, address: str, http_address: str
-) -> int:
+async def _work(service: WorkerService, door: DoorConfig, server: Server, address: str, http_address: str) -> int:
     def info() -> WorkerInfo:
         return replace(service.info(address), http_address=http_address)
 
     with _signals() as signals:
         work = asyncio.create_task(service.run(), name="service")
-        beat = asyncio.create_task(registry.run_heartbeat(info), name="heartbeat")
+        latest = [info()]
+        beat = asyncio.create_task(_beat(door.redis_url, lambda: latest[0]), name="heartbeat")
         try:
             await server.set_serving(True)
             log.info("worker_ready", address=address, http_address=http_address, epoch=info().epoch)
             while not signals.asked and service.broken is None and not work.done() and not beat.done():
                 await signals.wait(POLL_S)
+                latest[0] = info()
             service.draining = True
+            latest[0] = info()
             await server.set_serving(False)
             log.info("worker_draining", reason=service.broken or "asked", limit_s=door.drain_s)
             with contextlib.suppress(TimeoutError):
@@ -122,6 +126,46 @@ async def _work(
             raise end
     log.info("worker_stopped", clean=service.broken is None)
     return 0 if service.broken is None else 1
+
+
+async def _beat(redis_url: str, info: Callable[[], WorkerInfo]) -> None:
+    """Keep the worker's record until cancelled, from a thread of its own: no work on this one may cost the lease.
+
+    Raises what `run_heartbeat` raises.
+    """
+
+    async def beat() -> None:
+        async with Registry(redis_url) as registry:
+            await registry.run_heartbeat(info)
+
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(beat())
+    here = asyncio.get_running_loop()
+    done: asyncio.Future[None] = here.create_future()
+
+    def run() -> None:
+        try:
+            loop.run_until_complete(asyncio.wait({task}))
+        finally:
+            loop.close()
+            with contextlib.suppress(RuntimeError):  # nobody waits any more
+                here.call_soon_threadsafe(_set, done)
+
+    thread = threading.Thread(target=run, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        await asyncio.shield(done)
+    finally:
+        with contextlib.suppress(RuntimeError):  # it has ended
+            loop.call_soon_threadsafe(task.cancel)
+        await asyncio.to_thread(thread.join, HEARTBEAT_STOP_S)
+    if not task.cancelled() and (error := task.exception()) is not None:
+        raise error
+
+
+def _set(done: asyncio.Future[None]) -> None:
+    if not done.done():
+        done.set_result(None)
 
 
 class _Signals:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ import httpx
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-READY_S = 120.0
+READY_S = 240.0
 STOP_S = 45.0
 
 
@@ -27,7 +28,35 @@ class LocalCluster:
     url: str
     folder: Path
     supervisor: subprocess.Popen[bytes]
-    members: dict[str, int]  # name -> pid
+
+    @property
+    def members(self) -> dict[str, int]:
+        """Name -> pid, as the supervisor last said."""
+        state = _state(self.folder)
+        return {} if state is None else {member["name"]: member["pid"] for member in state["members"]}
+
+    def busiest(self, role: str) -> str:
+        """The worker of this role that most is assigned to."""
+
+        def held(worker: dict[str, Any]) -> float:
+            """By its own word of a moment ago; the registry's is a second old."""
+            samples = parse_metrics(httpx.get(f"http://{worker['http_address']}/metrics", timeout=10).text)
+            return sum(value for name, value in samples.items() if 'state="used"' in name)
+
+        return str(max((w for w in self.workers() if w["role"] == role), key=held)["worker_id"])
+
+    def wait_until_whole(self) -> None:
+        """Until every worker there should be serves."""
+        deadline = time.monotonic() + READY_S
+        while True:
+            state = _state(self.folder)
+            assert state is not None
+            wanted = {f"{role}-{i}" for role in ("prefill", "decode") for i in range(state[role])}
+            serving = {worker["worker_id"] for worker in self.workers() if worker["state"] == "serving"}
+            if serving == wanted and all(psutil.pid_exists(pid) for pid in self.members.values()):
+                return
+            assert time.monotonic() < deadline, f"{serving} of {wanted} serve\n{self.logs()}"
+            time.sleep(0.2)
 
     def pid(self, name: str) -> int:
         return self.members[name]
@@ -68,7 +97,7 @@ def local_cluster(home: Path, model: Path, *flags: str) -> Iterator[LocalCluster
     folder.mkdir(parents=True)
     with (folder / "up.log").open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=home)
-    cluster = LocalCluster(url="", folder=folder, supervisor=process, members={})
+    cluster = LocalCluster(url="", folder=folder, supervisor=process)
     family: list[psutil.Process] = []
     try:
         deadline = time.monotonic() + READY_S
@@ -80,11 +109,12 @@ def local_cluster(home: Path, model: Path, *flags: str) -> Iterator[LocalCluster
             assert time.monotonic() < deadline, f"not ready after {READY_S} s\n{cluster.logs()}"
             time.sleep(0.1)
         cluster.url = state["url"]
-        cluster.members = {member["name"]: member["pid"] for member in state["members"]}
         family = psutil.Process(process.pid).children(recursive=True)
         yield cluster
     finally:
         if process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGTERM)
         try:
             process.wait(STOP_S)

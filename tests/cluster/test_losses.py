@@ -6,14 +6,17 @@ import asyncio
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
-from tests.cluster.local_cluster import LocalCluster, local_cluster, parse_metrics
+from tests.cluster.local_cluster import ROOT, LocalCluster, local_cluster, parse_metrics
 
 
 def stream_ids(cluster: LocalCluster, model: Path, tokens: int, on_token: object = None) -> list[int]:
@@ -154,3 +157,59 @@ def settle(cluster: LocalCluster) -> None:
     while held := held_pages(cluster):
         assert time.monotonic() < deadline, held
         time.sleep(0.3)
+
+
+@pytest.mark.timeout(600)
+def test_an_answer_survives_any_worker_that_dies_freezes_or_leaves(model: Path, tmp_path: Path) -> None:
+    """Workers come and go under one client after another; every answer is the same."""
+    with local_cluster(tmp_path / "home", model, "--decode", "2") as cluster:
+        undisturbed = stream_ids(cluster, model, 200)
+        for role, number in (
+            ("decode", signal.SIGKILL),
+            ("prefill", signal.SIGKILL),
+            ("decode", signal.SIGSTOP),
+            ("decode", signal.SIGTERM),
+        ):
+            cluster.wait_until_whole()
+            hit: list[str] = []
+
+            def strike(count: int, role: str = role, number: int = number, hit: list[str] = hit) -> None:
+                if count >= 20 and not hit:
+                    hit.append(cluster.busiest(role))
+                    os.kill(cluster.pid(hit[0]), number)
+
+            try:
+                assert stream_ids(cluster, model, 200, strike) == undisturbed, f"{number.name} of {role}"
+                assert hit, "nobody was hit while the stream ran"
+            finally:
+                if hit and number is signal.SIGSTOP:
+                    os.kill(cluster.pid(hit[0]), signal.SIGCONT)
+        cluster.wait_until_whole()
+        settle(cluster)
+        moved = sum(n for name, n in cluster.metrics().items() if name.startswith("penumbra_request_retries_total{"))
+        assert moved >= 3
+
+
+@pytest.mark.timeout(600)
+def test_a_cluster_grows_and_shrinks_while_it_answers(model: Path, tmp_path: Path) -> None:
+    with local_cluster(tmp_path / "home", model) as cluster, ThreadPoolExecutor(3) as clients:
+        undisturbed = stream_ids(cluster, model, 400)
+        for counts in (("prefill=2", "decode=2"), ("prefill=1", "decode=1")):
+            answers = [clients.submit(stream_ids, cluster, model, 400) for _ in range(3)]
+            assert penumbra(cluster, "scale", *counts) == " ".join(counts) + "\n"
+            assert [answer.result() for answer in answers] == [undisturbed] * 3
+        assert sorted(cluster.members) == ["decode-0", "prefill-0", "redis", "router"]
+        settle(cluster)
+
+
+def penumbra(cluster: LocalCluster, *words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "cli", *words, "--cluster", "test", "--home", str(cluster.folder.parents[1])],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr + cluster.logs()
+    return done.stdout

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.supervisor import ChildSpec, Supervisor
+from deploy.supervisor import STEADY_S, ChildSpec, Restarts, Supervisor
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -112,7 +112,7 @@ def test_a_program_that_does_not_exist_is_a_death_that_says_so(tmp_path, heard, 
 def test_children_die_with_a_supervisor_that_is_killed_without_warning(tmp_path, eventually, process_gone):
     script = (
         "import sys, time, pathlib\n"
-        "from deploy.supervisor import ChildSpec, Supervisor\n"
+        "from deploy.supervisor import STEADY_S, ChildSpec, Restarts, Supervisor\n"
         "child = (sys.executable, '-c', 'import time; time.sleep(60)')\n"
         "supervisor = Supervisor(log_dir=pathlib.Path(sys.argv[1]), echo=lambda name, line: None)\n"
         "supervisor.start([ChildSpec(name=f'c{n}', command=child) for n in range(2)])\n"
@@ -144,3 +144,32 @@ def test_a_command_whose_supervisor_is_already_gone_is_not_started(tmp_path):
     assert result.returncode == 1
     assert f"process {strangers_pid} that asked for it is gone" in result.stderr
     assert not witness.exists()
+
+
+def test_a_child_that_died_is_started_again_in_its_place_and_its_log_goes_on(tmp_path, heard, eventually, process_gone):
+    with Supervisor(log_dir=tmp_path, echo=heard) as supervisor:
+        (first,) = supervisor.start([spec("prefill-0", ENDS_ON_TERM)])
+        supervisor.start([spec("router", ENDS_ON_TERM)])
+        eventually(lambda: len(heard) == 2)
+        first.send(signal.SIGKILL)
+        eventually(lambda: supervisor.dead() is first)
+        again = supervisor.replace(first)
+        assert [child.name for child in supervisor.children] == ["prefill-0", "router"]
+        assert supervisor.dead() is None
+        eventually(lambda: len(heard) == 3)
+        assert again.log.read_text() == "here\nhere\n"
+    assert process_gone(again.pid)
+
+
+def test_pauses_before_a_restart_double_up_to_a_limit_and_start_over_after_a_steady_life():
+    restarts, now, pauses = Restarts(), 0.0, []
+    for _ in range(8):
+        pauses.append(restarts.died(now, "decode-0"))
+        assert restarts.waits("decode-0")
+        assert restarts.due(now + pauses[-1] - 0.01) == []
+        now += pauses[-1]
+        assert restarts.due(now) == ["decode-0"]
+        assert restarts.due(now) == []
+    assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30]
+    assert restarts.died(now, "prefill-0") == 0.5
+    assert restarts.died(now + STEADY_S, "decode-0") == 0.5

@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
 import psutil
 import pytest
 
+from deploy import local
 from deploy.local import ClusterState
 from engine.model.tiny import write_tiny
 
@@ -101,7 +103,7 @@ def test_nothing_outlives_a_supervisor_that_is_killed(penumbra, model, tmp_path,
 
 
 @pytest.mark.timeout(240)
-def test_a_worker_that_dies_takes_the_cluster_down_and_is_named(penumbra, model, tmp_path, process_gone, eventually):
+def test_a_worker_that_dies_is_named_and_started_again(penumbra, model, tmp_path, process_gone):
     up = penumbra("up", "--detach", "--port", "0", "--model", str(model))
     assert up.returncode == 0, up.stdout + up.stderr
     folder = tmp_path / "home" / "clusters" / "default"
@@ -109,8 +111,25 @@ def test_a_worker_that_dies_takes_the_cluster_down_and_is_named(penumbra, model,
     assert state is not None
     (decode,) = (member for member in state.members if member.name == "decode-0")
     os.kill(decode.pid, signal.SIGKILL)
-    eventually(lambda: all(process_gone(pid) for pid in pids(state)))
+    deadline = time.monotonic() + 120
+    while True:
+        now = ClusterState.load(folder)
+        assert now is not None
+        new = [member.pid for member in now.members if member.name == "decode-0" and member.pid != decode.pid]
+        loads = local.fetch_json(f"{state.url}/workers") or {"workers": []}
+        if new and [w["state"] for w in loads["workers"]] == ["serving", "serving"]:
+            break
+        assert time.monotonic() < deadline, (folder / "penumbra.log").read_text()
+        time.sleep(0.2)
     assert "decode-0 ended by itself with signal SIGKILL" in (folder / "penumbra.log").read_text()
+    body = json.dumps({"model": state.model, "prompt": "again", "max_tokens": 2}).encode()
+    request = urllib.request.Request(
+        f"{state.url}/v1/completions", data=body, headers={"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert answer.status == 200
+    assert penumbra("down").returncode == 0
+    assert all(process_gone(pid) for pid in [*pids(state), *new])
 
 
 @pytest.mark.timeout(240)

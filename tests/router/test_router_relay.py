@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from router.placement import Placement
+from router.quarantine import Quarantine, fingerprint
 from router.relay import (
     Begun,
     Broke,
@@ -16,6 +17,8 @@ from router.relay import (
     Drop,
     DropDecode,
     Fail,
+    Leaving,
+    Moved,
     NotPlaced,
     Place,
     Placed,
@@ -30,7 +33,7 @@ from router.relay import (
     StartPrefill,
     Ticked,
 )
-from wire.errors import DeadlineExceeded, InvalidRequest, NoWorkers, WorkerLost
+from wire.errors import DeadlineExceeded, Draining, InvalidRequest, NoWorkers, RequestQuarantined, WorkerLost
 from wire.types import (
     Admitted,
     Failed,
@@ -248,7 +251,7 @@ def test_length_is_accepted_exactly_at_max_tokens():
 def test_a_retryable_failure_before_the_first_token_avoids_the_worker_that_reported_it(role: Role, avoided: str):
     driver = Driver()
     driver.admitted()
-    actions = driver.step(Said(1, role, Failed(code="transfer_failed", message="checksum", retryable=True)))
+    actions = driver.step(Said(1, role, Failed(code="overloaded", message="no room", retryable=True)))
     assert actions[0] == Drop(1)
     assert actions[-1].avoid == frozenset({avoided})
 
@@ -279,6 +282,80 @@ def test_a_failure_that_is_the_clients_fault_is_not_tried_again():
     assert str(error) == "too long"
 
 
+def test_a_transfer_that_fails_is_the_owners_fault_and_what_had_arrived_stays():
+    driver = Driver()
+    driver.admitted()
+    place = driver.decode(Failed(code="transfer_failed", message="checksum", retryable=True))[-1]
+    assert isinstance(place, Place)
+    assert place.avoid == frozenset({"p0"})
+    assert place.held == (("d0", 0),)
+
+
+# Workers that die of a request
+
+
+def test_a_request_that_two_workers_died_of_is_quarantined():
+    driver = Driver()
+    driver.admitted()
+    driver.prefill(Progress(done=1, total=3, cached=0))
+    assert isinstance(driver.step(Broke(1, Role.PREFILL, WorkerLost("died")))[-1], Place)
+    driver.admitted(2, OTHER)
+    driver.prefill(RunFinished(prompt_tokens=3, cached_tokens=0), 2)
+    driver.decode(tokens(11, attempt=2), 2)  # prefill drew it; the first step of decode is deadly
+    assert isinstance(failure(driver.step(Broke(2, Role.DECODE, WorkerLost("died")))), RequestQuarantined)
+
+
+def test_who_waited_or_was_well_under_way_when_workers_died_is_not_to_blame():
+    driver = Driver()
+    driver.admitted()
+    driver.step(Broke(1, Role.PREFILL, WorkerLost("died before it began")))
+    driver.admitted(2, OTHER)
+    driver.decode(tokens(11, 12, attempt=2), 2)
+    driver.step(Broke(2, Role.DECODE, WorkerLost("died in mid-answer")))
+    driver.admitted(3)
+    driver.decode(tokens(13, first=2, attempt=3), 3)
+    driver.step(Broke(3, Role.DECODE, WorkerLost("died in mid-answer")))
+    driver.admitted(4, OTHER)
+    assert ids(driver.decode(tokens(14, first=3, attempt=4), 4)) == [14]
+
+
+def test_a_quarantined_request_is_refused_for_ten_minutes_and_others_are_not():
+    quarantine, deadly = Quarantine(), fingerprint(b"deadly", "")
+    quarantine.add(100.0, deadly)
+    with pytest.raises(RequestQuarantined, match="refused for 600 s more"):
+        quarantine.check(100.0, deadly)
+    quarantine.check(100.0, fingerprint(b"harmless", ""))
+    quarantine.check(100.0, fingerprint(b"deadly", "grammar"))
+    quarantine.check(700.0, deadly)
+
+
+# Workers that go away
+
+
+def test_an_answer_leaves_a_worker_that_drains_and_that_counts_as_no_failure():
+    driver = Driver(replace(LIMITS, migration_limit=0))
+    driver.core = RelayCore(
+        replace(driver.core._request, sampling=SamplingParams(max_tokens=100, seed=1)),
+        replace(LIMITS, migration_limit=0),
+    )
+    driver.admitted()
+    driver.prefill(RunFinished(prompt_tokens=3, cached_tokens=0))
+    driver.decode(tokens(11))
+    drop, retry, place = driver.step(Leaving(1))
+    assert drop == DropDecode(1)
+    assert isinstance(retry, Retry)
+    assert isinstance(retry.error, Draining)
+    assert isinstance(place, Place)
+    assert driver.placed(2, OTHER) == [StartDecode(2, OTHER, (11,))]
+
+
+def test_an_answer_that_is_nearly_done_ends_where_it_is():
+    driver = Driver()
+    driver.admitted()
+    driver.decode(tokens(11))
+    assert driver.step(Leaving(1)) == []
+
+
 # Going on elsewhere
 
 
@@ -295,12 +372,16 @@ def test_an_answer_goes_on_at_its_next_token_when_its_decode_worker_dies():
     assert (place.attempt, place.avoid, place.held) == (2, frozenset({"d0"}), (("p0", len(PROMPT)),))
     moved = Placement(prefill=PAIR.prefill, decode=OTHER.decode)
     assert driver.placed(2, moved) == [StartDecode(2, moved, (11, 12))]
+    driver.now += 0.5
     start = driver.decode(Admitted(resident_prefix=0, secret=b"t" * 16), 2)
     assert start == [StartPrefill(2, moved, 0, b"t" * 16)]
     assert driver.prefill(Progress(done=3, total=3, cached=3), 2) == [Drop(1)]
     assert driver.prefill(RunFinished(prompt_tokens=3, cached_tokens=3), 2) == []
     assert driver.decode(Replaying(done=0, total=2), 2) == []
-    assert driver.decode(tokens(13, first=2, attempt=2), 2) == [Deliver(tokens(13, first=2).tokens)]
+    driver.now += 0.25
+    deliver, moved = driver.decode(tokens(13, first=2, attempt=2), 2)
+    assert deliver == Deliver(tokens(13, first=2).tokens)
+    assert moved == Moved(pages_s=0.5, replay_s=0.25)
     # The client is told what its prompt found in the cache, not what the second attempt did.
     (_, complete) = driver.decode(finished(3), 2)
     assert complete == Complete(replace(finished(3), cached_tokens=1))
