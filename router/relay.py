@@ -495,8 +495,10 @@ class RelayCore:
             return self._end(Fail(RequestQuarantined(f"{DEADLY} workers died of this request; the last said: {error}")))
         if not retryable:
             return self._end(Fail(error))
-        if isinstance(error, TransferFailed):
-            role = Role.PREFILL  # whoever noticed: the bytes were its
+        if isinstance(error, TransferFailed) and self._placement is not None:
+            # The memory of either, or what is between them: the next attempt has neither, if it can.
+            self._avoid.add(self._placement.decode.worker_id)
+            role = Role.PREFILL
         held: list[tuple[str, int]] = []
         given_up, done = self._attempt, [*self._release()]
         if self._placement is not None:
