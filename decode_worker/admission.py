@@ -127,12 +127,13 @@ class Admission:
             self.window.cover(sequence, first_window_page(num_tokens) * PAGE_TOKENS, num_tokens)
         return sequence, resident
 
-    def grow(self, sequence: Sequence) -> bool:
-        """See to a full page for the sequence's next token; False when there is none."""
-        if not has_room(sequence):
-            if not self.free_pages:
+    def grow(self, sequence: Sequence, position: int) -> bool:
+        """See to full pages up to the one of `position`; False when there are none."""
+        missing = num_pages(1 + position) - len(sequence.pages)
+        if missing > 0:
+            if self.free_pages < missing:
                 return False
-            sequence.pages += self._allocate(1)
+            sequence.pages += self._allocate(missing)
         return True
 
     def share(self, sequence: Sequence, digests: Items[bytes]) -> None:
@@ -187,9 +188,9 @@ class Admission:
         return found
 
 
-def has_room(sequence: Sequence) -> bool:
-    """Whether the sequence has a full page for its next token."""
-    return len(sequence.pages) * PAGE_TOKENS > sequence.length
+def has_room(sequence: Sequence, position: int | None = None) -> bool:
+    """Whether the sequence has a full page for its next token, or the one at `position`."""
+    return len(sequence.pages) * PAGE_TOKENS > (sequence.length if position is None else position)
 
 
 def _most_pages(request: StartRequest) -> int:

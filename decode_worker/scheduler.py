@@ -15,7 +15,7 @@ the bits they had there, and the next token is drawn as it would have been there
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -24,7 +24,7 @@ from decode_worker.admission import Admission, Place, Pools, has_room, places_of
 from decode_worker.drafting import DraftDepth
 from decode_worker.fetch import Fetch
 from decode_worker.preemption import HostPages
-from engine.batch import Drawn, Segment, Sequence, not_drawn, rebuild_tokens
+from engine.batch import Drawn, Segment, Sequence, most_drafts, most_guesses, not_drawn, rebuild_tokens
 from engine.loop import Load, StepFailed, Tick
 from engine.pace import Pace
 from kvtransfer.plan import item_bytes
@@ -252,9 +252,41 @@ class _Run:
         """Tokens of the answer to compute: the last one, and before it those emitted elsewhere."""
         return self.answer[self.length - len(self.request.prompt) :]
 
+    @property
+    def limit(self) -> int:
+        """Tokens whose KV is ever computed here: all but the answer's last."""
+        return len(self.request.prompt) + self.request.sampling.max_tokens - 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Flown:
+    run: _Run
+    sequence: Sequence
+    taken: int  # tokens of the answer to compute
+    drafts: int  # at most, behind those
+    chunk: bool = False  # of the prompt instead
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step that was planned and has not been answered, and who is in it."""
+
+    places: list[_Flown]
+    planned_s: float
+
+
+def _latest(run: _Run, drafts: int) -> int:
+    """The furthest a step with so many drafts may bring a request, as its number of computed tokens."""
+    return min(run.length + 1 + drafts, run.limit - 1)
+
 
 class DecodeCore:
-    """The decode worker's scheduler; implements `engine.loop.Core`."""
+    """The decode worker's scheduler; implements `engine.loop.Core` and `engine.loop.Planner`.
+
+    A step may be planned while one runs. Each running request then goes on from wherever the running step leaves it,
+    which the engine finds out; places are taken for the furthest it may come. Whoever leaves meanwhile leaves his
+    places behind until the steps he is in have ended.
+    """
 
     def __init__(self, pools: Pools, limits: DecodeLimits, pace: Pace | None = None) -> None:
         """`pace` is what this worker knows of how fast it computes prompts."""
@@ -265,9 +297,11 @@ class DecodeCore:
         self._runs: dict[AttemptId, _Run] = {}
         self._waiting: deque[_Run] = deque()
         self._running: dict[AttemptId, _Run] = {}
-        self._batch: list[tuple[_Run, int, int]] = []  # with how many tokens of its answer, and drafts behind those
+        self._flights: deque[_Flight] = deque()  # two at most
+        self._landed_s = 0.0  # when the last one ended
+        self._outdated = False  # the last one would be another now
+        self._leaving: list[tuple[Sequence, bool]] = []  # of requests that are gone, but not from a step; trusted
         self._depth = DraftDepth(limits.draft_tokens)
-        self._batch_started_s = 0.0
         self._computing: deque[_Run] = deque()  # whose chunk is next, first
         self._pace = pace or Pace()
         self._rebuild_tokens = rebuild_tokens(limits.num_layers)
@@ -309,67 +343,97 @@ class DecodeCore:
             case Tick():
                 actions = self._expire(now_s)
             case StepFailed(error):
-                failed, self._batch = self._batch, []
+                failed = self._flights.popleft().places
                 actions = []
-                for run, _, _ in failed:
+                for run in [place.run for place in failed if self._is_here(place.run)]:
                     actions += self._fail(run, WorkerLost(f"the decode step of {run.id} failed: {error}"))
+                self._let_go()
         return actions + self._share_out(now_s)
 
     def next_batch(self, now_s: float) -> list[Segment]:
         """The last token of every running request that has room for it, and the guesses at what follows it; and a chunk
         of one prompt that is computed here.
         """
-        assert not self._batch, "the last batch has not been answered"
-        segments = []
-        going = [run for run in self._running.values() if run.sequence is not None and has_room(run.sequence)]
-        depth = self._depth.choose(len(going))
-        replay_left = REPLAY_TOKENS
-        self._batch_started_s = now_s
-        for run in going:
-            sequence = run.sequence
+        assert len(self._flights) < 2, "two steps have not been answered"
+        ahead = self._flights[-1].places if self._flights else []
+        if any(place.chunk or place.taken > 1 for place in ahead):
+            return []  # who computes a page's worth may need both window pages of his for that one step
+        flown = {id(place.run): (n, place.drafts) for n, place in enumerate(ahead)}
+        going: list[tuple[_Run, Sequence, tuple[int, int] | None]] = []
+        self._outdated = False
+        for run in self._running.values():
+            sequence, before = run.sequence, flown.get(id(run))
             assert sequence is not None
-            room = len(sequence.pages) * PAGE_TOKENS - sequence.length
-            ahead = run.ahead
-            if len(ahead) > 1:
-                # Within one page, which is as far as the window reaches that the request has reserved.
-                ahead = ahead[: min(room, PAGE_TOKENS - sequence.length % PAGE_TOKENS, replay_left)]
-                replay_left -= len(ahead)
-                if ahead:
-                    self._batch.append((run, len(ahead), 0))
-                    segments.append(self._replay(run, ahead))
-                continue
-            left = run.request.sampling.max_tokens - run.num_tokens
-            drafts = run.guesses[: max(0, min(depth, room - 1, left - 1))]
-            # At least one token comes of this step, and the last one is drawn, not drafted.
-            guesses = max(0, min(depth, left - 2))
-            self._batch.append((run, 1, len(drafts)))
-            end = sequence.length + 1 + len(drafts)
-            self._admission.window.cover(sequence, sequence.length, end + guesses)
-            segments.append(
-                Segment(
-                    sequence=sequence,
-                    start=sequence.length,
-                    tokens=[*ahead, *drafts],
-                    sample=True,
-                    index=run.num_tokens,
-                    drafts=len(drafts),
-                    guesses=guesses,
-                )
-            )
+            if before is not None and run.length + 1 >= run.limit:
+                continue  # the step in flight draws its last token
+            if has_room(sequence, None if before is None else _latest(run, before[1])):
+                going.append((run, sequence, before))
+            elif ahead:
+                return []  # somebody may have to make room, which only one who is in no step can
+        depth = self._depth.choose(len(going)) if going else 0
+        segments, places = [], []
+        replay_left = REPLAY_TOKENS
+        for run, sequence, before in going:
+            if before is not None:
+                segment = self._follow(run, sequence, before, depth)
+            elif len(run.ahead) > 1:
+                if not replay_left:
+                    continue
+                segment = self._replay(run, sequence, replay_left)
+                replay_left -= len(segment.tokens)
+            else:
+                segment = self._go_on(run, sequence, depth)
+            segments.append(segment)
+            places.append(_Flown(run, sequence, len(segment.tokens) - segment.drafts, segment.drafts))
         if self._computing:
-            segments.append(self._chunk(self._computing[0]))
+            run = self._computing[0]
+            self._computing.rotate(-1)
+            assert run.sequence is not None
+            segments.append(self._chunk(run, run.sequence))
+            places.append(_Flown(run, run.sequence, len(segments[-1].tokens), 0, chunk=True))
+        if segments:
+            self._flights.append(_Flight(places, now_s))
         return segments
 
-    def _chunk(self, run: _Run) -> Segment:
+    def _go_on(self, run: _Run, sequence: Sequence, depth: int) -> Segment:
+        room = len(sequence.pages) * PAGE_TOKENS
+        drafts = run.guesses[: min(depth, most_drafts(run.length, run.limit, room))]
+        guesses = min(depth, most_guesses(run.length, run.limit))
+        self._admission.window.cover(sequence, run.length, run.length + 1 + len(drafts) + guesses)
+        return Segment(
+            sequence=sequence,
+            start=run.length,
+            tokens=[run.answer[-1], *drafts],
+            sample=True,
+            index=run.num_tokens,
+            drafts=len(drafts),
+            guesses=guesses,
+        )
+
+    def _follow(self, run: _Run, sequence: Sequence, before: tuple[int, int], depth: int) -> Segment:
+        """The same behind a step in flight: `before` is (the number of the request's segment there, its drafts)."""
+        room, start = len(sequence.pages) * PAGE_TOKENS, _latest(run, before[1])
+        drafts = min(depth, most_drafts(run.length + 1, run.limit, room))
+        guesses = min(depth, most_guesses(run.length + 1, run.limit))
+        self._admission.window.cover(sequence, run.length, start + 1 + drafts + guesses)
+        return Segment(
+            sequence=sequence,
+            start=start,
+            tokens=[0] * (1 + drafts),
+            sample=True,
+            drafts=drafts,
+            guesses=guesses,
+            follows=before[0],
+            limit=run.limit,
+            room=room,
+        )
+
+    def _chunk(self, run: _Run, sequence: Sequence) -> Segment:
         """The next part of a prompt that is computed here: within one page, so that neither its window needs more than
         is reserved nor those who decode beside it wait for long.
         """
-        self._computing.rotate(-1)
-        sequence, total = run.sequence, len(run.request.prompt)
-        assert sequence is not None
-        start = run.length
+        start, total = run.length, len(run.request.prompt)
         end = min(total, (start // PAGE_TOKENS + 1) * PAGE_TOKENS)
-        self._batch.append((run, end - start, 0))
         self._admission.window.cover(sequence, start, end)
         return Segment(
             sequence=sequence,
@@ -404,36 +468,42 @@ class DecodeCore:
         token = TokenEvent(index=0, token_id=first.token_id, logprob=first.logprob, top=first.top)
         return [told, *self._advance(run, [token])]
 
-    def _replay(self, run: _Run, tokens: list[int]) -> Segment:
+    def _replay(self, run: _Run, sequence: Sequence, most: int) -> Segment:
         """Tokens of the answer that another worker has drawn; behind the last of them one is drawn here."""
-        sequence = run.sequence
-        assert sequence is not None
-        end = run.length + len(tokens)
-        self._admission.window.cover(sequence, run.length, end)
-        last = end == len(run.request.prompt) + run.num_tokens
+        # Within one page, which is as far as the window reaches that the request has reserved.
+        room = len(sequence.pages) * PAGE_TOKENS - run.length
+        tokens = run.ahead[: min(room, PAGE_TOKENS - run.length % PAGE_TOKENS, most)]
+        self._admission.window.cover(sequence, run.length, run.length + len(tokens))
+        last = len(tokens) == len(run.ahead)
         return Segment(sequence=sequence, start=run.length, tokens=tokens, sample=last, index=run.num_tokens)
+
+    def is_outdated(self) -> bool:
+        return self._outdated
+
+    def take_back(self) -> None:
+        self._flights.pop()
+        self._let_go()
 
     def finish(self, now_s: float, results: list[Drawn]) -> list[DecodeAction]:
         actions: list[DecodeAction] = []
-        batch, self._batch = self._batch, []
-        chunks = [(run.length, taken) for run, taken, _ in batch if run.state is _State.COMPUTING]
-        if chunks and len(chunks) == len(batch):
-            self._pace.record(chunks, now_s - self._batch_started_s)
+        flight = self._flights.popleft()
+        seconds, self._landed_s = now_s - max(flight.planned_s, self._landed_s), now_s
+        chunks = [(place.run.length, place.taken) for place in flight.places if place.chunk]
+        if chunks and len(chunks) == len(flight.places):
+            self._pace.record(chunks, seconds)
         # A step that replays, or computes a prompt, says nothing about what drafts cost.
-        if not chunks and all(taken == 1 for _, taken, _ in batch):
-            self._depth.measured(
-                [(drafts, len(drawn.tokens) - 1) for (_, _, drafts), drawn in zip(batch, results, strict=True)],
-                now_s - self._batch_started_s,
-            )
-        for (run, taken, _), drawn in zip(batch, results, strict=True):
-            if run.state is _State.COMPUTING:
-                actions += self._computed(run, taken, drawn)
+        if not chunks and all(place.taken == 1 for place in flight.places):
+            self._depth.measured([(one.drafts, len(one.tokens) - 1) for one in results if one.tokens], seconds)
+        for place, drawn in zip(flight.places, results, strict=True):
+            run, sequence = place.run, place.sequence
+            if not self._is_here(run):
                 continue
-            sequence = run.sequence
-            assert sequence is not None
-            whole = taken == len(run.ahead)
+            if place.chunk:
+                actions += self._computed(run, place.taken, drawn)
+                continue
+            whole = place.taken == len(run.ahead)
             assert bool(drawn.tokens) is whole, f"run {run.id} got {len(drawn.tokens)} tokens"
-            run.length += taken + max(len(drawn.tokens) - 1, 0)
+            run.length += place.taken + max(len(drawn.tokens) - 1, 0)
             sequence.length = run.length
             self._admission.window.trim(sequence)
             if not whole:
@@ -448,11 +518,25 @@ class DecodeCore:
                     for index, one in enumerate(good, start=run.num_tokens)
                 ],
             )
-            if len(good) < len(drawn.tokens) and run.id in self._runs:
+            if len(good) < len(drawn.tokens) and self._is_here(run):
                 # A row that is not a number may be on any of its pages: nobody is to find them.
                 run.trusted = bool(drawn.tokens[-1].problem)
                 actions += self._fail(run, not_drawn(drawn.tokens[-1], f"token {run.num_tokens} of {run.id}"))
+        self._let_go()
         return actions + self._share_out(now_s)
+
+    def _is_here(self, run: _Run) -> bool:
+        return self._runs.get(run.id) is run
+
+    def _in_flight(self, sequence: Sequence) -> bool:
+        return any(place.sequence is sequence for flight in self._flights for place in flight.places)
+
+    def _let_go(self) -> None:
+        """A step ended: give back the places of those who left while they were in it."""
+        done = [(sequence, trusted) for sequence, trusted in self._leaving if not self._in_flight(sequence)]
+        self._leaving = [(sequence, trusted) for sequence, trusted in self._leaving if self._in_flight(sequence)]
+        for sequence, trusted in done:
+            self._admission.leave(sequence, trusted=trusted)
 
     def next_deadline(self) -> float | None:
         return min((run.deadline for run in self._runs.values() if run.deadline is not None), default=None)
@@ -559,19 +643,23 @@ class DecodeCore:
         return actions + self._admit(now_s)
 
     def _grow(self, now_s: float) -> list[DecodeAction]:
-        """A page for every running request whose next token needs one. When pages run out the request that came
-        last moves to host memory; where that is full too, requests stand still until pages come back.
+        """A page for every running request whose next token needs one, behind what is in flight. When pages run out the
+        request that came last moves to host memory; where that is full too, requests stand still until pages come back.
         """
         stuck: list[_Run] = []
+        in_flight: Counter[int] = Counter()
+        for place in [place for flight in self._flights for place in flight.places]:
+            in_flight[id(place.run)] += place.taken + place.drafts
         for run in self._by_order(_State.RUNNING):
             assert run.sequence is not None
-            if self._admission.grow(run.sequence):
+            furthest = min(run.length + in_flight[id(run)], run.limit - 1)
+            if self._admission.grow(run.sequence, furthest) or has_room(run.sequence):
                 run.deadline = None
             else:
                 stuck.append(run)
                 run.deadline = run.deadline or now_s + self._limits.queue_timeout_s
         moving = self._by_order(_State.SAVING, _State.RESTORING)
-        if not stuck or moving:
+        if not stuck or moving or self._flights:
             return []
         for victim in reversed(self._by_order(_State.RUNNING)[1:]):
             if (save := self._preempt(victim)) is not None:
@@ -631,6 +719,7 @@ class DecodeCore:
             return self._fail(run, error)
         run.state, run.sequence.length = _State.RUNNING, run.length  # as when it was saved
         self._running[run.id] = run
+        self._outdated = True
         return []
 
     def _forget_saved(self, run: _Run) -> None:
@@ -682,7 +771,7 @@ class DecodeCore:
         again, from as far back as it takes to be right.
         """
         assert run.sequence is not None
-        run.state, run.deadline = _State.COMPUTING, None
+        run.state, run.deadline, self._outdated = _State.COMPUTING, None, True
         run.rebuilt_at = resident_pages * PAGE_TOKENS
         run.length = run.sequence.length = run.cached_tokens = max(0, run.rebuilt_at - self._rebuild_tokens)
         run.sequence.swa_pages[:] = [0] * (run.length // PAGE_TOKENS)
@@ -736,6 +825,7 @@ class DecodeCore:
         run.cached_tokens = fetch.tail.cached_tokens
         sequence.length = run.length = len(run.request.prompt)
         self._running[run.id] = run
+        self._outdated = True
         # Now, not at the end: requests that begin alike often come together.
         self._admission.share(sequence, run.digests)
         if run.answer:
@@ -831,7 +921,11 @@ class DecodeCore:
                 del self._by_job[job_id]
                 self._orphans[job_id] = places
                 actions.append(CancelRead(job_id))
-        self._admission.leave(run.sequence, [*being_read, *unsettled], trusted=run.trusted)
+        if self._in_flight(run.sequence):
+            self._outdated = True
+            self._leaving.append((run.sequence, run.trusted))
+        else:
+            self._admission.leave(run.sequence, [*being_read, *unsettled], trusted=run.trusted)
         run.fetch = run.sequence = None
         return actions
 

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 import structlog
@@ -43,8 +43,7 @@ from decode_worker.scheduler import (
     Start,
     SubmitRead,
 )
-from engine.batch import Drawn, Segment
-from engine.loop import EngineLoop
+from engine.loop import EngineLoop, StepRunner
 from kvtransfer.plan import token_bytes
 from kvtransfer.reader import Reader, ReadResult
 from wire import convert
@@ -77,19 +76,6 @@ RECENT_WEIGHT = 0.9
 STOP_S = 10.0
 
 
-class DecodeRunner(Protocol):
-    """What decode needs of `engine.runner.Runner`."""
-
-    def step(self, batch: list[Segment]) -> list[Drawn]: ...
-
-
-class _Steps:
-    """A runner as the engine thread runs it."""
-
-    def __init__(self, runner: DecodeRunner) -> None:
-        self.run = runner.step
-
-
 class DecodeService(worker_pb2_grpc.DecodeServicer):
     """Owns the engine thread of a decode worker and its claims; implements `wire.worker.WorkerService`.
 
@@ -101,7 +87,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
     def __init__(
         self,
         core: DecodeCore,
-        runner: DecodeRunner,
+        runner: StepRunner,
         memory: PageMemory,
         metrics: WorkerMetrics,
         *,
@@ -131,11 +117,12 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._loop = asyncio.get_running_loop()
         self._engine: EngineLoop[DecodeEvent, DecodeAction] = EngineLoop(
             core,
-            _Steps(runner),
+            runner,
             emit=lambda actions: self._post(self._apply, actions),
             on_crash=lambda error, ended: self._post(self._on_crash, error, ended),
             on_step=metrics.step_time.observe,
             perform=self._perform,
+            planner=core,
         )
         self._total_tokens = self._engine.load.free_tokens  # nothing is held yet
         self._kv_token_bytes = token_bytes(core.classes)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections.abc
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,6 +50,10 @@ class Segment:
 
     With `rebuild`, the sequence's full pages hold these tokens' compressed rows already and are only read: the step
     writes window rows and rings. What it computes is right from `rebuild_tokens` behind `start` on.
+
+    With `follows`, this was planned while the step before it was still running, in which the sequence has the segment
+    of that number. It goes on with what that one draws and guesses, or is nothing if the answer ended there: see
+    `Chain`. Until then `start` is the latest place it may begin at, and `tokens` stand for as many as there may be.
     """
 
     sequence: Sequence
@@ -59,6 +64,24 @@ class Segment:
     rebuild: bool = False
     drafts: int = 0
     guesses: int = 0
+    follows: int | None = None
+    limit: int = 0  # with `follows`: tokens of the sequence that are ever computed, all but the answer's last
+    room: int = 0  # with `follows`: tokens its full pages hold
+
+
+def most_drafts(start: int, limit: int, room: int) -> int:
+    """Drafts that a step from `start` on has use and room for: the last token of an answer is drawn, not computed."""
+    return max(0, min(limit, room) - start - 1)
+
+
+def most_guesses(start: int, limit: int) -> int:
+    """Guesses of use behind a step from `start` on, which brings a token; the last one is drawn, not drafted."""
+    return max(0, limit - start - 2)
+
+
+def ends_of(sampling: SamplingParams, eos_token_id: int) -> frozenset[int]:
+    """Token ids that end an answer."""
+    return frozenset(sampling.stop_token_ids if sampling.ignore_eos else (*sampling.stop_token_ids, eos_token_id))
 
 
 def rebuild_tokens(num_layers: int) -> int:
@@ -93,13 +116,96 @@ def not_drawn(sampled: Sampled, what: str) -> PenumbraError:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What a step drew for one segment: a token more than drafts were kept, or none; and guesses at what comes next.
+    """What a step drew for one segment: a token more than of its `drafts` were kept, or none; and guesses at what comes
+    next.
 
     The KV of every token but the last one drawn is in the pools.
     """
 
     tokens: tuple[Sampled, ...] = ()
     guesses: tuple[int, ...] = ()
+    drafts: int = 0
+
+
+class Chain:
+    """What each step leaves for one that was planned behind it: where its sequences are, and what comes next there."""
+
+    def __init__(self, eos_token_id: int) -> None:
+        self._eos = eos_token_id
+        self._last: list[tuple[Segment, Drawn] | None] = []
+
+    def bind(self, batch: list[Segment]) -> list[Segment | None]:
+        """Each segment as it is now that the step before has been drawn; None where that ended the answer."""
+        return [segment if segment.follows is None else self._behind(segment) for segment in batch]
+
+    def drawn(self, bound: list[Segment | None], results: list[Drawn]) -> None:
+        """The step is over."""
+        self._last = [(s, d) if s is not None else None for s, d in zip(bound, results, strict=True)]
+
+    def _behind(self, segment: Segment) -> Segment | None:
+        assert segment.follows is not None
+        last = self._last[segment.follows]
+        if last is None:
+            return None
+        before, drawn = last
+        assert before.sequence is segment.sequence, "a step was planned behind another than the one that ran"
+        ends = ends_of(segment.sequence.sampling, self._eos)
+        if not drawn.tokens or not drawn.tokens[-1].ok or any(token.token_id in ends for token in drawn.tokens):
+            return None
+        start = before.start + len(before.tokens) - before.drafts + len(drawn.tokens) - 1
+        if start >= segment.limit:
+            return None
+        tried = drawn.guesses[: min(segment.drafts, most_drafts(start, segment.limit, segment.room))]
+        return replace(
+            segment,
+            start=start,
+            tokens=[drawn.tokens[-1].token_id, *tried],
+            index=before.index + len(drawn.tokens),
+            drafts=len(tried),
+            guesses=min(segment.guesses, most_guesses(start, segment.limit)),
+            follows=None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Where B sequences lie: what a step's host hands over, P pages at most. Known before the step's tokens are.
+
+    Item, page and slot 0 are sinks: never read for their meaning, harmless to write.
+    """
+
+    slots: Tensor  # [B] int32     request slot
+    pages: Tensor  # [B, P] int32  full page of each page index
+    swa_pages: Tensor  # [B, P] int32  SWA page of each page index, 0 where not mapped
+    write_pages: Tensor | None = None  # [B, P] int32 where compressed rows go, if not all to `pages`
+
+    @classmethod
+    def of(cls, batch: list[Segment]) -> Tables:
+        # Guesses lie behind the tokens; the page they may need is mapped, or they stop at its edge.
+        ends = [segment.start + len(segment.tokens) + segment.guesses for segment in batch]
+        width = max(-(-end // PAGE_TOKENS) for end in ends)
+        pages, swa_pages = np.zeros((2, len(batch), width), dtype=np.int32)
+        for b, segment in enumerate(batch):
+            for table, items in ((pages, segment.sequence.pages), (swa_pages, segment.sequence.swa_pages)):
+                part = items[:width]
+                table[b, : len(part)] = part
+        full, write_pages = torch.from_numpy(pages), None
+        if any(segment.rebuild for segment in batch):
+            # To the sink, so that pages others are reading stay as they are.
+            write_pages = full * torch.tensor([[not segment.rebuild] for segment in batch], dtype=torch.int32)
+        return cls(
+            slots=torch.tensor([segment.sequence.slot for segment in batch], dtype=torch.int32),
+            pages=full,
+            swa_pages=torch.from_numpy(swa_pages),
+            write_pages=write_pages,
+        )
+
+    def only(self, rows: list[int]) -> Tables:
+        """Of the sequences with these numbers."""
+        if len(rows) == len(self.slots):
+            return self
+        write_pages = None if self.write_pages is None else self.write_pages[rows]
+        return Tables(self.slots[rows], self.pages[rows], self.swa_pages[rows], write_pages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,28 +226,36 @@ class StepMeta:
     oldest: Tensor | None = None  # [B] int64    first position whose window row may be read, if not 0
 
     @classmethod
-    def of(cls, batch: list[Segment]) -> StepMeta:
-        starts = [segment.start for segment in batch]
-        lengths = [len(segment.tokens) for segment in batch]
-        width = max(-(-(start + n) // PAGE_TOKENS) for start, n in zip(starts, lengths, strict=True))
-        pages = [(s.sequence.pages + [0] * width)[:width] for s in batch]
-        swa_pages = [(s.sequence.swa_pages + [0] * width)[:width] for s in batch]
-        page_table, write_table = torch.tensor(pages, dtype=torch.int32), None
-        if any(segment.rebuild for segment in batch):
-            # To the sink, so that pages others are reading stay as they are.
-            write_table = page_table * torch.tensor([[not segment.rebuild] for segment in batch], dtype=torch.int32)
-        starts_t = torch.tensor(starts, dtype=torch.int64)
-        lengths_t = torch.tensor(lengths, dtype=torch.int64)
-        ends = lengths_t.cumsum(0)
-        segment = torch.repeat_interleave(torch.arange(len(batch)), lengths_t)
-        first_row = torch.cat([torch.zeros(1, dtype=torch.int64), ends])
+    def at(
+        cls, tables: Tables, starts: Tensor, counts: Tensor, num_tokens: int, oldest: Tensor | None = None
+    ) -> StepMeta:
+        """The addresses of `counts` [B] int64 tokens of each sequence from `starts` [B] int64 on, `num_tokens` in all.
+
+        Tensors in, tensors out, and no value of one is looked at: so it can be computed where they lie.
+        """
+        ends = counts.cumsum(0)
+        offsets = torch.cat([ends.new_zeros(1), ends])
+        segment = torch.repeat_interleave(counts, output_size=num_tokens)
+        row = torch.arange(num_tokens, device=ends.device)
         return cls(
-            positions=torch.arange(int(ends[-1])) - first_row[segment] + starts_t[segment],
+            positions=row + (starts - offsets[:-1])[segment],
             segment=segment.int(),
-            offsets=first_row.int(),
-            starts=starts_t,
-            page_table=page_table,
-            swa_table=torch.tensor(swa_pages, dtype=torch.int32),
-            slots=torch.tensor([s.sequence.slot for s in batch], dtype=torch.int32),
-            write_table=write_table,
+            offsets=offsets.int(),
+            starts=starts,
+            page_table=tables.pages,
+            swa_table=tables.swa_pages,
+            slots=tables.slots,
+            write_table=tables.write_pages,
+            oldest=oldest,
         )
+
+    @classmethod
+    def of(cls, batch: list[Segment]) -> StepMeta:
+        """The addresses of a batch whose tokens are known."""
+        return cls.at(Tables.of(batch), *extents(batch))
+
+
+def extents(batch: list[Segment]) -> tuple[Tensor, Tensor, int]:
+    """([B] int64 first position of each segment, [B] int64 its tokens, tokens in all)."""
+    counts = [len(segment.tokens) for segment in batch]
+    return torch.tensor([segment.start for segment in batch]), torch.tensor(counts), sum(counts)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from engine.batch import Drawn, Sampled, Segment, Sequence, StepMeta
+from engine.batch import Chain, Drawn, Sampled, Segment, Sequence, StepMeta, Tables, extents
 from engine.cache.pools import KvPools, PoolSizes, plan_sizes
 from engine.config import C4_RATIO, EngineConfig, KvLayout, ModelConfig
 from engine.constraint import Grammars
@@ -18,6 +18,14 @@ from engine.model.weights import load_checkpoint
 from engine.sampler import Draws
 from wire.errors import ConfigError
 from wire.types import PAGE_TOKENS, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A step that is ready to run: as much of it as could be known while the one before was running."""
+
+    batch: list[Segment]
+    tables: Tables
 
 
 class Runner:
@@ -38,6 +46,7 @@ class Runner:
         self.fingerprint = fingerprint
         self.grammars = Grammars(config.model, model.config.vocab_size, (model.config.eos_token_id,))
         self.draft = draft
+        self._chain = Chain(model.config.eos_token_id)
 
     @classmethod
     def load(cls, config: EngineConfig) -> Runner:
@@ -79,12 +88,37 @@ class Runner:
         return [drawn.tokens[0] if drawn.tokens else None for drawn in self.step(batch)]
 
     def step(self, batch: list[Segment]) -> list[Drawn]:
-        """Compute every segment, verify the drafts in them, and guess on where asked to.
+        """Prepare and execute."""
+        return self.execute(self.prepare(batch))
+
+    def prepare(self, batch: list[Segment]) -> Plan:
+        """Everything about a step that does not depend on the step before it. May run while that one does, on another
+        thread: it reads the sequences, and touches neither the pools nor the model.
+        """
+        for segment in batch:
+            if segment.sample:
+                self._draws_of(segment.sequence)
+        return Plan(batch, Tables.of(batch))
+
+    def execute(self, plan: Plan) -> list[Drawn]:
+        """Compute every segment, verify the drafts in them, and guess on where asked to. Plans are executed in the
+        order they were made; a segment that turns out to have no token to compute draws nothing.
 
         A draft is kept if it is what is drawn at its place, with the noise and the options of that place: so tokens
         come out as without drafts, only several at a time.
         """
-        token_ids, meta = _token_ids(batch), StepMeta.of(batch)
+        bound = self._chain.bind(plan.batch)
+        going = [b for b, segment in enumerate(bound) if segment is not None]
+        results = [Drawn()] * len(bound)
+        if going:
+            batch = [segment for segment in bound if segment is not None]
+            for b, drawn in zip(going, self._compute(batch, plan.tables.only(going)), strict=True):
+                results[b] = drawn
+        self._chain.drawn(bound, results)
+        return results
+
+    def _compute(self, batch: list[Segment], tables: Tables) -> list[Drawn]:
+        token_ids, meta = _token_ids(batch), StepMeta.at(tables, *extents(batch))
         wanted, rows = [], []
         end = 0
         for segment in batch:
@@ -94,7 +128,7 @@ class Runner:
                 for i in range(segment.drafts + 1):
                     wanted.append(end - segment.drafts - 1 + i)
                     place, drafts = segment.start + committed + i, segment.tokens[committed : committed + i]
-                    rows.append(self.draws_of(segment.sequence).row(place, segment.index + i, drafts))
+                    rows.append(self._draws_of(segment.sequence).row(place, segment.index + i, drafts))
         if self.draft is None:
             logits = self.model.forward(token_ids, meta, torch.tensor(wanted, dtype=torch.int64), self.pools)
         else:
@@ -102,8 +136,13 @@ class Runner:
             logits = self.model.read_out(streams[torch.tensor(wanted, dtype=torch.int64)])
         drawn = iter(sample(logits.numpy(), rows))
         tokens = [_agreed(s, [next(drawn) for _ in range(s.drafts + 1)]) if s.sample else () for s in batch]
-        guesses = [()] * len(batch) if self.draft is None else self._guess(self.draft, batch, tokens, streams, meta)
-        return [Drawn(t, g) for t, g in zip(tokens, guesses, strict=True)]
+        for segment, agreed in zip(batch, tokens, strict=True):
+            if segment.sample:
+                self._draws_of(segment.sequence).push([sampled.token_id for sampled in agreed if sampled.ok])
+        guesses: list[tuple[int, ...]] = [()] * len(batch)
+        if self.draft is not None:
+            guesses = self._guess(self.draft, batch, tokens, streams, meta, tables)
+        return [Drawn(t, g, s.drafts) for s, t, g in zip(batch, tokens, guesses, strict=True)]
 
     @torch.inference_mode()
     def _guess(
@@ -113,24 +152,31 @@ class Runner:
         tokens: list[tuple[Sampled, ...]],
         streams: Tensor,
         meta: StepMeta,
+        tables: Tables,
     ) -> list[tuple[int, ...]]:
         """Let the draft layer see what was computed, then guess from there; streams [T, 4, D] of the whole step."""
         kept = [len(s.tokens) - s.drafts + max(len(t) - 1, 0) for s, t in zip(batch, tokens, strict=True)]
         before, oldest = draft.remember(streams, _token_ids(batch), meta, torch.tensor(kept), self.pools)
+        ends = meta.starts + torch.tensor(kept)
         answers = [[sampled.token_id for sampled in t] for t in tokens]
         going = [b for b, t in enumerate(tokens) if t and t[-1].ok]
+        width, one = tables.swa_pages.shape[1], torch.ones(len(batch), dtype=torch.int64)
         depth = 0
-        while going := [b for b in going if depth < batch[b].guesses and _is_mapped(batch[b], kept[b] + depth)]:
-            ahead = [
-                Segment(sequence=s.sequence, start=s.start + kept[b] + depth, tokens=[answers[b][-1]], sample=False)
-                for b, s in ((b, batch[b]) for b in going)
-            ]
-            at = replace(StepMeta.of(ahead), oldest=oldest[going])
-            logits, before[going] = draft.guess(_token_ids(ahead), before[going], at, self.pools)
+        while True:
+            pages = (ends + depth) // PAGE_TOKENS
+            mapped = tables.swa_pages.gather(1, pages.clamp(max=width - 1)[:, None])[:, 0] * (pages < width)
+            mapped_rows = mapped.tolist()
+            going = [b for b in going if depth < batch[b].guesses and mapped_rows[b]]
+            if not going:
+                break
+            at = StepMeta.at(tables.only(going), ends[going] + depth, one[going], len(going), oldest[going])
+            ids = torch.tensor([answers[b][-1] for b in going])
+            logits, before[going] = draft.guess(ids, before[going], at, self.pools)
             rows = []
-            for b, s in zip(going, ahead, strict=True):
+            for b in going:
+                place, drafts = batch[b].start + kept[b] + depth + 1, answers[b][len(tokens[b]) :]
                 index = batch[b].index + len(answers[b])
-                rows.append(self.draws_of(s.sequence).row(s.start + 1, index, answers[b]))
+                rows.append(self._draws_of(batch[b].sequence).row(place, index, drafts))
             # Drawn like the token itself, by the same noise: two alike distributions then mostly draw alike.
             drawn = sample(logits.numpy(), rows)
             drew = {b: sampled.token_id for b, sampled in zip(going, drawn, strict=True) if sampled.ok}
@@ -140,7 +186,7 @@ class Runner:
             depth += 1
         return [tuple(a[len(t) :]) for a, t in zip(answers, tokens, strict=True)]
 
-    def draws_of(self, sequence: Sequence) -> Draws:
+    def _draws_of(self, sequence: Sequence) -> Draws:
         """The sequence's part of the sampler, made when it is first asked for."""
         if sequence.draws is None:
             sequence.draws = Draws(sequence, (self.model_config.eos_token_id,), self.grammars)
@@ -162,12 +208,6 @@ def _agreed(segment: Segment, drawn: list[Sampled]) -> tuple[Sampled, ...]:
     while n < len(drafts) and drawn[n].ok and drawn[n].token_id == drafts[n]:
         n += 1
     return tuple(drawn[: n + 1])
-
-
-def _is_mapped(segment: Segment, offset: int) -> bool:
-    """Whether the token `offset` places behind the segment's start has an SWA page."""
-    pages, page = segment.sequence.swa_pages, (segment.start + offset) // PAGE_TOKENS
-    return page < len(pages) and pages[page] != 0
 
 
 def check_layout(model: ModelConfig, layout: KvLayout) -> None:

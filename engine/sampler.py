@@ -14,30 +14,31 @@ from engine.kernels.sample import History, Row, needs_history
 
 
 class Draws:
-    """One sequence's part of the sampler. Catches up with `sequence.answer` whenever a row is asked for."""
+    """One sequence's part of the sampler: made from the answer so far, and told of every token drawn since."""
 
     def __init__(self, sequence: Sequence, ends: tuple[int, ...], grammars: Grammars) -> None:
         """`ends`: token ids that end any answer, EOS."""
         params = sequence.sampling
         self._params = params
-        self._answer = sequence.answer
-        self._taken = 0  # tokens of the answer counted so far
         self._banned = (*params.stop_token_ids, *(() if params.ignore_eos else ends)) if params.min_tokens else ()
         self._history: History | None = None
         if needs_history(params):
             # Only repetition looks at the prompt.
             self._history = History(sequence.prompt if params.repetition_penalty != 1 else ())
         self._follower = grammars.follow(params.grammar) if params.grammar else None
+        self.push(sequence.answer)
+
+    def push(self, tokens: collections.abc.Sequence[int]) -> None:
+        """These tokens were added to the answer."""
+        if self._history is not None:
+            self._history.push(tokens)
+        if self._follower is not None:
+            self._follower.push(tokens)
 
     def row(self, position: int, index: int, drafts: collections.abc.Sequence[int] = ()) -> Row:
         """For the draw of the answer's token `index`, at `position`, after the answer so far and `drafts`."""
-        fresh = self._answer[self._taken :]
-        self._taken = len(self._answer)
-        if self._history is not None:
-            self._history.push(fresh)
         mask, problem = None, ""
         if self._follower is not None:
-            self._follower.push(fresh)
             mask = self._follower.mask(drafts)
             problem = self._follower.problem
         return Row(

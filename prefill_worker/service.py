@@ -17,6 +17,7 @@ from typing import Any
 
 import structlog
 
+from engine.batch import Sampled
 from engine.loop import EngineLoop, StepRunner
 from kvtransfer.owner import ClaimLimits, ClaimTable, Freed
 from kvtransfer.plan import token_bytes
@@ -72,6 +73,17 @@ class _Begun:
         return PrefillTimes(queue_us=round((turn - self.arrived) * 1e6), compute_us=round((now_s - turn) * 1e6))
 
 
+class _Chunks:
+    """A runner as the prefill core knows it: a token, or none, for each segment."""
+
+    def __init__(self, runner: StepRunner) -> None:
+        self._runner = runner
+        self.prepare = runner.prepare
+
+    def execute(self, plan: Any) -> list[Sampled | None]:
+        return [drawn.tokens[0] if drawn.tokens else None for drawn in self._runner.execute(plan)]
+
+
 class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer):
     """Owns the engine thread of a prefill worker; implements `wire.worker.WorkerService`.
 
@@ -107,7 +119,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
         self._loop = asyncio.get_running_loop()
         self._engine: EngineLoop[PrefillEvent, PrefillAction] = EngineLoop(
             core,
-            runner,
+            _Chunks(runner),
             emit=lambda actions: self._post(self._apply, actions),
             on_crash=lambda error, ended: self._post(self._on_crash, error, ended),
             on_step=metrics.step_time.observe,

@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry
 
 from decode_worker.scheduler import DecodeLimits
 from decode_worker.service import DecodeService
-from engine.batch import Drawn, Sampled, Segment
+from engine.batch import Chain, Drawn, Sampled, Segment
 from engine.cache.pools import KvPools, PageAllocator
 from engine.loop import StepRunner
 from engine.window import first_window_page
@@ -124,6 +124,7 @@ class OracleRunner:
         self._memory = pools.memory
         self.fail_next = threading.Event()
         self._permits: threading.Semaphore | None = None
+        self._chain = Chain(EOS)
 
     def pause_after(self, steps: int) -> None:
         """Let this many steps run; the next waits for `resume`."""
@@ -134,16 +135,20 @@ class OracleRunner:
         if permits is not None:
             permits.release()
 
-    def run(self, batch: list[Segment]) -> list[Sampled | None]:
+    def prepare(self, batch: list[Segment]) -> list[Segment]:
+        return batch
+
+    def execute(self, batch: list[Segment]) -> list[Drawn]:
         if (permits := self._permits) is not None:
             assert permits.acquire(timeout=30)
         if self.fail_next.is_set():
             self.fail_next.clear()
             raise RuntimeError("a kernel failed")
-        return [self._compute(segment) for segment in batch]
-
-    def step(self, batch: list[Segment]) -> list[Drawn]:
-        return [Drawn((one,)) if one is not None else Drawn() for one in self.run(batch)]
+        bound = self._chain.bind(batch)
+        results = [None if segment is None else self._compute(segment) for segment in bound]
+        drawn = [Drawn() if one is None else Drawn((one,)) for one in results]
+        self._chain.drawn(bound, drawn)
+        return drawn
 
     def _compute(self, segment: Segment) -> Sampled | None:
         sequence, memory = segment.sequence, self._memory

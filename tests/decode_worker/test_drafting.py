@@ -32,12 +32,12 @@ def core_with(draft_tokens: int, **sampling: object) -> DecodeCore:
     return core
 
 
-def answered(core: DecodeCore, *ids: int, guesses: tuple[int, ...] = (), last_ok: bool = True) -> list:
+def answered(core: DecodeCore, *ids: int, guesses: tuple[int, ...] = (), drafts: int = 0, last_ok: bool = True) -> list:
     """The only request's step drew these tokens."""
     tokens = [Sampled(token_id=token, logprob=-1.0) for token in ids]
     if not last_ok:
         tokens.append(Sampled(token_id=0, logprob=0.0, ok=False))
-    return emitted(core.finish(0.0, [Drawn(tuple(tokens), guesses)]))
+    return emitted(core.finish(0.0, [Drawn(tuple(tokens), guesses, drafts)]))
 
 
 def shape(segment: Segment) -> tuple[int, list[int], int, int, int]:
@@ -52,7 +52,7 @@ def test_guesses_are_verified_by_the_next_step_and_what_it_drew_travels_in_one_m
     (segment,) = core.next_batch(0.0)
     assert shape(segment) == (301, [60, 61, 62], 2, 2, 2)
     assert segment.sequence.swa_pages[1], "every place that is written is mapped"
-    (event,) = answered(core, 61, 63, guesses=(64, 65))
+    (event,) = answered(core, 61, 63, guesses=(64, 65), drafts=2)
     assert isinstance(event, Tokens)
     assert [(token.index, token.token_id) for token in event.tokens] == [(2, 61), (3, 63)]
     (segment,) = core.next_batch(0.0)

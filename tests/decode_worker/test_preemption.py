@@ -13,11 +13,11 @@ import torch
 
 from decode_worker.preemption import restore, save
 from decode_worker.scheduler import DecodeLimits
-from engine.batch import Drawn, Sampled, Segment
+from engine.batch import Drawn, Segment
 from engine.cache.pools import PoolSizes
 from engine.colocated import generate
 from engine.config import KvLayout
-from engine.runner import Runner
+from engine.runner import Plan, Runner
 from prefill_worker.scheduler import PrefillLimits
 from tests.decode_worker.conftest import MakeRunner
 from tests.decode_worker.oracle import pair_of, until
@@ -49,14 +49,14 @@ class OnceTogether:
         self._runner, self._size = runner, size
         self.met = threading.Event()
 
-    def run(self, batch: list[Segment]) -> list[Sampled | None]:
-        return self._runner.run(batch)
+    def prepare(self, batch: list[Segment]) -> Plan:
+        return self._runner.prepare(batch)
 
-    def step(self, batch: list[Segment]) -> list[Drawn]:
-        if len(batch) >= self._size:
+    def execute(self, plan: Plan) -> list[Drawn]:
+        if len(plan.batch) >= self._size:
             self.met.set()
         self.met.wait(0.3)
-        return self._runner.step(batch)
+        return self._runner.execute(plan)
 
 
 def said(events: Sequence[StartEvent]) -> list[TokenEvent]:

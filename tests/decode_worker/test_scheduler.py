@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
 
 import pytest
@@ -31,7 +32,7 @@ from decode_worker.scheduler import (
     Start,
     SubmitRead,
 )
-from engine.batch import Drawn, Sampled, Segment
+from engine.batch import Chain, Drawn, Sampled, Segment
 from engine.cache.pools import PageAllocator
 from engine.loop import StepFailed, Tick
 from kvtransfer.reader import ReadJob, ReadResult
@@ -832,15 +833,18 @@ PROMPT_LENGTHS = st.integers(1, 900) | st.sampled_from([250, 255, 256, 500, 508,
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Small pools; offers, reads, steps, cancels and faults in any order: no page is lost, doubled or kept."""
+    """Small pools; offers, reads, steps, cancels and faults in any order, also while a step runs and another is planned
+    behind it: no page is lost, doubled or kept, and none that a step may write is given away.
+    """
 
     prefix_cache = False
+    drafts = 0
 
     def __init__(self) -> None:
         super().__init__()
         self.pools = Pools(full=5, swa=8, slots=4)
         some = limits(queue_timeout_s=5.0, offer_timeout_s=20.0, growth_tokens=0, host_memory_bytes=120)
-        self.core = DecodeCore(self.pools, replace(some, prefix_cache=self.prefix_cache))
+        self.core = DecodeCore(self.pools, replace(some, prefix_cache=self.prefix_cache, draft_tokens=self.drafts))
         self.now = 0.0
         self.attempt = 0
         self.live: dict[AttemptId, StartRequest] = {}
@@ -848,7 +852,8 @@ class AnyOrder(RuleBasedStateMachine):
         self.jobs: dict[str, ReadJob] = {}
         self.unsettled: list[Place] = []
         self.tokens: dict[AttemptId, int] = {}
-        self.batch: list[Segment] = []
+        self.flights: deque[list[Segment]] = deque()
+        self.chain = Chain(EOS)
         self.saved: dict[AttemptId, HostPages] = {}
         self.resident: dict[AttemptId, int] = {}
         self.known: set[bytes] = set()  # as a listener to the events believes
@@ -878,6 +883,7 @@ class AnyOrder(RuleBasedStateMachine):
                             self.known.difference_update(event.digests)
                 case Save(run, items):
                     assert run in self.live
+                    assert not self.flights, "nobody moves while a step may write his pages"
                     self.saved[run] = HostPages({}, {})
                     self.answer(Saved(run, self.saved[run]), items)
                 case Restore(run, items, pages):
@@ -901,10 +907,6 @@ class AnyOrder(RuleBasedStateMachine):
             assert not set(allocator._free) & set(before)
         self.see(self.core.step(self.now, event))
 
-    def idle(self) -> bool:
-        return not self.batch
-
-    @precondition(idle)
     @rule(name=st.sampled_from("abcd"), n=PROMPT_LENGTHS, max_tokens=st.integers(1, 300), fork=st.integers(0, 4))
     def start(self, name: str, n: int, max_tokens: int, fork: int) -> None:
         self.attempt += 1
@@ -915,7 +917,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.live[AttemptId(name, self.attempt)] = req
         self.see(self.core.step(self.now, Start(req, SECRET)))
 
-    @precondition(lambda self: not self.batch and self.claims)
+    @precondition(lambda self: self.claims)
     @rule(data=st.data(), fault=st.sampled_from(["none"] * 8 + ["gap", "foreign"]))
     def offer(self, data: st.DataObject, fault: str) -> None:
         self.next_offer(data.draw(st.sampled_from(sorted(self.claims))), fault)
@@ -936,14 +938,13 @@ class AnyOrder(RuleBasedStateMachine):
             offer = replace(offer, claim_id="other", owner=replace(CARD, epoch=99))
         self.see(self.core.step(self.now, OfferArrived(run, offer)))
 
-    @precondition(idle)
     @rule(name=st.sampled_from("abcd"), n=st.sampled_from([250, 255, 500, 508, 511]), fork=st.integers(0, 2))
     def come_in(self, name: str, n: int, fork: int) -> None:
         """Everything goes well until the request runs, and it has a lot to say."""
         self.start(name, n, 500, fork)
         self.all_arrives(AttemptId(name, self.attempt))
 
-    @precondition(lambda self: not self.batch and self.claims)
+    @precondition(lambda self: self.claims)
     @rule(data=st.data())
     def one_arrives(self, data: st.DataObject) -> None:
         self.all_arrives(data.draw(st.sampled_from(sorted(self.claims))))
@@ -955,13 +956,13 @@ class AnyOrder(RuleBasedStateMachine):
             del self.jobs[job_id]
             self.see(self.core.step(self.now, landed(job_id)))
 
-    @precondition(lambda self: not self.batch and self.claims)
+    @precondition(lambda self: self.claims)
     @rule(data=st.data())
     def claim_ends(self, data: st.DataObject) -> None:
         run = data.draw(st.sampled_from(sorted(self.claims)))
         self.see(self.core.step(self.now, ClaimEnded(run, WorkerLost("test"))))
 
-    @precondition(lambda self: not self.batch and self.jobs)
+    @precondition(lambda self: self.jobs)
     @rule(data=st.data(), ending=st.sampled_from(["ok", "ok", "ok", "failed", "unsettled"]))
     def read_ends(self, data: st.DataObject, ending: str) -> None:
         job = self.jobs.pop(data.draw(st.sampled_from(sorted(self.jobs))))
@@ -970,49 +971,72 @@ class AnyOrder(RuleBasedStateMachine):
         self.unsettled += stuck
         self.see(self.core.step(self.now, landed(job.job_id, ok=ending == "ok", unsettled=stuck)))
 
-    @precondition(lambda self: not self.batch and self.unsettled)
+    @precondition(lambda self: self.unsettled)
     @rule(keep=st.booleans())
     def settle(self, keep: bool) -> None:
         now, self.unsettled = (self.unsettled[:1], self.unsettled[1:]) if keep else (self.unsettled, [])
         self.see(self.core.step(self.now, Settled(tuple(now))))
 
-    @precondition(lambda self: not self.batch and self.live)
+    @precondition(lambda self: self.live)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         run = data.draw(st.sampled_from(sorted(self.live)))
         del self.live[run]
         self.see(self.core.step(self.now, Cancel(run)))
 
-    @precondition(idle)
+    @precondition(lambda self: len(self.flights) < 2)
     @rule()
     def plan(self) -> None:
-        self.batch = self.core.next_batch(self.now)
-        for segment in self.batch:
+        batch = self.core.next_batch(self.now)
+        assert not self.core.is_outdated()
+        if batch:
+            self.flights.append(batch)
+        for segment in batch:
             assert segment.sequence.pages[segment.start // 256]
-            first = max(0, segment.start - 127) // 256
-            assert all(segment.sequence.swa_pages[first : segment.start // 256 + 1])
 
-    @precondition(lambda self: self.batch)
-    @rule(token=st.sampled_from([60, 60, 60, 60, 60, EOS, -1]))
-    def finish(self, token: int) -> None:
-        n, self.batch = len(self.batch), []
-        self.see(self.core.finish(self.now, drawn(*[Sampled(token_id=token, logprob=0.0, ok=token >= 0)] * n)))
+    @precondition(lambda self: self.flights)
+    @rule(token=st.sampled_from([60, 60, 60, 60, 60, EOS, -1]), keep=st.integers(0, 3))
+    def finish(self, token: int, keep: int) -> None:
+        """Every request draws the same, and as many more as it has drafts to keep, up to `keep`."""
+        bound = self.chain.bind(self.flights.popleft())
+        for segment in bound:
+            if segment is not None:
+                last, first = (segment.start + len(segment.tokens) - 1) // 256, max(0, segment.start - 127) // 256
+                assert segment.sequence.pages[last]
+                assert all(segment.sequence.swa_pages[first : last + 1])
+        one = Sampled(token_id=token, logprob=0.0, ok=token >= 0)
+        results = [
+            Drawn() if s is None else Drawn((one,) * (1 + min(keep, s.drafts)), (60,) * s.guesses, s.drafts)
+            for s in bound
+        ]
+        self.chain.drawn(bound, results)
+        self.see(self.core.finish(self.now, results))
 
-    @precondition(idle)
-    @rule(steps=st.integers(2, 20))
-    def run_on(self, steps: int) -> None:
+    @rule(steps=st.integers(2, 20), ahead=st.booleans(), keep=st.integers(0, 3))
+    def run_on(self, steps: int, ahead: bool, keep: int) -> None:
         for _ in range(steps):
-            self.plan()
-            if self.batch:
-                self.finish(60)
+            while len(self.flights) < 1 + ahead:
+                before = len(self.flights)
+                self.plan()
+                if len(self.flights) == before:
+                    break
+            if self.flights:
+                self.finish(60, keep)
 
-    @precondition(lambda self: self.batch)
+    @precondition(lambda self: len(self.flights) == 2)
+    @rule()
+    def take_back(self) -> None:
+        self.flights.pop()
+        self.core.take_back()
+
+    @precondition(lambda self: self.flights)
     @rule()
     def crash(self) -> None:
-        self.batch = []
+        if len(self.flights) == 2:
+            self.take_back()
+        self.flights.clear()
         self.see(self.core.step(self.now, StepFailed("test")))
 
-    @precondition(idle)
     @rule()
     def wait(self) -> None:
         self.now += 3.0
@@ -1032,12 +1056,14 @@ class AnyOrder(RuleBasedStateMachine):
         owned = counts.evictable + counts.protected + len(private)
         assert counts.free + counts.quarantined + owned == self.pools.full.capacity
         assert self.pools.slots.counts().used == len(inside)
+        for segment in [segment for flight in self.flights for segment in flight]:
+            assert any(one.sequence is segment.sequence for one in inside)
         for one in inside:
             assert one.lease.items() == one.sequence.pages[: one.lease.pages]
         assert {digest for _, digest in cache.digests()} == self.known
 
     def teardown(self) -> None:
-        if self.batch:
+        if self.flights:
             self.crash()
         for run in sorted(self.live):
             self.see(self.core.step(self.now, Cancel(run)))
@@ -1056,6 +1082,7 @@ class AnyOrderSharing(AnyOrder):
     """The same while prompts and answers stay, are shared, and give way."""
 
     prefix_cache = True
+    drafts = 3
 
 
 TestAnyOrderSharing = AnyOrderSharing.TestCase

@@ -153,6 +153,7 @@ def test_a_sequence_that_is_made_again_from_its_tokens_draws_as_before(grammars:
             row = Draws(less, (EOS,), grammars).row(2 + n, n, answer[cut:])
             assert sample(logits[[n]], [row]) == [one]
         answer.append(one.token_id)
+        kept.push([one.token_id])
     jsonschema.validate(json.loads(bytes(token - 3 for token in answer[:-1])), schema)
 
 

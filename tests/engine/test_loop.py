@@ -68,7 +68,10 @@ class Countdown:
 class Doubler:
     """A runner whose token is twice the input; it raises for token 13."""
 
-    def run(self, batch: list[Segment]) -> list[Sampled | None]:
+    def prepare(self, batch: list[Segment]) -> list[Segment]:
+        return batch
+
+    def execute(self, batch: list[Segment]) -> list[Sampled | None]:
         if batch[0].tokens == [13]:
             raise RuntimeError("no thirteen")
         return [Sampled(token_id=2 * segment.tokens[0], logprob=0.0) for segment in batch]
@@ -180,7 +183,10 @@ def test_stopping_waits_for_the_step_in_progress_and_no_longer() -> None:
     entered, release = threading.Event(), threading.Event()
 
     class Slow:
-        def run(self, batch: list[Segment]) -> list[Sampled | None]:
+        def prepare(self, batch: list[Segment]) -> list[Segment]:
+            return batch
+
+        def execute(self, batch: list[Segment]) -> list[Sampled | None]:
             entered.set()
             assert release.wait(WAIT_S)
             return [Sampled(token_id=1, logprob=0.0)]
@@ -195,3 +201,140 @@ def test_stopping_waits_for_the_step_in_progress_and_no_longer() -> None:
     release.set()
     assert loop.stop(WAIT_S)
     assert harness.core.steps_left == 999
+
+
+# Planning ahead
+
+
+class Counting(Countdown):
+    """A core that plans ahead: `("count", n)` asks for n steps, each segment being told by its number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.planned = 0
+        self.outdated = False
+        self.taken_back = 0
+
+    def step(self, now_s: float, event: tuple[str, int] | Tick | StepFailed) -> list[str]:
+        match event:
+            case ("joins", _):
+                self.outdated = True
+                return ["joined"]
+            case StepFailed(error):
+                self.planned, self.steps_left = self.planned - 1, 0
+                return [f"step failed: {error}"]
+        return super().step(now_s, event)
+
+    def next_batch(self, now_s: float) -> list[Segment]:
+        self.outdated = False
+        self.steps_left, left = max(0, self.steps_left - 1), self.steps_left
+        if not left:
+            return []
+        self.planned += 1
+        sequence = Sequence(request_id="r", sampling=SamplingParams(max_tokens=1, seed=0), slot=1)
+        return [Segment(sequence=sequence, start=0, tokens=[left], sample=True)]
+
+    def finish(self, now_s: float, results: list[Sampled | None]) -> list[str]:
+        (result,) = results
+        assert result is not None
+        self.planned -= 1
+        return [f"token {result.token_id}"]
+
+    def is_outdated(self) -> bool:
+        return self.outdated
+
+    def take_back(self) -> None:
+        self.planned -= 1
+        self.steps_left += 1
+        self.taken_back += 1
+
+
+class Gated(Doubler):
+    """Each step waits to be let through; `prepared` and `begun` say how far the two stages have come."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Semaphore(0)
+        self.prepared: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.begun: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def prepare(self, batch: list[Segment]) -> list[Segment]:
+        self.prepared.put(batch[0].tokens[0])
+        return batch
+
+    def execute(self, batch: list[Segment]) -> list[Sampled | None]:
+        self.begun.put(batch[0].tokens[0])
+        assert self.gate.acquire(timeout=WAIT_S)
+        return super().execute(batch)
+
+
+class Ahead(Harness):
+    def __init__(self) -> None:
+        super().__init__()
+        self.core, self.runner = Counting(), Gated()
+        self.loop = EngineLoop(
+            self.core,
+            self.runner,
+            emit=self.emit,
+            on_crash=lambda error, ended: self.crashes.put((error, ended)),
+            planner=self.core,
+            clock=lambda: self.now,
+        )
+
+
+@pytest.fixture
+def ahead() -> Iterator[Ahead]:
+    harness = Ahead()
+    with running(harness):
+        yield harness
+        harness.runner.gate.release(1_000)
+
+
+def test_the_next_step_is_prepared_while_one_runs_and_no_more_than_one(ahead: Ahead) -> None:
+    ahead.loop.post(("count", 3))
+    assert ahead.runner.begun.get(timeout=WAIT_S) == 3
+    assert [ahead.runner.prepared.get(timeout=WAIT_S) for _ in range(2)] == [3, 2]
+    assert ahead.runner.prepared.empty()
+    ahead.runner.gate.release()
+    assert ahead.runner.begun.get(timeout=WAIT_S) == 2
+    assert ahead.take(2) == ["counting 3", "token 6"]
+    assert ahead.runner.prepared.get(timeout=WAIT_S) == 1
+    ahead.runner.gate.release(2)
+    assert ahead.take(2) == ["token 4", "token 2"]
+    assert ahead.core.planned == 0
+
+
+def test_events_are_heard_while_a_step_runs_and_the_planned_one_is_planned_anew_if_they_change_it(
+    ahead: Ahead,
+) -> None:
+    ahead.loop.post(("count", 2))
+    assert ahead.runner.begun.get(timeout=WAIT_S) == 2
+    assert [ahead.runner.prepared.get(timeout=WAIT_S) for _ in range(2)] == [2, 1]
+    ahead.loop.post(("joins", 0))
+    assert ahead.take(2) == ["counting 2", "joined"]
+    assert ahead.runner.prepared.get(timeout=WAIT_S) == 1
+    assert ahead.core.taken_back == 1
+    ahead.runner.gate.release(2)
+    assert ahead.take(2) == ["token 4", "token 2"]
+
+
+def test_a_step_that_fails_takes_the_planned_one_with_it_and_the_next_request_is_served(ahead: Ahead) -> None:
+    ahead.loop.post(("count", 13))
+    assert [ahead.runner.prepared.get(timeout=WAIT_S) for _ in range(2)] == [13, 12]
+    ahead.runner.gate.release()
+    assert ahead.take(2) == ["counting 13", "step failed: RuntimeError: no thirteen"]
+    assert (ahead.core.taken_back, ahead.core.planned) == (1, 0)
+    assert ahead.runner.begun.get(timeout=WAIT_S) == 13
+    ahead.runner.gate.release()
+    ahead.loop.post(("count", 1))
+    assert ahead.take(2) == ["counting 1", "token 2"]
+    assert ahead.runner.begun.get(timeout=WAIT_S) == 1
+    assert ahead.runner.begun.empty()
+
+
+def test_stopping_with_a_step_running_and_one_planned_ends_after_the_one(ahead: Ahead) -> None:
+    ahead.loop.post(("count", 5))
+    assert ahead.runner.begun.get(timeout=WAIT_S) == 5
+    assert not ahead.loop.stop(0.0)
+    ahead.runner.gate.release()
+    assert ahead.loop.stop(WAIT_S)
+    assert ahead.runner.begun.empty()
