@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from asyncio import timeout
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -175,4 +175,4 @@ def json_response(data: Json, *, status: int = 200) -> Response:
 
 
 def dump(data: Json) -> bytes:
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
+    return orjson.dumps(data)

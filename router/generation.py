@@ -126,7 +126,8 @@ class Generation(Response):
         self._num_events = 0
         self._placements: dict[str, Placement] = {}  # where each choice went last
         self._sending = asyncio.Lock()
-        self._sent_at = time.monotonic()  # when the client last heard of us
+        self._sent_at = time.monotonic()  # when we last wrote to the client
+        self._writing = False  # and whether that write still waits for it
         self._progressed = asyncio.Event()  # the prompt has, and the client wants to know
         self._failure: BaseException | None = None
         self.background = None
@@ -315,21 +316,32 @@ class Generation(Response):
     async def _keep_alive(self, send: Send) -> None:
         """Tell the client, whenever it has heard nothing for long enough, that it still waits for something; and how
         far its prompt is, whenever that changes and it asked. Until cancelled.
+
+        Raises _ClientGone for a client that has read nothing for too long, while our writes wait for it.
         """
-        stream, shown = self._prepared.stream, self._shown
+        stream, shown, stall_s = self._prepared.stream, self._shown, self._serving.client_stall_s
         interval = self._serving.sse_keepalive_s if stream else self._serving.json_keepalive_s
         sign = self._dialect.keepalive if stream else b"\n"
         while True:
-            due = self._sent_at + interval if interval else math.inf
+            if self._writing:
+                due = self._sent_at + stall_s
+            else:
+                # A write may begin and stall at any time.
+                due = min(time.monotonic() + stall_s, self._sent_at + interval if interval else math.inf)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(None if due == math.inf else due - time.monotonic()):
+                async with asyncio.timeout(due - time.monotonic()):
                     await self._progressed.wait()
-            if shown is not None and self._progressed.is_set():
+            now = time.monotonic()
+            if self._writing:
+                self._progressed.clear()
+                if now >= self._sent_at + stall_s:
+                    raise _ClientGone
+            elif shown is not None and self._progressed.is_set():
                 self._progressed.clear()
                 if self._choices[0].timeline.first_token is None:
-                    await self._send_events(send, self._progress(shown))
-            elif time.monotonic() >= self._sent_at + interval:
-                await self._send(send, sign)
+                    await self._send_events(send, self._progress(shown), timed=True)
+            elif interval and now >= self._sent_at + interval:
+                await self._send(send, sign, timed=True)
 
     def _progress(self, shown: Callable[[PromptProgress], Json]) -> list[Json]:
         progress = self._choices[0].timeline.progress(time.monotonic())
@@ -344,12 +356,12 @@ class Generation(Response):
 
     # Bytes
 
-    async def _send_events(self, send: Send, chunks: list[Json], *, done: bool = False) -> None:
+    async def _send_events(self, send: Send, chunks: list[Json], *, done: bool = False, timed: bool = False) -> None:
         self._num_events += len(chunks)
         for chunk in chunks:
             self._add_timeline(chunk)
         body = b"".join(map(self._dialect.event, chunks)) + (self._dialect.done if done else b"")
-        await self._send(send, body, more=not done)
+        await self._send(send, body, more=not done, timed=timed)
 
     async def _send_error(self, send: Send, error: PenumbraError) -> None:
         try:
@@ -370,7 +382,8 @@ class Generation(Response):
         except _ClientGone:
             self._log("request_cancelled", reason="the client stopped reading")
 
-    async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
+    async def _send(self, send: Send, body: bytes, *, more: bool = True, timed: bool = False) -> None:
+        """`timed`: not while `_keep_alive` watches, or by itself."""
         # One choice at a time, and none before the status line.
         async with self._sending:
             self._sent_at = time.monotonic()
@@ -384,7 +397,18 @@ class Generation(Response):
                     headers.append((b"content-length", str(len(body)).encode()))
                 await self._put(send, {"type": "http.response.start", "status": 200, "headers": headers})
                 self._began = True
-            await self._put(send, {"type": "http.response.body", "body": body, "more_body": more})
+            message = {"type": "http.response.body", "body": body, "more_body": more}
+            if timed or not more:
+                await self._put(send, message)
+                return
+            # Watched over by `_keep_alive`: a timer of its own would cost as much as the rest of it.
+            self._writing = True
+            try:
+                await send(message)
+            except OSError as error:
+                raise _ClientGone from error
+            finally:
+                self._writing = False
 
     async def _put(self, send: Send, message: Message) -> None:
         """A client that does not read fills the socket; the write then waits for it, but not for ever."""

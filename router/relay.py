@@ -308,7 +308,7 @@ class RelayCore:
         self._avoid: set[str] = set()
         self._gaps: deque[float] = deque(maxlen=GAP_WINDOW)
         self._last_token_at = 0.0
-        self._deadline: tuple[float, Role, str] | None = None
+        self._deadline: tuple[float, Role, str, float] | None = None  # when, by whom, what, and after how long
         self.done = False
 
     @property
@@ -343,8 +343,8 @@ class RelayCore:
             case Ticked():
                 if self._deadline is None or now < self._deadline[0]:
                     return []
-                _, role, message = self._deadline
-                return self._fault(now, role, DeadlineExceeded(message))
+                _, role, what, seconds = self._deadline
+                return self._fault(now, role, DeadlineExceeded(f"{what} within {seconds:.3g} s."))
             case _ if event.attempt != self._attempt:
                 return []
             case Placed(attempt, placement):
@@ -451,8 +451,10 @@ class RelayCore:
         self._first_here |= not self._emitted
         self._last_token_at = now
         self._emitted.extend(token.token_id for token in fresh)
-        median = statistics.median(self._gaps) if self._gaps else 0.0
-        allowed = max(self._limits.token_silence_s, self._limits.token_silence_factor * median)
+        allowed, factor = self._limits.token_silence_s, self._limits.token_silence_factor
+        # With every token, so the median is taken only where it can matter.
+        if self._gaps and factor * max(self._gaps) > allowed:
+            allowed = max(allowed, factor * statistics.median(self._gaps))
         self._wait(now, allowed, Role.DECODE, "The decode worker stopped in the middle of the answer")
         if self._moving_since is None:
             return [Deliver(fresh)]
@@ -551,7 +553,7 @@ class RelayCore:
         return [*self._release(), Drop(self._attempt), last]
 
     def _wait(self, now: float, seconds: float, role: Role, what: str) -> None:
-        self._deadline = (now + seconds, role, f"{what} within {seconds:.3g} s.")
+        self._deadline = (now + seconds, role, what, seconds)
 
 
 # The shell
@@ -561,26 +563,37 @@ class Relay:
     """Iterate it for the delivered tokens; then `finished` is set. A failed request raises its PenumbraError."""
 
     def __init__(self) -> None:
-        self._queue: asyncio.Queue[tuple[TokenEvent, ...] | Finished | PenumbraError] = asyncio.Queue()
-        self.put = self._queue.put_nowait
+        self._ready: deque[tuple[TokenEvent, ...] | Finished | PenumbraError] = deque()
+        self._filled = asyncio.Event()
         self.finished: Finished | None = None
         self.cached_tokens = 0  # of the prompt; certain once `finished` is set
         self.attempts = 0
         self.placement: Placement | None = None
 
+    def put(self, item: tuple[TokenEvent, ...] | Finished | PenumbraError) -> None:
+        self._ready.append(item)
+        self._filled.set()
+
     def __aiter__(self) -> Relay:
         return self
 
     async def __anext__(self) -> tuple[TokenEvent, ...]:
+        """Every token that is ready."""
         if self.finished is not None:
             raise StopAsyncIteration
-        match await self._queue.get():
+        while not self._ready:
+            self._filled.clear()
+            await self._filled.wait()
+        match self._ready.popleft():
             case Finished() as finished:
                 self.finished, self.cached_tokens = finished, finished.cached_tokens
                 raise StopAsyncIteration
             case PenumbraError() as error:
                 raise error
             case tokens:
+                while self._ready and isinstance(more := self._ready[0], tuple):
+                    tokens += more
+                    self._ready.popleft()
                 return tokens
 
 
@@ -619,13 +632,12 @@ async def relay(
     failure: Exception | None = None
     async with asyncio.TaskGroup() as tasks:
         shell = _Shell(fleet, request, limits, mirror, feed, tasks, on_retry, on_place, watch, span, failed, on_moved)
-        driver = tasks.create_task(shell.run(), name=f"relay {request.request_id}")
         try:
+            shell.take(Begun())
             yield feed
         except Exception as error:
             failure = error  # raised below as itself; leaving the group with it would wrap it
         finally:
-            driver.cancel()
             shell.drop_all()
     if failure is not None:
         raise failure
@@ -684,34 +696,71 @@ class _Shell:
         self._span = span
         self._on_failed = on_failed
         self._on_moved = on_moved
-        self._inbox: asyncio.Queue[RelayEvent] = asyncio.Queue()
+        self._events: deque[RelayEvent] = deque()  # not yet taken to the core, the one being taken first
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._placing: asyncio.Task[None] | None = None
         self._attempts: dict[int, _Attempt] = {}
 
-    async def run(self) -> None:
-        """Feed events to the core until the request is over."""
-        await self._carry_out(self._core.step(time.monotonic(), Begun()))
-        while not self._core.done:
-            deadline = self._core.next_deadline()
-            try:
-                async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
-                    event = await self._inbox.get()
-            except TimeoutError:
-                event = Ticked()
-            now = time.monotonic()
+    def take(self, event: RelayEvent) -> None:
+        """Take the event to the core, and do what it asks for, there and then: a token that comes costs no switch of
+        tasks on its way to the one that waits for it.
+        """
+        self._events.append(event)
+        if len(self._events) > 1:
+            return  # of what is being done for an earlier one, further up the stack
+        while self._events:
+            now, event = time.monotonic(), self._events[0]
             self._watch(now, event)
-            await self._carry_out(self._core.step(now, event))
+            self._carry_out(self._core.step(now, event))
+            self._events.popleft()
+        self._arm()
+
+    def _arm(self) -> None:
+        """Tell the core the time no later than it wants. A timer that is early looks again, so that a deadline which
+        moves with every token costs nothing.
+        """
+        deadline = self._core.next_deadline()
+        if self._timer is not None and (deadline is None or deadline < self._timer_at):
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None and deadline is not None:
+            self._timer_at = deadline
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, deadline - time.monotonic()), self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        deadline = self._core.next_deadline()
+        if deadline is not None and time.monotonic() >= deadline:
+            self._tasks.create_task(self._tick(), name=f"deadline {self._request.request_id}")
+        else:
+            self._arm()
+
+    async def _tick(self) -> None:
+        self.take(Ticked())
 
     def drop_all(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._placing is not None:
+            self._placing.cancel()
         for attempt in self._attempts.values():
             attempt.drop()
         self._attempts.clear()
 
-    async def _carry_out(self, actions: list[RelayAction]) -> None:
+    async def _place_later(self, place: Place) -> None:
+        await asyncio.sleep(place.pause_s)
+        self.take(self._place(place.attempt, place.avoid, place.held))
+
+    def _carry_out(self, actions: list[RelayAction]) -> None:
         for action in actions:
             match action:
                 case Place(attempt, pause_s, avoid, held):
-                    await asyncio.sleep(pause_s)
-                    self._inbox.put_nowait(self._place(attempt, avoid, held))
+                    if pause_s:
+                        self._placing = self._tasks.create_task(self._place_later(action))
+                    else:
+                        self.take(self._place(attempt, avoid, held))
                 case StartDecode(attempt, placement, emitted):
                     self._attempts[attempt].calls[Role.DECODE] = self._tasks.create_task(
                         self._run(attempt, Role.DECODE, self._decode(attempt, placement, emitted)),
@@ -785,7 +834,7 @@ class _Shell:
         error: PenumbraError | None = None
         try:
             async for event in events:
-                self._inbox.put_nowait(Said(attempt, role, event))
+                self.take(Said(attempt, role, event))
                 if isinstance(event, RunFinished) and (live := self._attempts.get(attempt)) is not None:
                     live.holds[role].close()  # the call goes on, the work does not
         except grpc.aio.AioRpcError as failure:
@@ -797,7 +846,7 @@ class _Shell:
             error = WorkerLost(f"The {role} worker sent a message that does not parse: {failure}")
         if (live := self._attempts.get(attempt)) is not None:
             live.holds[role].close()
-        self._inbox.put_nowait(Broke(attempt, role, error))
+        self.take(Broke(attempt, role, error))
 
     async def _decode(self, attempt: int, placement: Placement, emitted: tuple[int, ...]) -> AsyncIterator[StartEvent]:
         request = StartRequest(

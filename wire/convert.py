@@ -199,14 +199,10 @@ def token_to_wire(token: TokenEvent) -> kv_pb2.Token:
 
 def token_from_wire(message: kv_pb2.Token) -> TokenEvent:
     # -inf is a legal logprob (a token the grammar or top-p ruled out); NaN never is.
-    if math.isnan(message.logprob) or any(math.isnan(entry.logprob) for entry in message.top):
+    logprob, top = message.logprob, tuple([(entry.id, entry.logprob) for entry in message.top])
+    if math.isnan(logprob) or (top and any(math.isnan(other) for _, other in top)):
         _refuse("logprob", f"token {message.index} carries NaN")
-    return TokenEvent(
-        index=message.index,
-        token_id=message.id,
-        logprob=message.logprob,
-        top=tuple((entry.id, entry.logprob) for entry in message.top),
-    )
+    return TokenEvent(index=message.index, token_id=message.id, logprob=logprob, top=top)
 
 
 # Pages
