@@ -819,7 +819,7 @@ class _Shell:
         """The decode worker drains. If there is nowhere else to go, its grace period is the best there is."""
         prompt_tokens, max_tokens = len(self._request.prompt), self._request.sampling.max_tokens
         if choose(self._fleet.snapshot(), prompt_tokens, max_tokens, rules=self._rules) is not None:
-            self._inbox.put_nowait(Leaving(attempt))
+            self.take(Leaving(attempt))
 
     def _resident(self, fleet: FleetSnapshot) -> dict[str, int]:
         """Prompt tokens that each worker is believed to hold."""
