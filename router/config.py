@@ -45,6 +45,7 @@ class RouterConfig:
     prefill_silence_s: float = 30.0  # between two Progress messages, and from the last one to token 0
     token_silence_s: float = 5.0  # between two tokens: this, or `token_silence_factor` median gaps
     token_silence_factor: float = 10.0
+    header_s: float = 10.0  # from a request's first byte to the end of its headers
     body_silence_s: float = 10.0  # between two pieces of a request body
     client_stall_s: float = 60.0  # a client that stops reading its stream
     sse_keepalive_s: float = 5.0  # a stream is never silent for longer; 0: it may be

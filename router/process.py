@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
 from router.config import ModelFacts, RouterConfig
+from router.connection import Connection
 from router.fleet import Fleet
 from router.http import Front
 from router.mirror import PrefixMirror, follow
@@ -66,10 +68,10 @@ async def serve(
         with contextlib.ExitStack() as held:
             front = Front(config, facts, text, fleet, mirror, metrics, collectors, spans, replicas)
             held.enter_context(contextlib.closing(front))
-            doors = [(_server(config, front.app), held.enter_context(listen(config.host, config.port)))]
+            doors = [(_server(config, front.app, metrics), held.enter_context(listen(config.host, config.port)))]
             if config.admin_port is not None:
                 admin_listener = held.enter_context(listen(config.admin_host, config.admin_port))
-                doors.append((_server(config, front.admin_app), admin_listener))
+                doors.append((_server(config, front.admin_app, metrics), admin_listener))
             if own_signals:
                 held.enter_context(_stop_signals([server for server, _ in doors], front))
             async with asyncio.TaskGroup() as tasks:
@@ -98,11 +100,15 @@ def _url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _server(config: RouterConfig, app: ASGIApp) -> _Server:
+def _server(config: RouterConfig, app: ASGIApp, metrics: RouterMetrics) -> _Server:
     return _Server(
         uvicorn.Config(
             app,
-            http="httptools",
+            http=functools.partial(  # type: ignore[arg-type]
+                Connection,
+                header_s=config.header_s,
+                on_refusal=lambda error: metrics.requests.labels("none", str(error.http_status)).inc(),
+            ),
             ws="none",
             lifespan="off",
             log_config=None,
