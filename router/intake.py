@@ -89,6 +89,17 @@ class Intake:
                 f"The model '{name[:80]}' does not exist; this cluster serves {', '.join(self.model_names)}."
             )
 
+    def check_length(self, chars: int, context: int) -> None:
+        """Refuse a text that can not fit by its length alone, before it costs seconds to tokenize."""
+        least = -(-chars // self.text.vocabulary.longest_bytes)
+        if least >= context:
+            raise InvalidRequest(
+                f"The maximum context length is {context} tokens, but the prompt alone has at least {least}: no token "
+                f"is longer than {self.text.vocabulary.longest_bytes} bytes. Shorten the prompt.",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+
     def answer_tokens(self, prompt: ChatPrompt, context: int) -> int:
         """Tokens that the answer to a conversation may have. Raises InvalidRequest as `fit` does."""
         fit(len(prompt.ids), None, context, default=1)

@@ -238,6 +238,20 @@ class Choices(OpenAI):
         return bool(self.stream_options and self.stream_options.include_usage) or bool(self.return_timeline)
 
 
+def characters(messages: Any) -> int:
+    """Of the text that a conversation is certain to have when it is rendered."""
+    if isinstance(messages, str):
+        return len(messages)
+    contents = [message.get("content") for message in messages]
+    return sum(
+        len(content)
+        if isinstance(content, str)
+        else sum(len(part["text"]) for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
+        for content in contents
+        if isinstance(content, str | list)
+    )
+
+
 def stop_strings(stops: Any) -> list[str]:
     """Raises ValueError for other things than strings, and for more or longer ones than we look for."""
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):

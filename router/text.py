@@ -66,6 +66,7 @@ class Vocabulary:
         }
         self._bytes |= {token_id: text.encode() for text, token_id in added.items()}
         self.added = added
+        self.longest_bytes = max(map(len, self._bytes.values()), default=1)
         self.specials = frozenset(token["id"] for token in data.get("added_tokens", ()) if token.get("special"))
 
     def bytes_of(self, token_id: int) -> bytes:

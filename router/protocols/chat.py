@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from router.answers import Header, Json, progress_chunk
 from router.intake import Intake, Prepared
 from router.protocols.parsed import Parsed
-from router.schema import MAX_TOP_LOGPROBS, Choices, Label, kind_of, only, parse_body
+from router.schema import MAX_TOP_LOGPROBS, Choices, Label, characters, kind_of, only, parse_body
 from router.text import ChatPrompt, Text
 from wire.errors import InvalidRequest
 
@@ -83,6 +83,7 @@ def checked_messages(messages: list[Json]) -> list[Json]:
 def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
     body = parse_body(ChatBody, raw)
     intake.check_model(body.model)
+    intake.check_length(characters(body.messages), context)
     text = intake.text
     prompt = text.convert(text.read(recipe.ChatCompletionRequest, body.for_recipe()))
     options = body.options(intake.facts.vocab_size, intake.answer_tokens(prompt, context))

@@ -54,6 +54,7 @@ def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
     vocab_size, text = intake.facts.vocab_size, intake.text
     prompt = one_prompt(body.prompt, vocab_size)
     if isinstance(prompt, str):
+        intake.check_length(len(prompt), context)
         prompt = tuple(text.encode(prompt, add_special_tokens=body.add_special_tokens))
     max_tokens = fit(len(prompt), body.max_tokens, context, default=DEFAULT_MAX_TOKENS)
     sampling = SamplingParams(

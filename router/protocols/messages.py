@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from router.answers import Header, Json, Usage
 from router.intake import Intake, Prepared
 from router.protocols.parsed import Parsed
-from router.schema import Label, Sampled, Strict, kind_of, only, parse_body, stop_strings
+from router.schema import Label, Sampled, Strict, characters, kind_of, only, parse_body, stop_strings
 from router.text import ChatPrompt, Text
 from wire.errors import InvalidRequest
 
@@ -104,6 +104,7 @@ class MessagesBody(Sampled, CountTokensBody):
 def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
     body = parse_body(MessagesBody, raw)
     intake.check_model(body.model)
+    intake.check_length(characters(body.messages), context)
     text = intake.text
     prompt = _prompt(text, body)
     options = body.options(intake.facts.vocab_size, intake.answer_tokens(prompt, context))

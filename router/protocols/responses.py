@@ -10,7 +10,7 @@ from pydantic import Field
 from router.answers import Header, Json
 from router.intake import Intake, Prepared
 from router.protocols.parsed import Parsed
-from router.schema import MAX_TOP_LOGPROBS, Label, OpenAI, kind_of, only, parse_body
+from router.schema import MAX_TOP_LOGPROBS, Label, OpenAI, characters, kind_of, only, parse_body
 from router.text import ChatPrompt, Text
 from wire.errors import InvalidRequest
 
@@ -73,6 +73,7 @@ class ResponsesBody(OpenAI):
 def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
     body = parse_body(ResponsesBody, raw)
     intake.check_model(body.model)
+    intake.check_length(characters(body.input), context)
     text = intake.text
     request = text.read(recipe.ResponsesRequest, body.for_recipe())
     echo, names = request.echo(), text.namespaces(request)
