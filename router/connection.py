@@ -13,7 +13,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from router.dialects import LINGER_S, Dialect, dialect_of
+from router.dialects import LINGER_SILENCE_S, Dialect, dialect_of
 from wire.errors import InvalidRequest, PenumbraError
 
 MAX_HEADER_BYTES = 64 << 10
@@ -74,6 +74,8 @@ class Connection(HttpToolsProtocol):
         self._header_bytes = sum(len(name) + len(value) for name, value in self.headers) + len(self.url)
         self._check_headers()
         self._header_bytes = 0
+        if not self._refused and self.parser.get_http_version() not in ("1.0", "1.1"):
+            self.send_400_response("")
         if not self._refused and self.parser.should_upgrade() and self._get_upgrade() == b"websocket":
             self._refuse(InvalidRequest("There are no WebSockets here. Send a request.", code="invalid_http"))
         if not self._refused:
@@ -134,7 +136,7 @@ class Connection(HttpToolsProtocol):
         self.transport.write(_raw(dialect, error))
         # Closing at once would reset a connection on which something still arrives, and take the answer with it.
         self.transport.write_eof()
-        self.loop.call_later(LINGER_S, self.transport.close)
+        self.loop.call_later(LINGER_SILENCE_S, self.transport.close)
 
     def shutdown(self) -> None:
         super().shutdown()
@@ -159,8 +161,9 @@ class Connection(HttpToolsProtocol):
             return
         if not self.cycle.response_started:
             self.transport.write(b"HTTP/1.1 102 Processing\r\n\r\n")
-        elif self.cycle.chunked_encoding:  # every answer that is sent in chunks is a stream of events
-            self.transport.write(b"3\r\n:\n\n\r\n")
+        elif self.cycle.chunked_encoding:
+            # An answer in chunks is a stream of events, or JSON behind blank lines; one more is nothing in either.
+            self.transport.write(b"1\r\n\n\r\n")
         self.loop.call_later(PROBE_S, self._probe)
 
     def on_response_complete(self) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
-from asyncio import timeout
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -15,8 +15,9 @@ from starlette.types import Receive, Scope, Send
 from router.answers import Json
 from wire.errors import BodyTooLarge, InvalidRequest, Overloaded, PenumbraError
 
-LINGER_S = 2.0
-"""How long a refused body may go on arriving before the connection closes."""
+LINGER_S = 10.0
+LINGER_SILENCE_S = 1.0
+"""How long a refused body may go on arriving before the connection closes, in all and between two pieces."""
 
 
 class UnsupportedMedia(PenumbraError):
@@ -164,9 +165,11 @@ class _UnreadRefusal(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self.body, "more_body": True})
         with contextlib.suppress(TimeoutError):
-            async with timeout(LINGER_S):
-                while (await receive()).get("more_body", False):
-                    pass
+            async with asyncio.timeout(LINGER_S):
+                while True:
+                    async with asyncio.timeout(LINGER_SILENCE_S):
+                        if not (await receive()).get("more_body", False):
+                            break
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

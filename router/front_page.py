@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import mimetypes
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
-from starlette.staticfiles import StaticFiles
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from router.admission import Admission
@@ -40,13 +41,6 @@ SECURITY: Mapping[str, str] = {
 }
 
 
-class _Files(StaticFiles):
-    def file_response(self, *args: Any, **kwargs: Any) -> Response:
-        response = super().file_response(*args, **kwargs)
-        response.headers.update(SECURITY)
-        return response
-
-
 class FrontPage:
     """The routes of the page, and the ticks of its board while anybody looks."""
 
@@ -57,16 +51,19 @@ class FrontPage:
         self._admission = admission
         self._router = router
         self._started = time.monotonic()
+        self._files = {file.name: _tagged(file.read_bytes()) for file in PAGE.iterdir() if file.is_file()}
         self._viewers = 0
         self._watched = asyncio.Event()
         self._ticked = asyncio.Condition()
         self._bytes: dict[str, tuple[int, bytes]] = {}  # kind -> (seq, event), made when first asked for
 
-    def add_to(self, app: FastAPI) -> None:
-        app.mount("/page", _Files(directory=PAGE), name="page")
-
     def routes(self) -> dict[str, Callable[[Request], Coroutine[Any, Any, Response]]]:
-        return {"/": self._index, "/fleet": self._fleet_now, "/fleet/events": self._fleet_events}
+        return {
+            "/": self._index,
+            "/page/{name}": self._file,
+            "/fleet": self._fleet_now,
+            "/fleet/events": self._fleet_events,
+        }
 
     async def run(self) -> None:
         """Tick while somebody looks, until cancelled."""
@@ -75,8 +72,21 @@ class FrontPage:
             await self._tick()
             await asyncio.sleep(TICK_S)
 
-    async def _index(self, _: Request) -> Response:
-        return FileResponse(PAGE / "index.html", headers=dict(SECURITY), media_type="text/html; charset=utf-8")
+    async def _index(self, request: Request) -> Response:
+        return self._static("index.html", request)
+
+    async def _file(self, request: Request) -> Response:
+        return self._static(request.path_params["name"], request)
+
+    def _static(self, name: str, request: Request) -> Response:
+        """From memory and whole: no path of a client's is ever opened, and there are no ranges to ask for."""
+        if name not in self._files:
+            raise HTTPException(404)
+        content, tag = self._files[name]
+        headers = {**SECURITY, "etag": tag}
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers=headers)
+        return Response(content, headers=headers, media_type=mimetypes.guess_type(name)[0])
 
     async def _fleet_now(self, _: Request) -> Response:
         if time.monotonic() - self._board.at_s > TICK_S:
@@ -163,6 +173,10 @@ class _Events(Response):
                 async with asyncio.timeout(STALL_S):
                     await send({"type": "http.response.body", "body": body, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _tagged(content: bytes) -> tuple[bytes, str]:
+    return content, f'"{hashlib.sha256(content).hexdigest()[:32]}"'
 
 
 async def _until_gone(receive: Receive) -> None:

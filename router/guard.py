@@ -22,7 +22,7 @@ OPEN = frozenset(("/health", "/healthz", "/liveness", "/livez", "/live", "/readi
 OPEN_INSIDE = OPEN | {"/metrics"}
 """The same on an address that only this machine reaches."""
 
-FOR_TENANTS = frozenset(("/tokenize", "/detokenize", "/version"))
+FOR_TENANTS = frozenset(("/tokenize", "/detokenize", "/version", "/openapi.json"))
 """Besides /v1/."""
 
 

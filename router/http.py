@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from router import openapi
 from router.admission import Admission, Wishes
 from router.answers import Json
 from router.board import Board
@@ -45,7 +46,7 @@ from router.protocols import chat, completions, messages, responses, tokenize
 from router.quota import Quotas, Stay
 from router.relay import RelayLimits
 from router.replicas import Replicas
-from router.status import Status
+from router.status import Status, running_version
 from router.tenants import Keyring
 from router.text import Text
 from router.timeline import Timeline
@@ -147,11 +148,18 @@ class Front:
         app.add_exception_handler(Exception, _on_crash)
         post = {path: self._generate(prepare) for path, prepare in GENERATING.items()}
         post |= {path: self._convert(convert) for path, convert in CONVERTING.items()}
-        self.page.add_to(app)
-        for method, routes in (("GET", self._status.routes() | self.page.routes()), ("POST", post)):
+        get = self._status.routes() | self.page.routes() | {"/openapi.json": self._openapi}
+        for method, routes in (("GET", get), ("POST", post)):
             for path, endpoint in routes.items():
+                told = openapi.OPERATIONS.get(path.replace(":path}", "}"))
+                assert told is not None and told.method == method.lower(), (
+                    f"openapi.py does not tell of {method} {path}"
+                )
                 app.add_api_route(path, endpoint, methods=[method], response_model=None)
         return app
+
+    async def _openapi(self, _: Request) -> Response:
+        return json_response(openapi.document(running_version()))
 
     def _generate(self, prepare: Callable[[Intake, bytes, int], Prepared]) -> Endpoint:
         async def endpoint(request: Request) -> Response:

@@ -118,6 +118,9 @@ def kind_of(value: object) -> str:
 
 TYPES_OF_UNIONS = ("str", "list[dict[str,any]]", "dict[str,any]", "[key]")
 
+TOKEN_IDS: Any = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+"""How fields that `token_ids` checks are documented."""
+
 Label = Annotated[str, Field(max_length=512, pattern=r"^[^\x00-\x1f\x7f]*$")]
 """Words that are only taken note of: short, and safe to show."""
 Tags = Annotated[dict[Annotated[Label, Field(max_length=64)], Label], Field(max_length=16)]

@@ -107,10 +107,14 @@ class Status:
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
 
     async def _version(self, _: Request) -> Response:
-        try:
-            return json_response({"version": version("penumbra")})
-        except PackageNotFoundError:
-            return json_response({"version": "unknown"})
+        return json_response({"version": running_version()})
+
+
+def running_version() -> str:
+    try:
+        return version("penumbra")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def _worker_card(view: WorkerView) -> Json:

@@ -230,9 +230,10 @@ def _byte_alphabet() -> Iterator[tuple[int, str]]:
 
 def _conversion_message(error: recipe.ConversionError) -> str:
     try:
-        return str(json.loads(error.body)["error"]["message"])
+        message = str(json.loads(error.body)["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return str(error)
+        message = str(error)
+    return message if message.endswith(".") else f"{message}."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

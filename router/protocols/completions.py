@@ -11,7 +11,7 @@ from pydantic import Field
 
 from router.answers import Header, Json, Usage, progress_chunk
 from router.intake import Intake, Prepared, fit
-from router.schema import MAX_TOP_LOGPROBS, Choices, only, parse_body, token_ids
+from router.schema import MAX_TOP_LOGPROBS, TOKEN_IDS, Choices, only, parse_body, token_ids
 from router.text import Vocabulary, draw_seed
 from wire.errors import InvalidRequest
 from wire.types import FinishReason, SamplingParams, TokenEvent
@@ -21,7 +21,8 @@ DEFAULT_MAX_TOKENS = 16
 
 
 class CompletionBody(Choices):
-    prompt: Any  # text or token ids; `one_prompt` checks it, as a million ids are too many for a model's field
+    # `one_prompt` checks it: a million ids are too many for a model's field.
+    prompt: Any = Field(json_schema_extra={"anyOf": [{"type": "string", "minLength": 1}, TOKEN_IDS]})
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     add_special_tokens: bool = True
     best_of: Annotated[int | None, *only(1)] = None

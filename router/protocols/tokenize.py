@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from router.answers import Json
 from router.intake import Intake
 from router.protocols.chat import checked_messages
-from router.schema import Strict, parse_body, token_ids
+from router.schema import TOKEN_IDS, Strict, parse_body, token_ids
 
 
 class TokenizeBody(Strict):
@@ -35,7 +35,7 @@ class TokenizeBody(Strict):
 
 class DetokenizeBody(Strict):
     model: str | None = None
-    tokens: Any
+    tokens: Any = Field(json_schema_extra=TOKEN_IDS)
     skip_special_tokens: bool = False
 
 

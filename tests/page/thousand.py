@@ -131,7 +131,6 @@ def served(num_workers: int = 1000, port: int = 0) -> Iterator[str]:
         about = {"router_id": "router-0", "models": ["deepseek-v4-flash"]}
         page = FrontPage(Board(some_requests()), fleet, fleet, fleet, about)  # type: ignore[arg-type]
         app = FastAPI()
-        page.add_to(app)
         for path, endpoint in page.routes().items():
             app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
 

@@ -37,8 +37,9 @@ GOOD: dict[str, dict[str, Any]] = {
 }
 ALL = (*GOOD,)
 OPENAI = (COMPLETIONS, CHAT, RESPONSES)
+ROUTER = Path(__file__).parents[2] / "router"
 JSON = {"content-type": "application/json"}
-BODY_LIMIT = 1 << 20
+BODY_LIMIT = 3 << 19
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -195,12 +196,9 @@ async def test_h07_a_key_that_appears_twice(served: Served, body: bytes):
     await refused(served, CHAT, 400, "duplicate_key", content=body, headers=JSON)
 
 
-@pytest.mark.parametrize(("keys", "status", "code"), [(110_000, 400, "too_many_keys"), (10**6, 413, "body_too_large")])
+@pytest.mark.parametrize(("keys", "status", "code"), [(100_001, 400, "too_many_keys"), (10**6, 413, "body_too_large")])
 async def test_h08_a_million_keys(served: Served, keys: int, status: int, code: str):
-    body = b"{" + b",".join(b'"%d":' % key for key in range(keys)).replace(b":", b":1") + b"}"
-    if status == 400:
-        body = b"{" + b",".join(b'"%x":1' % key for key in range(100_001)) + b"}"
-        assert len(body) > BODY_LIMIT or len(body) < BODY_LIMIT
+    body = b"{" + b",".join(b'"%x":1' % key for key in range(keys)) + b"}"
     await refused(served, COMPLETIONS, status, code, content=body, headers=JSON)
 
 
@@ -409,10 +407,10 @@ async def test_h25_ranges_are_ignored(served: Served, path: str):
     assert path == "/metrics" or ranged.content == whole.content
 
 
-def test_h25_nothing_here_answers_with_a_file():
+async def test_h25_nothing_here_answers_with_a_file():
     """Ranges of files have been a way to exhaust servers; no route may begin to send any."""
-    for source in Path("router").rglob("*.py"):
-        assert not re.search(r"FileResponse|StaticFiles", source.read_text()), source
+    sources = {path.name: path.read_text() for path in (await asyncio.to_thread(lambda: [*ROUTER.rglob("*.py")]))}
+    assert [name for name, text in sources.items() if re.search(r"FileResponse|StaticFiles", text)] == []
 
 
 @pytest.mark.parametrize(
@@ -716,17 +714,16 @@ async def test_h49_a_schema_that_can_not_be_followed(served: Served, schema: dic
         await refused(served, path, 400, json=GOOD[path] | change)
 
 
-@pytest.mark.parametrize(
-    "pattern", ["(", "(?=a)b", r"(a)\1", "((a{0,500}){0,500}){0,500}", "a" * MAX_SOURCE_CHARS + "b", "[z-a]"]
-)
+@pytest.mark.parametrize("pattern", ["(", "(?=a)b", r"(a)\1", "a" * MAX_SOURCE_CHARS + "b", "[z-a]"])
 async def test_h49_a_pattern_that_can_not_be_followed(served: Served, pattern: str):
     change = {"response_format": {"type": "regex", "regex": pattern}}
     await refused(served, CHAT, 400, json=GOOD[CHAT] | change)
 
 
-async def test_h49_a_pattern_that_is_a_catastrophe_elsewhere_costs_nothing_here(served: Served):
+@pytest.mark.parametrize("pattern", ["(a+)+b", "((a{0,500}){0,500}){0,500}"])
+async def test_h49_a_pattern_that_is_a_catastrophe_elsewhere_costs_nothing_here(served: Served, pattern: str):
     """Patterns are followed by derivatives, without going back: nesting repetitions is no attack, and no mistake."""
-    await accepted(served, CHAT, {"response_format": {"type": "regex", "regex": "(a+)+b"}})
+    await accepted(served, CHAT, {"response_format": {"type": "regex", "regex": pattern}})
 
 
 @pytest.mark.parametrize(
@@ -910,8 +907,8 @@ async def test_h62_a_client_that_has_said_all_still_gets_its_answer(served: Serv
     raw = head(path, "content-type: application/json", f"content-length: {len(body)}") + body
     answer = parse_raw(await say(served.client, raw, eof=True))
     assert answer.status_code == 200
-    assert "error" not in answer.text
-    assert "ok" in answer.text or stream
+    whole = {COMPLETIONS: "[DONE]", CHAT: "[DONE]", RESPONSES: "response.completed", MESSAGES: "message_stop"}
+    assert whole[path] in answer.text if stream else "ok" in answer.text
 
 
 @pytest.mark.parametrize("stream", [False, True])
