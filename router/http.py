@@ -151,10 +151,8 @@ class Front:
         get = self._status.routes() | self.page.routes() | {"/openapi.json": self._openapi}
         for method, routes in (("GET", get), ("POST", post)):
             for path, endpoint in routes.items():
-                told = openapi.OPERATIONS.get(path.replace(":path}", "}"))
-                assert told is not None and told.method == method.lower(), (
-                    f"openapi.py does not tell of {method} {path}"
-                )
+                told = openapi.OPERATIONS[path.replace(":path}", "}")]
+                assert told.method == method.lower(), f"the document tells of {told.method} {path}"
                 app.add_api_route(path, endpoint, methods=[method], response_model=None)
         return app
 
