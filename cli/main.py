@@ -100,6 +100,8 @@ TracesEndpoint = Annotated[
     ),
 ]
 WorkerId = Annotated[str | None, flag("worker-id", "Name in the registry; else one is made up.")]
+RouterUrl = Annotated[str | None, flag("url", "The router; else that of the cluster on this machine.")]
+ApiKey = Annotated[str | None, flag("api-key", "Key to show the router, where it asks for one.")]
 GrpcPort = Annotated[int, flag("port", "gRPC port; 0 picks a free one.", min=0, max=65535)]
 WorkerHttpPort = Annotated[int, flag("http-port", "Health and metrics port; 0 picks a free one.", min=0, max=65535)]
 Keys = Annotated[
@@ -229,13 +231,86 @@ def down(cluster: Cluster = "default", home: Home = None, config: ConfigFile = N
 
 
 @app.command()
-def status(cluster: Cluster = "default", home: Home = None, config: ConfigFile = None) -> int:
-    """Who is alive and what each holds. Exit code 3 when the cluster is not up, 1 when a part of it is dead."""
+def status(
+    watch: Annotated[bool, flag("watch", "Go on, once a second, until Ctrl-C.", switch=True)] = False,
+    url: RouterUrl = None,
+    api_key: ApiKey = None,
+    cluster: Cluster = "default",
+    home: Home = None,
+    config: ConfigFile = None,
+) -> int:
+    """Who is alive and what each holds. Exit code 3 when the cluster is not up, 1 when a part of it is dead.
+
+    With --watch or --url it shows what the router knows, wherever that runs.
+    """
     from rich.console import Console
 
+    from cli.remote import find_url
     from deploy import local
 
-    return local.show_status(local.cluster_folder(home, cluster), cluster, Console())
+    if not watch and url is None:
+        return local.show_status(local.cluster_folder(home, cluster), cluster, Console())
+    from cli.watch import run
+
+    return run(find_url(url, home, cluster), api_key, Console(), rounds=None if watch else 1)
+
+
+@app.command()
+def chat(
+    message: Annotated[str | None, typer.Argument(help="What to say; without it, a conversation.")] = None,
+    url: RouterUrl = None,
+    api_key: ApiKey = None,
+    served_model_name: ServedName = None,
+    system: Annotated[str | None, flag("system", "System prompt.")] = None,
+    max_tokens: Annotated[int | None, flag("max-tokens", "Longest answer in tokens.", min=1)] = None,
+    temperature: Annotated[float | None, flag("temperature", "0 always takes the likeliest token.", min=0)] = None,
+    thinking: Annotated[bool, flag("thinking", "Let the model reason first.", switch=True)] = False,
+    cluster: Cluster = "default",
+    home: Home = None,
+    config: ConfigFile = None,
+) -> int:
+    """Talk to a cluster. Answers stream; after each, a line shows where its time went."""
+    from rich.console import Console
+
+    from cli.chat import run
+    from cli.remote import find_url
+
+    options = {
+        "model": served_model_name,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "thinking": {"type": "enabled" if thinking else "disabled"},
+    }
+    return run(find_url(url, home, cluster), api_key, message, options, system, Console())
+
+
+@app.command()
+def doctor(
+    url: RouterUrl = None,
+    api_key: ApiKey = None,
+    expect: Annotated[
+        Literal["auto", "rdma", "any"],
+        flag("expect", "What pages must move over; auto: RDMA between hosts where both have it up."),
+    ] = "auto",
+    probe_bytes: Annotated[
+        int, flag("probe-bytes", "Bytes of one large read.", parser=parse_bytes, metavar="BYTES")
+    ] = "64MiB",  # type: ignore[assignment]
+    worker: Annotated[str | None, flag("worker", "Only the pairs of this worker.")] = None,
+    cluster: Cluster = "default",
+    home: Home = None,
+    config: ConfigFile = None,
+) -> int:
+    """Read pages over every prefill-decode pair: transport, GB/s, latency, layout, and what 900K tokens would take.
+
+    Exit code 1 when a pair does not move pages, or moves them over TCP where RDMA was expected.
+    """
+    from rich.console import Console
+
+    from cli.doctor import run
+    from cli.remote import find_url
+
+    address = find_url(url, home, cluster)
+    return run(address, api_key, expect=expect, num_bytes=probe_bytes, only=worker, console=Console())
 
 
 @app.command()

@@ -73,6 +73,7 @@ class Admission:
         self._inside: dict[int, _Inside] = {}  # by request slot
         self.cache = ShadowRadix(pools.full, pools.swa)
         self.window = WindowPages(pools.swa)
+        self._borrowed: dict[str, list[int]] = {}  # full pages that reads are measured with, by probe
         self.quarantined_total = 0
 
     def check(self, request: StartRequest) -> None:
@@ -162,6 +163,27 @@ class Admission:
             lease.release()
         else:
             self.cache.discard(lease)
+
+    def borrow(self, probe_id: str, num_pages: int) -> tuple[int, ...]:
+        """Full pages to measure reads with: none that a request holds or may grow into, and one in eight at most. Fewer
+        than asked for, or none.
+        """
+        growth = sum(self._growth_of(len(one.sequence.pages), one.most_pages) for one in self._inside.values())
+        lent = sum(map(len, self._borrowed.values()))
+        spare = min(num_pages, self._pools.full.capacity // 8 - lent, self.free_pages - growth)
+        if spare < 1:
+            return ()
+        self._borrowed[probe_id] = self._allocate(spare)
+        return tuple(self._borrowed[probe_id])
+
+    def give_back(self, probe_id: str, unsettled: Iterable[Place]) -> None:
+        """Idempotent: what is not known any more has been given back."""
+        if (items := self._borrowed.pop(probe_id, None)) is None:
+            return
+        busy = self._by_class(unsettled)[PageClass.FULL]
+        self._pools.full.quarantine(busy)
+        self.quarantined_total += len(busy)
+        self._pools.full.release(item for item in items if item not in busy)
 
     def settle(self, places: Iterable[Place]) -> None:
         """These items' reads have settled after their sequence left."""

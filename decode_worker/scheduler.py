@@ -127,7 +127,23 @@ class Restored:
     num_damaged: int
 
 
-DecodeEvent = Start | Cancel | OfferArrived | ClaimEnded | ReadEnded | Settled | Saved | Restored
+@dataclass(frozen=True, slots=True)
+class Borrow:
+    """Reads are to be measured, into so many full pages; answered by `Borrowed`."""
+
+    probe_id: str
+    num_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class GiveBack:
+    """The pages of this probe are wanted no more; `unsettled` ones may still be written. Idempotent."""
+
+    probe_id: str
+    unsettled: tuple[Place, ...] = ()
+
+
+DecodeEvent = Start | Cancel | OfferArrived | ClaimEnded | ReadEnded | Settled | Saved | Restored | Borrow | GiveBack
 
 # Actions.
 
@@ -192,7 +208,15 @@ class PrefixesChanged:
     events: tuple[PrefixEvent, ...]
 
 
-DecodeAction = Emit | OpenClaim | CloseClaim | SubmitRead | CancelRead | Save | Restore | PrefixesChanged
+@dataclass(frozen=True, slots=True)
+class Borrowed:
+    """The answer to `Borrow`; no items when there is no page to spare."""
+
+    probe_id: str
+    items: tuple[int, ...]
+
+
+DecodeAction = Emit | OpenClaim | CloseClaim | SubmitRead | CancelRead | Save | Restore | PrefixesChanged | Borrowed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,6 +358,11 @@ class DecodeCore:
                 actions = self._read_ended(result)
             case Settled(places):
                 self._admission.settle(places)
+                actions = []
+            case Borrow(probe_id, num_pages):
+                actions = [Borrowed(probe_id, self._admission.borrow(probe_id, num_pages))]
+            case GiveBack(probe_id, unsettled):
+                self._admission.give_back(probe_id, unsettled)
                 actions = []
             case Saved(run_id, pages):
                 self._saved(run_id, pages)

@@ -22,7 +22,9 @@ from decode_worker.admission import Place
 from decode_worker.first_token import FirstTokenClock
 from decode_worker.links import Links
 from decode_worker.preemption import PageMemory, restore, save
+from decode_worker.probe import Prober
 from decode_worker.scheduler import (
+    Borrowed,
     Cancel,
     CancelRead,
     ClaimEnded,
@@ -44,6 +46,7 @@ from decode_worker.scheduler import (
     SubmitRead,
 )
 from engine.loop import EngineLoop, StepRunner
+from kvtransfer.fabric import active_rdma_ports
 from kvtransfer.plan import token_bytes
 from kvtransfer.reader import Reader, ReadResult
 from wire import convert
@@ -103,6 +106,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         ),
     ) -> None:
         self.draining = False
+        self._rdma_ports = active_rdma_ports()
         self._hold_grammar = hold_grammar
         self._broken: str | None = None
         self._worker_id = worker_id
@@ -139,6 +143,9 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._claims: dict[AttemptId, asyncio.Task[None]] = {}
         self._tasks: asyncio.TaskGroup | None = None  # parent of every claim's tasks, while `run` runs
         self._channels = _Channels()
+        self._prober = Prober(
+            self._engine.post, self._channels.use, core.classes, worker_id=worker_id, signature=signature
+        )
 
     # The worker's frame.
 
@@ -178,6 +185,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             read_bytes=self._links.read_bytes,
             reading_bytes=self._links.reading_bytes,
             links=self._links.report(),
+            rdma_ports=self._rdma_ports,
             **load.full_pages(),
         )
 
@@ -245,6 +253,13 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             if not ended:
                 self._engine.post(Cancel(run))
 
+    async def Probe(self, request: worker_pb2.ProbeRequest, context: Context) -> worker_pb2.ProbeReply:
+        if self._broken is not None:
+            raise WorkerLost(self._broken)
+        assert self._reader is not None
+        source = convert.worker_ref_from_wire(request.source)
+        return convert.probe_reply_to_wire(await self._prober.probe(self._reader, source, request.num_bytes))
+
     # The engine's thread.
 
     def _perform(self, action: DecodeAction) -> DecodeEvent | None:
@@ -260,6 +275,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
     # The reader's thread.
 
     def reader_results(self, result: ReadResult) -> None:
+        if self._prober.takes(result):
+            return
         run, _, _ = result.job_id.rpartition("/")  # a job is named after its run and its offer
         if result.ok and (clock := self._clocks.get(run)) is not None:
             clock.landed(time.monotonic())
@@ -305,6 +322,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                     self._spawn(run, self._follow_claim(action))
                 case CloseClaim(run):
                     self._close_claim(action)
+                case Borrowed():
+                    self._prober.borrowed(action)
                 case PrefixesChanged(events):
                     self._publish_prefixes(events)
 

@@ -27,6 +27,8 @@ class Pools(Protocol):
 
     def export_pages(self, page_class: PageClass, items: Items[int]) -> list[int]: ...
 
+    def scribble(self, page_class: PageClass, items: Items[int]) -> None: ...
+
 
 class PageChecksums:
     """Checksums of FULL pages as they were when first offered, for as long as each page lives.

@@ -56,7 +56,22 @@ class Drop:
     run: AttemptId
 
 
-PrefillEvent = Submit | Drop
+@dataclass(frozen=True, slots=True)
+class Lend:
+    """Somebody wants to measure reads of so many full pages; answered by `Lent`."""
+
+    lend_id: str
+    num_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class TakeBack:
+    """What was lent under this id is read no more. Idempotent."""
+
+    lend_id: str
+
+
+PrefillEvent = Submit | Drop | Lend | TakeBack
 
 # Actions.
 
@@ -96,10 +111,21 @@ class Crowded:
     """The first prompt in line finds no room: what is only held for another reader should go."""
 
 
-PrefillAction = Progressed | Offered | Ended | PrefixesChanged | Crowded
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """The answer to `Lend`; None when there is no page to spare."""
+
+    lend_id: str
+    group: PageGroup | None
+
+
+PrefillAction = Progressed | Offered | Ended | PrefixesChanged | Crowded | Lent
 
 MIN_CHUNK_TOKENS = 32
 """However slow the machine, a chunk is this long: the cost of a step must be shared by some tokens."""
+
+LENT_SHARE = 8
+"""At most one page in so many is lent for measuring at a time."""
 
 MAX_PASSES = 8
 """So many prompts may find room before the first in line, when that one needs more than there is."""
@@ -177,6 +203,7 @@ class PrefillCore:
         self._batch_at = 0.0
         self._shortest_first = False
         self._uncomputed = 0  # prompt tokens of all waiting and computing runs
+        self._lent: dict[str, list[int]] = {}  # full pages, by the id they were lent under
 
     @property
     def cache(self) -> ShadowRadix:
@@ -188,6 +215,11 @@ class PrefillCore:
                 actions = self._submit(now_s, request) + self._admit()
             case Drop(run_id):
                 self._drop(run_id)
+                actions = self._admit()
+            case Lend(lend_id, num_pages):
+                actions = [Lent(lend_id, self._lend(lend_id, num_pages))]
+            case TakeBack(lend_id):
+                self._pools.full.release(self._lent.pop(lend_id, ()))
                 actions = self._admit()
             case Tick():
                 actions = self._expire(now_s) + self._admit()
@@ -500,6 +532,25 @@ class PrefillCore:
     def _progressed(self, run: _Run) -> Progressed:
         assert run.sequence is not None
         return Progressed(run.id, Progress(done=run.sequence.length, total=run.total, cached=run.cached_tokens))
+
+    def _lend(self, lend_id: str, num_pages: int) -> PageGroup | None:
+        """Full pages that nobody holds, with bytes that are nobody's."""
+        pools = self._pools
+        lent = sum(map(len, self._lent.values()))
+        spare = pools.full.free + self._cache.counts(PageClass.FULL).evictable
+        num_pages = min(num_pages, pools.full.capacity // LENT_SHARE - lent, spare)
+        if num_pages < 1 or PageClass.FULL not in {cls.name for cls in pools.classes if cls.regions}:
+            return None
+        self._cache.evict(PageClass.FULL, num_pages - pools.full.free)
+        items = self._lent[lend_id] = pools.full.allocate(num_pages)
+        pools.scribble(PageClass.FULL, items)
+        return PageGroup(
+            page_class=PageClass.FULL,
+            positions=tuple(range(num_pages)),
+            items=tuple(items),
+            generations=tuple(pools.full.generation(item) for item in items),
+            checksums=tuple(pools.export_pages(PageClass.FULL, items)),
+        )
 
     def _changes(self) -> list[PrefillAction]:
         events = self._cache.drain_events()

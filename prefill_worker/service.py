@@ -19,12 +19,15 @@ import structlog
 
 from engine.batch import Sampled
 from engine.loop import EngineLoop, StepRunner
+from kvtransfer.fabric import active_rdma_ports
 from kvtransfer.owner import ClaimLimits, ClaimTable, Freed
-from kvtransfer.plan import token_bytes
+from kvtransfer.plan import item_bytes, token_bytes
 from prefill_worker.scheduler import (
     Crowded,
     Drop,
     Ended,
+    Lend,
+    Lent,
     Offered,
     PrefillAction,
     PrefillCore,
@@ -32,9 +35,10 @@ from prefill_worker.scheduler import (
     PrefixesChanged,
     Progressed,
     Submit,
+    TakeBack,
 )
 from wire import convert
-from wire.errors import Cancelled, Draining, PenumbraError, WorkerLost
+from wire.errors import Cancelled, Draining, LayoutMismatch, Overloaded, PenumbraError, WorkerLost
 from wire.rpc import Context, Server, error_from_code
 from wire.telemetry import WorkerMetrics
 from wire.tracing import current_span
@@ -42,6 +46,9 @@ from wire.types import (
     AttemptId,
     Failed,
     OwnerCard,
+    PageClass,
+    PageGroup,
+    PageOffer,
     PrefillTimes,
     PrefixEvent,
     Progress,
@@ -59,6 +66,8 @@ CLAIM_POLL_S = 1.0
 """A claim's stream looks at its claim at least this often, so an expiry is told even if nothing else happens.
 """
 ENGINE_STOP_S = 10.0
+LEND_S = 60.0
+"""How long pages are lent for measuring, and how long the engine may take to find them."""
 
 
 @dataclass(slots=True)
@@ -108,6 +117,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
         ),
     ) -> None:
         self.draining = False
+        self._rdma_ports = active_rdma_ports()
         self._hold_grammar = hold_grammar
         self._broken: str | None = None
         self._card = card
@@ -126,6 +136,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
         )
         self._total_tokens = self._engine.load.free_tokens  # nothing is held yet
         self._kv_token_bytes = token_bytes(card.classes)
+        self._lent: dict[str, asyncio.Future[PageGroup | None]] = {}  # what streams of `Lend` wait for
         self._runs: dict[AttemptId, asyncio.Queue[RunEvent | None]] = {}  # None: its pages are gone
         self._to_hold: set[AttemptId] = set()  # of those, where the caller asks for it
         self._begun: dict[AttemptId, _Begun] = {}
@@ -164,6 +175,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
             prefill_token_ns=load.prefill_token_ns,
             prefill_depth_ns=load.prefill_depth_ns,
             kv_token_bytes=self._kv_token_bytes,
+            rdma_ports=self._rdma_ports,
             **load.full_pages(),
         )
 
@@ -259,6 +271,29 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
         self._free(freed)
         return kv_pb2.ReleaseReply(valid=valid)
 
+    async def Lend(self, request: kv_pb2.LendRequest, context: Context) -> AsyncIterator[kv_pb2.PageOffer]:
+        self._check_open()
+        if request.signature != self._card.signature:
+            raise LayoutMismatch(
+                f"reader {request.reader_id[:80]} has page layout {request.signature[:12]}, this worker "
+                f"{self._card.signature[:12]}. Serve both with the same checkpoint, --kv-layout and version."
+            )
+        page_bytes = max(1, sum(item_bytes(cls) for cls in self._card.classes if cls.name is PageClass.FULL))
+        lend_id = secrets.token_hex(16)
+        lent = self._lent[lend_id] = self._loop.create_future()
+        try:
+            self._engine.post(Lend(lend_id, max(1, request.num_bytes // page_bytes)))
+            yield convert.page_offer_to_wire(PageOffer(seq=0, claim_id=lend_id, owner=self._card))
+            async with asyncio.timeout(LEND_S):
+                group = await lent
+            if group is None:
+                raise Overloaded(f"worker {self._card.worker_id} has no page to lend now; try again")
+            yield convert.page_offer_to_wire(PageOffer(seq=1, claim_id=lend_id, groups=(group,)))
+            await asyncio.sleep(LEND_S)  # the reader ends the stream when it has read
+        finally:
+            del self._lent[lend_id]
+            self._engine.post(TakeBack(lend_id))
+
     # Between the table, the engine and the open calls.
 
     def _check_open(self) -> None:
@@ -295,6 +330,9 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
                     self._tell(run, outcome)
                     error = error_from_code(outcome.code, outcome.message)
                     self._free(self._table.revoke(now_s, run, error))
+                case Lent(lend_id, group):
+                    if (waiting := self._lent.get(lend_id)) is not None and not waiting.done():
+                        waiting.set_result(group)
                 case PrefixesChanged(events):
                     self._publish_prefixes(events)
                 case Crowded():

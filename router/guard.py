@@ -22,6 +22,10 @@ OPEN = frozenset(("/health", "/healthz", "/liveness", "/livez", "/live", "/readi
 OPEN_INSIDE = OPEN | {"/metrics"}
 """The same on an address that only this machine reaches."""
 
+PAGE = "/page/"
+"""Files of the front page: the same for everybody, with nothing of the cluster in them. What the page then asks for
+needs a key like anything else."""
+
 FOR_TENANTS = frozenset(("/tokenize", "/detokenize", "/version", "/openapi.json"))
 """Besides /v1/."""
 
@@ -77,7 +81,7 @@ class Guard:
 
     def _let_in(self, scope: Scope) -> Tenant:
         keyring, path = self._keyring, scope["path"]
-        if path in self._open or (self._admin and self._inside):
+        if path in self._open or path == "/" or path.startswith(PAGE) or (self._admin and self._inside):
             return ANYONE
         for_tenants = path.startswith("/v1/") or path in FOR_TENANTS
         if keyring is None:

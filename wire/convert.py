@@ -29,6 +29,7 @@ from wire.types import (
     PageGroup,
     PageOffer,
     PrefillTimes,
+    ProbeReply,
     Progress,
     Region,
     RegionClass,
@@ -590,3 +591,32 @@ def run_event_from_wire(message: worker_pb2.RunEvent) -> RunEvent:
             return _failed_from_wire(message.failed)
         case _:
             _refuse("event", "the message carries no event this version knows")
+
+
+# Probes
+
+
+def probe_reply_to_wire(reply: ProbeReply) -> worker_pb2.ProbeReply:
+    return worker_pb2.ProbeReply(
+        num_bytes=reply.num_bytes,
+        page_bytes=reply.page_bytes,
+        window_bytes=reply.window_bytes,
+        page_us=reply.page_us,
+        large_us=reply.large_us,
+        connect_us=reply.connect_us,
+        carrier=reply.carrier,
+        device=reply.device,
+    )
+
+
+def probe_reply_from_wire(message: worker_pb2.ProbeReply) -> ProbeReply:
+    return ProbeReply(
+        num_bytes=message.num_bytes,
+        page_bytes=message.page_bytes,
+        window_bytes=message.window_bytes,
+        page_us=tuple(message.page_us),
+        large_us=tuple(message.large_us),
+        connect_us=message.connect_us,
+        carrier=message.carrier,
+        device=message.device,
+    )

@@ -123,6 +123,7 @@ class WorkerInfo:
     read_bytes: int = 0  # ever, from other workers
     reading_bytes: int = 0  # submitted and not yet verified
     links: tuple[Link, ...] = ()  # the pairs it has read over last
+    rdma_ports: int = 0  # active ones of its host
 
     @property
     def ref(self) -> WorkerRef:
@@ -267,6 +268,20 @@ class RunRequest:
     secret: bytes = field(repr=False)
     namespace: bytes = b""  # as in StartRequest
     hold: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeReply:
+    """How reads from one other worker went. Times are microseconds and include verification."""
+
+    num_bytes: int  # of each large read
+    page_bytes: int  # of one full page
+    window_bytes: int  # of what a request moves besides its full pages
+    page_us: tuple[int, ...]  # each read of a single page
+    large_us: tuple[int, ...]
+    connect_us: int  # the first read, which also makes the connection
+    carrier: str  # "rdma", "tcp", "memory" or "unknown": whose counters on the reader's host moved
+    device: str = ""
 
 
 # Events of Decode.Start and Prefill.Run streams.

@@ -266,6 +266,15 @@ class KvPools:
         found = self.export_pages(page_class, items)
         return [item for item, ours, theirs in zip(items, found, checksums, strict=True) if ours != theirs]
 
+    def scribble(self, page_class: PageClass, items: Sequence[int]) -> None:
+        """Overwrite these items with bytes that mean nothing, other ones in each: what reads are measured on."""
+        noise = torch.Generator().manual_seed(0)
+        for _, tensor in self._moved[page_class]:
+            row = torch.randint(0, 256, (tensor.shape[1],), generator=noise, dtype=torch.uint8).to(tensor.device)
+            for item in items:
+                # Turned by another number of words each, so that no two pages have one checksum.
+                tensor[item].copy_(row.roll(8 * item))
+
     def copy_out(self, page_class: PageClass, items: Sequence[int]) -> Tensor:
         """The bytes now at these items, in host memory. [len(items), bytes of one item] uint8, regions in order."""
         tensors = [tensor for _, tensor in self._moved[page_class]]

@@ -51,7 +51,7 @@ const ttft = new Distribution(get("ttft"), get("ttft-note"), "prefill");
 const tpot = new Distribution(get("tpot"), get("tpot-note"), "decode");
 const chat = new Chat((id) => lines.mine.add(id));
 
-const CONNECTION = { live: "live", waiting: "connecting", lost: "router away, trying again", stale: "registry away" };
+const CONNECTION = { live: "live", waiting: "connecting", lost: "router away, trying again", locked: "needs an administrator's key, under Options", stale: "registry away" };
 
 const updateHead = () => {
   const { router } = state;
@@ -59,7 +59,7 @@ const updateHead = () => {
   const words = router.draining ? "draining" : CONNECTION[state.connection];
   if (pill.textContent !== words) pill.textContent = words;
   pill.dataset.state = state.connection;
-  pill.title = state.connection === "lost" ? (state.reason ?? "") : "";
+  pill.title = state.connection === "lost" || state.connection === "locked" ? (state.reason ?? "") : "";
   get("served").textContent = (router.models ?? []).join(", ");
   get("uptime").textContent = router.uptime_s ? `${router.router_id} · up ${seconds(router.uptime_s)}` : "";
 };

@@ -1,6 +1,6 @@
 // What the page knows of the cluster: one full frame, then changes to it. Everybody who draws reads from here.
 
-import { events, headers } from "./stream.js";
+import { Refused, events, headers } from "./stream.js";
 
 const HISTORY = 90; // ticks a sparkline looks back on
 const FINISHED_S = 900; // how long a finished request stays for the timelines
@@ -71,6 +71,7 @@ export const follow = async (key) => {
       await new Promise((done) => document.addEventListener("visibilitychange", done, { once: true }));
     }
     const leave = new AbortController();
+    let refused = false;
     const hide = () => document.hidden && leave.abort();
     document.addEventListener("visibilitychange", hide);
     try {
@@ -83,11 +84,12 @@ export const follow = async (key) => {
       }
     } catch (error) {
       state.reason = error.message;
+      refused = error instanceof Refused && (error.status === 401 || error.status === 403);
     } finally {
       document.removeEventListener("visibilitychange", hide);
     }
     if (!document.hidden) {
-      state.connection = "lost";
+      state.connection = refused ? "locked" : "lost";
       tell();
     }
     await pause(delay * (0.5 + Math.random() / 2));

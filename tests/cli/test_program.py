@@ -12,7 +12,19 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_help_lists_every_command(penumbra):
     result = penumbra("--help")
     assert result.returncode == 0
-    for command in ("up", "down", "status", "router", "prefill", "decode", "model", "config", "bench"):
+    for command in (
+        "up",
+        "down",
+        "status",
+        "chat",
+        "doctor",
+        "router",
+        "prefill",
+        "decode",
+        "model",
+        "config",
+        "bench",
+    ):
         assert f"│ {command} " in result.stdout
 
 

@@ -92,6 +92,10 @@ class OraclePools:
             for cls, m in self.memory.items()
         )
 
+    def scribble(self, page_class: PageClass, items: Sequence[int]) -> None:
+        for item in items:
+            self.memory[page_class][item] = np.arange(PAGE_TOKENS) + 1_000_003 * item
+
     def export_pages(self, page_class: PageClass, items: Sequence[int]) -> list[int]:
         memory = self.memory[page_class]
         digests = (hashlib.blake2b(memory[item].tobytes(), digest_size=8).digest() for item in items)

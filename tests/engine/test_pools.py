@@ -152,3 +152,15 @@ def test_imported_pages_are_those_whose_bytes_match() -> None:
 )
 def test_the_open_c128_block_lies_in_one_state_item(slot: int, tokens: int, item: int | None) -> None:
     assert state_item(slot, tokens) == item
+
+
+def test_scribbled_pages_hold_nothing_of_before_and_no_two_are_alike() -> None:
+    pools = KvPools(tiny_config(0, "flash"), "exact", PoolSizes(full=7, swa=2, slots=2), "f", "cpu")
+    items = pools.full.allocate(4)
+    before = pools.export_pages(PageClass.FULL, items)
+    untouched = pools.export_pages(PageClass.FULL, [5])
+    pools.scribble(PageClass.FULL, items)
+    after = pools.export_pages(PageClass.FULL, items)
+    assert len(set(after)) == 4
+    assert not set(after) & set(before)
+    assert pools.export_pages(PageClass.FULL, [5]) == untouched

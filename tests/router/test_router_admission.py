@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,20 @@ async def test_every_route_without_a_key_is_closed_but_health(start_router, redi
         for path in OPEN:
             assert (await client.get(path)).status_code == 200, path
         routes = [
-            *("/v1/models", "/v1/models/nano", "/version", "/workers", "/metrics/", "/docs", "/openapi.json", "/"),
+            *("/v1/models", "/v1/models/nano", "/version", "/workers", "/metrics/", "/docs", "/openapi.json"),
             *(COMPLETIONS, "/v1/chat/completions", "/v1/messages", "/v1/responses", "/tokenize", "/detokenize"),
-            *("/v1/../workers", "//v1/models", "/pause", "/invocations", "/health/x", "/HEALTH", "/v1/streams/x"),
+            *(
+                "/fleet",
+                "/fleet/events",
+                "/page",
+                "/v1/../workers",
+                "//v1/models",
+                "/pause",
+                "/invocations",
+                "/health/x",
+                "/HEALTH",
+                "/v1/streams/x",
+            ),
         ]
         for path in routes:
             for method in ("GET", "POST", "DELETE", "PATCH"):
@@ -117,7 +129,7 @@ async def test_tenants_see_their_models_and_nothing_of_the_fleet(start_router, r
         assert await names("some") == [MODEL]
         assert await names("other") == []
         for tenant in ("some", "other"):
-            for path in ("/workers", "/nothing", "/"):
+            for path in ("/workers", "/nothing", "/fleet", "/fleet/events"):
                 check_error(await client.get(path, headers=keys.headers(tenant)), 403, "permission_denied")
         # A model that is not theirs is as unknown as one that does not exist.
         refused = [
@@ -312,6 +324,16 @@ async def test_a_priority_that_is_none_is_refused(start_router, redis_url, tmp_p
             check_error(answer, 400, "invalid_request")
         good = await client.post(COMPLETIONS, json=BODY, headers={"x-dynamo-request-priority": "-7"})
         assert good.status_code == 200
+
+
+async def test_the_front_page_needs_no_key_and_what_it_asks_for_does(start_router, redis_url, tmp_path):
+    async with guarded(start_router, redis_url, "front", Keys(tmp_path, ops=ADMIN)) as (client, _, _):
+        page = await client.get("/")
+        assert page.status_code == 200
+        for file in re.findall(r'(?:src|href)="(/page/[^"]+)"', page.text):
+            assert (await client.get(file)).status_code == 200
+        for beside in ("/page/../workers", "/page/..%2f..%2fworkers", "/page/nothing.js"):
+            assert (await client.get(beside)).status_code in (401, 404), beside
 
 
 # Ports

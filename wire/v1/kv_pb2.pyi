@@ -151,3 +151,13 @@ class ReleaseReply(_message.Message):
     VALID_FIELD_NUMBER: _ClassVar[int]
     valid: bool
     def __init__(self, valid: _Optional[bool] = ...) -> None: ...
+
+class LendRequest(_message.Message):
+    __slots__ = ("num_bytes", "reader_id", "signature")
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READER_ID_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    num_bytes: int
+    reader_id: str
+    signature: str
+    def __init__(self, num_bytes: _Optional[int] = ..., reader_id: _Optional[str] = ..., signature: _Optional[str] = ...) -> None: ...

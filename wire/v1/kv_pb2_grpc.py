@@ -45,6 +45,11 @@ class PagesStub:
                 request_serializer=wire_dot_v1_dot_kv__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=wire_dot_v1_dot_kv__pb2.ReleaseReply.FromString,
                 _registered_method=True)
+        self.Lend = channel.unary_stream(
+                '/wire.v1.Pages/Lend',
+                request_serializer=wire_dot_v1_dot_kv__pb2.LendRequest.SerializeToString,
+                response_deserializer=wire_dot_v1_dot_kv__pb2.PageOffer.FromString,
+                _registered_method=True)
 
 
 class PagesServicer:
@@ -64,6 +69,13 @@ class PagesServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Lend(self, request, context):
+        """Offer 0 is the owner's card, offer 1 the pages; they are lent while the stream lives, 60 s at most.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PagesServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -76,6 +88,11 @@ def add_PagesServicer_to_server(servicer, server):
                     servicer.Release,
                     request_deserializer=wire_dot_v1_dot_kv__pb2.ReleaseRequest.FromString,
                     response_serializer=wire_dot_v1_dot_kv__pb2.ReleaseReply.SerializeToString,
+            ),
+            'Lend': grpc.unary_stream_rpc_method_handler(
+                    servicer.Lend,
+                    request_deserializer=wire_dot_v1_dot_kv__pb2.LendRequest.FromString,
+                    response_serializer=wire_dot_v1_dot_kv__pb2.PageOffer.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -133,6 +150,33 @@ class Pages:
             '/wire.v1.Pages/Release',
             wire_dot_v1_dot_kv__pb2.ReleaseRequest.SerializeToString,
             wire_dot_v1_dot_kv__pb2.ReleaseReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Lend(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/wire.v1.Pages/Lend',
+            wire_dot_v1_dot_kv__pb2.LendRequest.SerializeToString,
+            wire_dot_v1_dot_kv__pb2.PageOffer.FromString,
             options,
             channel_credentials,
             insecure,

@@ -220,3 +220,31 @@ class RunEvent(_message.Message):
     finished: RunFinished
     failed: Failed
     def __init__(self, progress: _Optional[_Union[Progress, _Mapping]] = ..., finished: _Optional[_Union[RunFinished, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ...) -> None: ...
+
+class ProbeRequest(_message.Message):
+    __slots__ = ("source", "num_bytes")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    source: WorkerRef
+    num_bytes: int
+    def __init__(self, source: _Optional[_Union[WorkerRef, _Mapping]] = ..., num_bytes: _Optional[int] = ...) -> None: ...
+
+class ProbeReply(_message.Message):
+    __slots__ = ("num_bytes", "page_bytes", "window_bytes", "page_us", "large_us", "connect_us", "carrier", "device")
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PAGE_US_FIELD_NUMBER: _ClassVar[int]
+    LARGE_US_FIELD_NUMBER: _ClassVar[int]
+    CONNECT_US_FIELD_NUMBER: _ClassVar[int]
+    CARRIER_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    num_bytes: int
+    page_bytes: int
+    window_bytes: int
+    page_us: _containers.RepeatedScalarFieldContainer[int]
+    large_us: _containers.RepeatedScalarFieldContainer[int]
+    connect_us: int
+    carrier: str
+    device: str
+    def __init__(self, num_bytes: _Optional[int] = ..., page_bytes: _Optional[int] = ..., window_bytes: _Optional[int] = ..., page_us: _Optional[_Iterable[int]] = ..., large_us: _Optional[_Iterable[int]] = ..., connect_us: _Optional[int] = ..., carrier: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...

@@ -39,12 +39,23 @@ class DecodeStub:
                 request_serializer=wire_dot_v1_dot_worker__pb2.StartRequest.SerializeToString,
                 response_deserializer=wire_dot_v1_dot_worker__pb2.StartEvent.FromString,
                 _registered_method=True)
+        self.Probe = channel.unary_unary(
+                '/wire.v1.Decode/Probe',
+                request_serializer=wire_dot_v1_dot_worker__pb2.ProbeRequest.SerializeToString,
+                response_deserializer=wire_dot_v1_dot_worker__pb2.ProbeReply.FromString,
+                _registered_method=True)
 
 
 class DecodeServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Start(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Probe(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -57,6 +68,11 @@ def add_DecodeServicer_to_server(servicer, server):
                     servicer.Start,
                     request_deserializer=wire_dot_v1_dot_worker__pb2.StartRequest.FromString,
                     response_serializer=wire_dot_v1_dot_worker__pb2.StartEvent.SerializeToString,
+            ),
+            'Probe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Probe,
+                    request_deserializer=wire_dot_v1_dot_worker__pb2.ProbeRequest.FromString,
+                    response_serializer=wire_dot_v1_dot_worker__pb2.ProbeReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -86,6 +102,33 @@ class Decode:
             '/wire.v1.Decode/Start',
             wire_dot_v1_dot_worker__pb2.StartRequest.SerializeToString,
             wire_dot_v1_dot_worker__pb2.StartEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Probe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/wire.v1.Decode/Probe',
+            wire_dot_v1_dot_worker__pb2.ProbeRequest.SerializeToString,
+            wire_dot_v1_dot_worker__pb2.ProbeReply.FromString,
             options,
             channel_credentials,
             insecure,
