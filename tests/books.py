@@ -30,7 +30,8 @@ class CheckedPrefill(PrefillCore):
         return self._checked(super().finish(*args))
 
     def _checked(self, result: Any) -> Any:
-        private: dict[PageClass, list[int]] = {PageClass.FULL: [], PageClass.SWA: []}
+        lent = [item for items in self._lent.values() for item in items]
+        private: dict[PageClass, list[int]] = {PageClass.FULL: lent, PageClass.SWA: []}
         slots = 0
         for run in self._runs.values():
             sequence, lease = run.sequence, run.lease
@@ -65,6 +66,7 @@ class CheckedDecode(DecodeCore):
             PageClass.FULL: [item for one in inside for item in one.sequence.pages[one.lease.pages :]],
             PageClass.SWA: [item for one in inside for item in one.sequence.swa_pages if item],
         }
+        private[PageClass.FULL] += [item for items in self._admission._borrowed.values() for item in items]
         for one in inside:
             check_sequence(one.sequence, one.lease)
         check_books(self._admission.cache, self._pools, private, len(inside))
