@@ -798,10 +798,12 @@ class _Shell:
         resident = self._resident(fleet)
         for worker_id, tokens in held:
             resident[worker_id] = max(tokens, resident.get(worker_id, 0))
-        rules, turn = self._rules, self._fleet.next_turn()
-        placement = choose(fleet, prompt_tokens, max_tokens, avoid, resident, rules=rules, turn=turn) or choose(
-            fleet, prompt_tokens, max_tokens, resident=resident, rules=rules, turn=turn
-        )
+        rules, turn, placement = self._rules, self._fleet.next_turn(), None
+        decode, prefill = ({view.info.worker_id for view in views} for views in (fleet.decode, fleet.prefill))
+        for excluded in dict.fromkeys((avoid, avoid & decode, avoid & prefill, frozenset[str]())):
+            placement = choose(fleet, prompt_tokens, max_tokens, excluded, resident, rules=rules, turn=turn)
+            if placement is not None:
+                break
         if placement is None:
             return NotPlaced(attempt, why_not(fleet, prompt_tokens, max_tokens))
         self._feed.attempts, self._feed.placement = attempt, placement

@@ -1,0 +1,80 @@
+"""docs/faults.md: one row a fault, as the last run that included it found it."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+from pathlib import Path
+
+from bench.record import RESULTS, commit, load, machine
+from chaos.faults import Row
+from chaos.table import FAULTS
+
+PAGE = Path(__file__).parent.parent / "docs" / "faults.md"
+ROWS = RESULTS / "faults.csv"
+COLUMNS = ("fault", "date", "commit", "machine", "load", "how", "ok", "n", "measured")
+
+HEAD = """# Faults
+
+What is promised when something breaks, and what the last `penumbra chaos` found. *live*: done to the processes of a real
+cluster on one machine, every answer compared token by token with that of an undisturbed one, then everything must be
+free again within 15 s. *tests*: done without processes, to the same code. N counts answers (live) or tests. "0 of N" is
+no proof of never: with 3/N it bounds the rate at 95%.
+
+Generated; `make chaos` rewrites it.
+
+"""
+
+
+def keep(rows: list[Row], how: str) -> None:
+    """Replace these rows of the table that is kept."""
+    known = {row["fault"]: row for row in _known()}
+    stamp = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "machine": machine(),
+        "load": str(load()),
+        "how": how,
+    }
+    for row in rows:
+        known[row.fault] = {
+            **stamp,
+            "fault": row.fault,
+            "ok": "yes" if row.ok else "no",
+            "n": str(row.streams),
+            "measured": row.measured,
+        }
+    with ROWS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=COLUMNS)
+        writer.writeheader()
+        writer.writerows(known[name] for name in sorted(known))
+
+
+def write() -> Path:
+    """Write the page from what is kept."""
+    known = {row["fault"]: row for row in _known()}
+    lines = ["| # | fault | promise | how | held | N | measured |", "|---|---|---|---|---|---|---|"]
+    for fault in FAULTS:
+        row = known.get(fault.id)
+        if row is not None:
+            cells = (row["how"], row["ok"], row["n"], f"{row['measured']} ({row['commit']})")
+        elif fault.why_not:
+            cells = ("not", "", "", fault.why_not)
+        else:
+            cells = ("live" if fault.live else "tests", "", "", "not run yet")
+        lines.append(f"| {fault.id} | {fault.what} | {fault.promise} | {' | '.join(cells)} |")
+    others = [row for name, row in sorted(known.items()) if not name.startswith("F")]
+    if others:
+        lines += ["", "| run | held | answers | measured | commit |", "|---|---|---|---|---|"]
+        lines += [f"| {r['fault']} | {r['ok']} | {r['n']} | {r['measured']} | {r['commit']} |" for r in others]
+    machines = sorted({f"{row['machine']} (load {row['load']})" for row in known.values()})
+    lines += ["", "Machines: " + "; ".join(machines) + "."] if machines else []
+    PAGE.write_text(HEAD + "\n".join(lines) + "\n")
+    return PAGE
+
+
+def _known() -> list[dict[str, str]]:
+    if not ROWS.exists():
+        return []
+    with ROWS.open(newline="") as file:
+        return list(csv.DictReader(file))
