@@ -14,7 +14,7 @@ need_python = $(if $(PYTHON),,$(error Penumbra needs Python 3.11 or newer and no
 # One thread per process in tests: two cores are shared by whole clusters.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install install-dev up test test-long lint format stubs bench bench-900k sbom clean
+.PHONY: help install install-dev up test test-long lint format stubs chaos bench bench-900k sbom clean
 
 help:
 	@echo 'make up [ARGS="--prefill 2 --decode 2"]   install, then serve http://127.0.0.1:8000; Ctrl-C stops it'
@@ -50,6 +50,10 @@ format: install-dev
 # The path under proto/ is the Python path, so the generated imports are right as they come.
 stubs: install-dev
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. proto/wire/v1/*.proto
+
+# Half an hour and more: faults done to a running cluster, then kills under 2,000 answers. Writes docs/faults.md.
+chaos: install-dev
+	$(BIN)/penumbra chaos --streams 2000 $(ARGS)
 
 bench: install-dev
 	$(BIN)/penumbra bench transfer

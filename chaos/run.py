@@ -63,7 +63,7 @@ def _live(faults: Sequence[Fault], streams: int, steady_s: float, prefill: int, 
             short = Reference(
                 cluster.url,
                 model.name,
-                asks(24, prompt_tokens=(5, 250, 300, 520), max_tokens=(24, 40), vocab=VOCAB, seed=1),
+                asks(24, prompt_tokens=(5, 250, 300, 520), max_tokens=(20, 30), vocab=VOCAB, seed=1),
                 8,
             )
             long = Reference(
@@ -95,9 +95,7 @@ def _campaign(bench: Bench, streams: int, clients: int, steady_s: float) -> Row:
     for part in ("pages", "replay"):
         count = moved.get(f'penumbra_request_move_seconds_count{{part="{part}"}}', 0.0)
         total = moved.get(f'penumbra_request_move_seconds_sum{{part="{part}"}}', 0.0)
-        words.append(
-            f"{part} {1000 * total / count:.0f} ms on average over {count:.0f} moves" if count else f"{part}: none"
-        )
+        words.append(f"{part} {1000 * total / max(count, 1):.0f} ms on average over {count:.0f} moves")
     if verdict.why:
         words.append(f"first: {verdict.why[0]}")
     ok = not verdict.bad

@@ -344,6 +344,22 @@ def scale(
     return 0
 
 
+@app.command()
+def chaos(
+    only: Annotated[list[str] | None, typer.Argument(help="Such as F07 F13; else all of them.")] = None,
+    streams: Annotated[int, flag("streams", "Answers to kill workers under, after the faults.", min=0)] = 0,
+    steady_s: Annotated[float, flag("steady-s", "Seconds between the cluster being whole and the next kill.")] = 2.0,
+    prefill: Annotated[int, flag("prefill", "Prefill workers.", min=1)] = 2,
+    decode: Annotated[int, flag("decode", "Decode workers.", min=1)] = 2,
+    clients: Annotated[int, flag("clients", "Answers asked for at once meanwhile.", min=1)] = 16,
+    config: ConfigFile = None,
+) -> int:
+    """Break a cluster of its own in every known way, compare its answers, and write docs/faults.md. From a checkout."""
+    from chaos.run import run
+
+    return run(only=only or (), streams=streams, steady_s=steady_s, prefill=prefill, decode=decode, clients=clients)
+
+
 # Single services, as the container images run them.
 
 
