@@ -6,6 +6,7 @@ import functools
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -63,6 +64,7 @@ class Bench:
 
     def row(self, fault: str, verdict: Verdict, more: str = "") -> Row:
         """Wait for the cluster to be whole and idle again, and say how it went."""
+        time.sleep(1.0)  # who was just killed may look alive for a moment
         whole_s = self.cluster.wait_until_whole()
         idle_s = self.cluster.wait_until_idle(LEAK_S)
         words = [f"longest gap {max(verdict.gaps_s, default=0):.2f} s", f"whole after {whole_s:.0f} s", "0 pages held"]
@@ -250,7 +252,7 @@ class Bench:
             raise ChaosFailed("Redis is gone before anything was done to it.")
         port = next(c.laddr.port for c in process.net_connections("tcp") if c.status == "LISTEN")
         with redis.Redis(port=port, socket_timeout=10.0) as client:
-            client.execute_command(*words)  # type: ignore[no-untyped-call]
+            client.execute_command(*words)
 
     # Clients.
 

@@ -17,9 +17,9 @@ COLUMNS = ("fault", "date", "commit", "machine", "load", "how", "ok", "n", "meas
 HEAD = """# Faults
 
 What is promised when something breaks, and what the last `penumbra chaos` found. *live*: done to the processes of a
-real cluster on one machine, every answer compared token by token with that of an undisturbed one, then everything must be
-free again within 15 s. *tests*: done without processes, to the same code. N counts answers (live) or tests. "0 of N"
-is no proof of never: 3/N bounds the rate at 95%.
+real cluster on one machine, every answer compared token by token with an undisturbed one, then everything must be free
+again within 15 s. *tests*: done without processes, to the same code. N counts answers (live) or tests. "0 of N" is no
+proof of never: 3/N bounds the rate at 95%.
 
 Generated; `make chaos` rewrites it.
 

@@ -302,6 +302,20 @@ def compatible(prefill: WorkerInfo, decode: WorkerInfo) -> bool:
     return (prefill.model, prefill.signature, prefill.protocol) == (decode.model, decode.signature, decode.protocol)
 
 
+def pair_states(fleet: FleetSnapshot) -> dict[str, dict[str, str]]:
+    """Prefill worker -> decode worker -> "usable", or why no request goes to the two of them."""
+
+    def state(prefill: WorkerView, decode: WorkerView) -> str:
+        if not compatible(prefill.info, decode.info):
+            return "incompatible"
+        for view in (prefill, decode):
+            if not view.usable:
+                return f"{view.info.worker_id} {'draining' if view.info.draining else 'down'}"
+        return "usable"
+
+    return {p.info.worker_id: {d.info.worker_id: state(p, d) for d in fleet.decode} for p in fleet.prefill}
+
+
 def _size(worker: WorkerView) -> int:
     """Tokens of the longest request that fits an empty worker; a pool hands out whole pages."""
     whole_pages = worker.info.total_tokens // PAGE_TOKENS * PAGE_TOKENS

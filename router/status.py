@@ -19,7 +19,7 @@ from router.dialects import json_response
 from router.fleet import Fleet, WorkerView
 from router.intake import Intake
 from router.mirror import PrefixMirror
-from router.placement import choose
+from router.placement import choose, pair_states
 from wire.telemetry import RouterMetrics
 
 
@@ -94,7 +94,8 @@ class Status:
             _worker_card(view) | {"mirrored_pages": mirrored.get(view.info.worker_id, 0)}
             for view in (*fleet.prefill, *fleet.decode)
         ]
-        return json_response({"workers": workers, "registry_stale_s": round(fleet.registry_stale_s, 3)})
+        body = {"workers": workers, "pairs": pair_states(fleet), "registry_stale_s": round(fleet.registry_stale_s, 3)}
+        return json_response(body)
 
     async def _show_metrics(self, _: Request) -> Response:
         fleet = self._fleet.snapshot()
