@@ -38,9 +38,12 @@ class Row:
 class Bench:
     """A cluster, what it answers undisturbed, and the ways to disturb it."""
 
-    def __init__(self, cluster: Cluster, short: Reference, long: Reference) -> None:
-        """`long` asks long prompts, which spend seconds in prefill; `short` ones spend theirs in decode."""
-        self.cluster, self.short, self.long = cluster, short, long
+    def __init__(self, cluster: Cluster, many: Reference, short: Reference, long: Reference) -> None:
+        """`long` asks long prompts, which spend seconds in prefill; `short` ones spend theirs in decode; `many` are
+        quickly answered.
+        """
+        self.cluster, self.many, self.short, self.long = cluster, many, short, long
+        self._retried = 0.0
         self._random = random.Random(7)
 
     def strike(
@@ -67,7 +70,12 @@ class Bench:
         time.sleep(1.0)  # who was just killed may look alive for a moment
         whole_s = self.cluster.wait_until_whole()
         idle_s = self.cluster.wait_until_idle(LEAK_S)
-        words = [f"longest gap {max(verdict.gaps_s, default=0):.2f} s", f"whole after {whole_s:.0f} s", "0 pages held"]
+        retried = sum(
+            value for name, value in self._router().items() if name.startswith("penumbra_request_retries_total")
+        )
+        words = [f"{max(0.0, retried - self._retried):.0f} attempts failed"]
+        self._retried = retried
+        words += [f"longest gap {max(verdict.gaps_s, default=0):.2f} s", f"whole after {whole_s:.0f} s", "0 pages held"]
         if idle_s > 1:
             words.append(f"idle after {idle_s:.1f} s")
         if verdict.why:
@@ -274,7 +282,7 @@ class Bench:
         whole for `steady_s`. -> (verdict, kills, what moving took in seconds: mean for pages and for replay)
         """
         before = self._moves()
-        questions = [self._random.choice(self.short.questions) for _ in range(streams)]
+        questions = [self._random.choice(self.many.questions) for _ in range(streams)]
         done = threading.Event()
         kills = 0
 
@@ -294,7 +302,7 @@ class Bench:
         killer = threading.Thread(target=kill)
         killer.start()
         try:
-            verdict, _ = self.short.run(questions, clients)
+            verdict, _ = self.many.run(questions, clients)
         finally:
             done.set()
             killer.join()
@@ -302,9 +310,13 @@ class Bench:
         moved = {name: after[name] - before.get(name, 0.0) for name in after}
         return verdict, kills, moved
 
+    def _router(self) -> dict[str, float]:
+        return self.cluster.samples(self.cluster.url.removeprefix("http://"))
+
     def _moves(self) -> dict[str, float]:
-        samples = self.cluster.samples(self.cluster.url.removeprefix("http://"))
-        return {name: value for name, value in samples.items() if name.startswith("penumbra_request_move_seconds_")}
+        return {
+            name: value for name, value in self._router().items() if name.startswith("penumbra_request_move_seconds_")
+        }
 
 
 def _stays(most: int, ask: Ask, count: int) -> bool:

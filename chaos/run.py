@@ -60,7 +60,7 @@ def _live(faults: Sequence[Fault], streams: int, steady_s: float, prefill: int, 
             index_topk=512,
         )
         with running(home, model, prefill, decode) as cluster:
-            short = Reference(
+            many = Reference(
                 cluster.url,
                 model.name,
                 asks(24, prompt_tokens=(5, 250, 300, 520), max_tokens=(20, 30), vocab=VOCAB, seed=1),
@@ -69,7 +69,10 @@ def _live(faults: Sequence[Fault], streams: int, steady_s: float, prefill: int, 
             long = Reference(
                 cluster.url, model.name, asks(8, prompt_tokens=(1500, 2200), max_tokens=(12,), vocab=VOCAB, seed=2), 8
             )
-            bench = Bench(cluster, short, long)
+            short = Reference(
+                cluster.url, model.name, asks(8, prompt_tokens=(5, 300), max_tokens=(160,), vocab=VOCAB, seed=3), 8
+            )
+            bench = Bench(cluster, many, short, long)
             for fault in faults:
                 try:
                     cluster.wait_until_whole()
