@@ -60,6 +60,8 @@ bench: install-dev
 	$(BIN)/penumbra bench engine
 	$(BIN)/penumbra bench flat
 	$(BIN)/penumbra bench prefix
+	$(BIN)/penumbra bench cache
+	$(BIN)/penumbra bench reuse
 
 # An hour of two cores: not part of `bench`.
 bench-900k: install-dev

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.batch import Segment, Sequence, StepMeta, rebuild_tokens
+from engine.batch import Drawn, Segment, Sequence, StepMeta, rebuild_tokens
 from engine.cache.pools import KvPools, PoolSizes
 from engine.config import KvLayout
 from engine.model.deepseek_v4 import DeepseekV4
+from engine.model.mtp import HEADER
 from tests.engine.geometries import random_tensors, tiny_config
+from tests.engine.speculation import drafting_model, runner_of
 from wire.types import PAGE_TOKENS, PageClass, SamplingParams
 
 GREEDY = SamplingParams(max_tokens=1, seed=0, temperature=0)
@@ -93,6 +95,50 @@ def test_a_rebuilt_window_has_the_bits_of_the_one_that_was_lost(layout: KvLayout
     assert worker.sums(PageClass.SWA, warm.swa_pages[6:7]) == worker.sums(PageClass.SWA, cold.swa_pages[6:7])
     assert worker.sums(PageClass.FULL, cold.pages) == before, "a page that others read was written"
     assert torch.equal(worker.run(warm, boundary, end), want[boundary:])
+
+
+@pytest.mark.parametrize("layout", ["v4", "exact"])
+def test_a_rebuilt_window_is_right_for_the_draft_layer_too(layout: KvLayout) -> None:
+    config, tensors = drafting_model(31, "pro", head_dim=512, rope_dim=64, index_head_dim=128, index_topk=32)
+    runner = runner_of(config, tensors, layout, sizes=PoolSizes(full=64, swa=64, slots=16))
+    pools, boundary, end = runner.pools, 7 * PAGE_TOKENS, 7 * PAGE_TOKENS + 133
+    span = rebuild_tokens(config.num_layers + 1)
+    assert span == rebuild_tokens(config.num_layers) + PAGE_TOKENS, "one without the draft layer would be shorter"
+    prompt = torch.randint(config.vocab_size, (end,), generator=torch.Generator().manual_seed(32)).tolist()
+
+    def sequence(pages: list[int], first_window: int) -> Sequence:
+        fresh = pools.full.allocate(8 - len(pages))
+        windows = [0] * first_window + pools.swa.allocate(8 - first_window)
+        (slot,) = pools.slots.allocate(1)
+        return Sequence(request_id="", sampling=GREEDY, slot=slot, pages=[*pages, *fresh], swa_pages=windows)
+
+    def run(of: Sequence, start: int, stop: int, rebuild: bool = False) -> Drawn:
+        for at in range(start, stop, 223):
+            part = prompt[at : min(at + 223, stop)]
+            last = stop == end and at + 223 >= end
+            guesses = 2 if last else 0
+            segment = Segment(
+                sequence=of, start=at, tokens=part, sample=last, index=0, guesses=guesses, rebuild=rebuild
+            )
+            (drawn,) = runner.step([segment])
+        return drawn
+
+    cold = sequence([], 0)
+    run(cold, 0, boundary)
+    warm = sequence(cold.pages[:7], (boundary - span) // PAGE_TOKENS)
+    run(warm, boundary - span, boundary, rebuild=True)
+    ours, theirs = warm.swa_pages[6], cold.swa_pages[6]
+    for pool in pools.window.values():
+        assert torch.equal(pool.data[ours], pool.data[theirs])
+    for ring in (*pools.c4_ring.values(), *pools.index_ring.values()):
+        assert torch.equal(ring[ours], ring[theirs])
+    assert pools.draft_state is not None
+    (n, oldest), streams = pools.draft_state[ours, :2].tolist(), pools.draft_state[ours, HEADER:]
+    assert (n, oldest) == (boundary, boundary - span + 1)
+    assert torch.equal(streams, pools.draft_state[theirs, HEADER:])
+    drawn = run(warm, boundary, end)
+    assert len(drawn.guesses) == 2
+    assert drawn == run(cold, boundary, end)
 
 
 def test_a_page_less_than_the_rebuilt_span_would_not_do() -> None:
