@@ -33,11 +33,6 @@ class Answer:
     tokens: list[int]
     cached_tokens: int
 
-    @property
-    def decode_tok_s(self) -> float:
-        """Tokens per second behind the first."""
-        return (len(self.tokens) - 1) / (self.total_s - self.ttft_s) if len(self.tokens) > 1 else 0.0
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
