@@ -378,6 +378,9 @@ def router(
     admin_port: Annotated[
         int | None, flag("admin-port", "Port for what only administrators may see; else --port.", min=0, max=65535)
     ] = None,
+    stream_key: Annotated[
+        Path | None, flag("stream-key", "File of 32 random bytes or more, the same on all routers: signs stream ids.")
+    ] = None,
     expected_routers: Annotated[
         int, flag("expected-routers", "Routers of the cluster, for each one's share of limits without Redis.", min=1)
     ] = 1,
@@ -409,6 +412,7 @@ def router(
             insecure=insecure,
             admin_host=admin_host,
             admin_port=admin_port,
+            stream_key_file=stream_key,
             expected_routers=expected_routers,
             max_concurrent_requests=max_concurrent_requests,
             queue_size=queue_size,

@@ -20,6 +20,7 @@ import structlog
 
 from decode_worker.admission import Place
 from decode_worker.first_token import FirstTokenClock
+from decode_worker.kept import MOST_KEPT, KeptAnswer
 from decode_worker.links import Links
 from decode_worker.preemption import PageMemory, restore, save
 from decode_worker.probe import Prober
@@ -50,12 +51,13 @@ from kvtransfer.fabric import active_rdma_ports
 from kvtransfer.plan import token_bytes
 from kvtransfer.reader import Reader, ReadResult
 from wire import convert
-from wire.errors import Draining, PenumbraError, StaleAttempt, TransferFailed, WorkerLost
+from wire.errors import Draining, PenumbraError, StaleAttempt, StreamGone, TransferFailed, WorkerLost
 from wire.rpc import Context, Server, error_from_rpc, open_channel
 from wire.telemetry import WorkerMetrics
 from wire.tracing import NO_SPAN, Span, current_span
 from wire.types import (
     Admitted,
+    Attached,
     AttemptId,
     ClaimRequest,
     Failed,
@@ -63,6 +65,7 @@ from wire.types import (
     PrefixEvent,
     Role,
     StartEvent,
+    StartRequest,
     Tokens,
     WorkerInfo,
 )
@@ -138,6 +141,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._reader: Reader | None = None
         self._links = Links()
         self._runs: dict[AttemptId, asyncio.Queue[StartEvent]] = {}
+        self._kept: dict[AttemptId, KeptAnswer] = {}
         self._clocks: dict[str, FirstTokenClock] = {}  # of the open calls, by the run's name
         self._spans: dict[AttemptId, Span] = {}  # of those calls
         self._claims: dict[AttemptId, asyncio.Task[None]] = {}
@@ -157,7 +161,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         server.add(worker_pb2_grpc.add_DecodeServicer_to_server, self)
 
     def is_idle(self) -> bool:
-        return not self._runs
+        return not self._runs and all(kept.end is not None for kept in self._kept.values())
 
     def info(self, address: str) -> WorkerInfo:
         load = self._engine.load
@@ -215,15 +219,15 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             raise WorkerLost(self._broken)
         if self.draining:
             raise Draining(f"decode worker {self._worker_id} is going away; use another")
-        if run in self._runs:
+        if run in self._runs or run in self._kept:
             raise StaleAttempt(f"run {run} is here already; retry with a new attempt")
         arrived, answered, ended = time.monotonic(), False, False
+        kept = self._keep(run, start)
         events = self._runs[run] = asyncio.Queue()
         clock = self._clocks[str(run)] = FirstTokenClock(arrived)
         span = self._spans[run] = current_span()
         try:
-            async with self._hold_grammar(start.sampling.grammar):
-                self._engine.post(Start(start, secrets.token_bytes(16)))
+            async with self._carry(start) if kept is None else _reading(kept):
                 while not ended:
                     for event in _merged(await events.get(), events):
                         ended = isinstance(event, Finished | Failed)
@@ -250,8 +254,47 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         finally:
             del self._runs[run]
             del self._clocks[str(run)], self._spans[run]
-            if not ended:
-                self._engine.post(Cancel(run))
+
+    async def Attach(self, request: worker_pb2.AttachRequest, context: Context) -> AsyncIterator[worker_pb2.StartEvent]:
+        attach = convert.attach_request_from_wire(request)
+        run = AttemptId(attach.request_id, attach.attempt)
+        kept = self._kept.get(run) if attach.epoch == self._epoch else None
+        if kept is None:
+            raise StreamGone(f"no answer of run {run} is kept here")
+        with kept.reading():
+            yield convert.start_event_to_wire(Attached(context=kept.request.context))
+            async with contextlib.aclosing(kept.read(attach.attempt)) as events:
+                async for event in events:
+                    yield convert.start_event_to_wire(event)
+
+    @contextlib.asynccontextmanager
+    async def _carry(self, start: StartRequest) -> AsyncIterator[None]:
+        """The run is the engine's for the length of the block, or until it ends by itself."""
+        async with self._hold_grammar(start.sampling.grammar):
+            self._engine.post(Start(start, secrets.token_bytes(16)))
+            try:
+                yield
+            finally:
+                # Of a run that has ended the engine knows nothing any more, and takes no notice.
+                self._engine.post(Cancel(AttemptId(start.request_id, start.attempt)))
+
+    def _keep(self, run: AttemptId, start: StartRequest) -> KeptAnswer | None:
+        """Let the run outlive its call, if that was asked and there is room for it."""
+        if not start.keep_s or len(self._kept) >= MOST_KEPT or self._tasks is None:
+            return None
+        kept = self._kept[run] = KeptAnswer(start)
+        self._tasks.create_task(self._keep_alive(run, kept), name=f"keep {run}")
+        return kept
+
+    async def _keep_alive(self, run: AttemptId, kept: KeptAnswer) -> None:
+        try:
+            async with self._carry(kept.request):
+                await kept.abandoned()
+        except PenumbraError as error:  # a grammar that does not compile
+            self._emit(run, convert.failed_from_error(error))
+            await kept.abandoned()
+        finally:
+            del self._kept[run]
 
     async def Probe(self, request: worker_pb2.ProbeRequest, context: Context) -> worker_pb2.ProbeReply:
         if self._broken is not None:
@@ -299,6 +342,12 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(call, *args)
 
+    def _emit(self, run: AttemptId, event: StartEvent) -> None:
+        if run in self._runs:
+            self._runs[run].put_nowait(event)
+        if run in self._kept:
+            self._kept[run].add(event)
+
     def _apply(self, actions: list[DecodeAction]) -> None:
         assert self._reader is not None
         for action in actions:
@@ -306,8 +355,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                 case Emit(run, event):
                     if isinstance(event, Failed):
                         log.warning("run_failed", run=str(run), code=event.code, error=event.message)
-                    if run in self._runs:
-                        self._runs[run].put_nowait(event)
+                    self._emit(run, event)
                 case SubmitRead(job):
                     self._links.submitted(job)
                     try:
@@ -392,8 +440,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         log.error("engine_crashed", ended=ended, exc_info=error)
         self._broken = f"decode worker {self._worker_id} had an internal fault and is restarting"
         if ended:
-            for events in self._runs.values():
-                events.put_nowait(convert.failed_from_error(WorkerLost(self._broken)))
+            for run in [*self._runs, *self._kept]:
+                self._emit(run, convert.failed_from_error(WorkerLost(self._broken)))
             for claim in list(self._claims.values()):
                 claim.cancel()
 
@@ -436,6 +484,12 @@ class Recent:
     def mean(self) -> float:
         """0 before anything was added."""
         return self._amount / self._of if self._of else 0.0
+
+
+@contextlib.asynccontextmanager
+async def _reading(kept: KeptAnswer) -> AsyncIterator[None]:
+    with kept.reading():
+        yield
 
 
 def _pages(channel: grpc.aio.Channel) -> Any:

@@ -384,6 +384,7 @@ class _Cluster:
         # With keys, nobody but administrators sees the workers: this process looks at them on a port of their own.
         self._admin_ports = [free_port() if config.keys else None for _ in self._ports]
         self._redis: EmbeddedRedis | None = None
+        self._stream_key_written = False
         self._redis_retry_at = 0.0
         self._model = Path()
         self._redis_url = ""
@@ -575,10 +576,20 @@ class _Cluster:
             "router",
             *("--model", str(model), "--served-model-name", self._served, "--redis", redis_url),
             *("--host", config.host, "--port", str(self._ports[index]), *config.router_flags),
-            *("--expected-routers", str(config.routers), *keys),
+            *("--expected-routers", str(config.routers), "--stream-key", str(self._stream_key()), *keys),
         )
         name = f"router-{index}" if index else "router"
         return ChildSpec(name=name, command=command, env=_environment(1))
+
+    def _stream_key(self) -> Path:
+        """What the routers sign stream ids with: one key for all of them, and a new one for each run."""
+        path = self._folder / "stream.key"
+        if not self._stream_key_written:
+            path.unlink(missing_ok=True)
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(os.urandom(32))
+            self._stream_key_written = True
+        return path
 
     def _worker(self, role: str, index: int) -> ChildSpec:
         return ChildSpec(

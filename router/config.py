@@ -56,6 +56,7 @@ class RouterConfig:
     insecure: bool = False  # serve others than this machine without keys
     admin_host: str = "127.0.0.1"
     admin_port: int | None = None  # for what only administrators may see; None: on `port`, for their keys
+    stream_key_file: Path | None = None  # what signs stream ids, alike on all routers; None: good for this one alone
     expected_routers: int = 1  # what each router's share of a limit goes by while Redis is away
 
     queue_size: int = 256  # requests that may wait for room

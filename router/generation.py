@@ -34,7 +34,8 @@ from router.mirror import PrefixMirror
 from router.placement import Placement
 from router.quarantine import Quarantine
 from router.quota import Stay
-from router.relay import Moved, RelayEvent, RelayLimits, RelayRequest, Said, relay
+from router.relay import Moved, Relay, RelayEvent, RelayLimits, RelayRequest, Said, relay
+from router.streams import Keeping, StreamId, pack
 from router.timeline import PromptProgress, Timeline
 from wire.errors import PenumbraError
 from wire.telemetry import RouterMetrics
@@ -107,6 +108,7 @@ class Generation(Response):
         timeline: Timeline,
         span: Span,
         client_request_id: str,
+        keeping: Keeping | None = None,
     ) -> None:
         """`span` is the request's, and ends with it."""
         self._serving = serving
@@ -114,6 +116,10 @@ class Generation(Response):
         self._prepared = prepared
         self._stay = stay
         self._wishes = wishes
+        self._keeping = keeping
+        self._heard = 0  # tokens that the client has been sent
+        self._drawn = asyncio.Event()  # the first token is here
+        self._feed: Relay | None = None
         self._choices = [
             _Choice(request=request, answer=answer, timeline=timeline if i == 0 else timeline.fork())
             for i, (request, answer) in enumerate(prepared.choices)
@@ -141,12 +147,23 @@ class Generation(Response):
                     await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
                     if not work.done():
                         scope["state"]["client_gone"] = True
+                        if self._keeping is not None:
+                            await self._hand_over(work, self._keeping.keep_s)
                     work.cancel()
                     watch.cancel()
         finally:
             self._end_span(scope["state"])
         if scope["state"].get("client_gone"):
             self._log("request_cancelled")
+
+    async def _hand_over(self, work: asyncio.Task[None], keep_s: int) -> None:
+        """Go on without the client until there is something for a decode worker to keep: from then on it does."""
+        drawn = asyncio.create_task(self._drawn.wait())
+        try:
+            await asyncio.wait({work, drawn}, timeout=keep_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            drawn.cancel()
+        self._log("request_kept", keep_s=keep_s)
 
     def _end_span(self, state: Mapping[str, Any]) -> None:
         first, span = self._choices[0], self._span
@@ -250,7 +267,7 @@ class Generation(Response):
                         on_moved=on_moved,
                     )
                 )
-                live.feed = tokens
+                live.feed = self._feed = tokens
                 async for batch in tokens:
                     turn.computed()
                     live.generated_tokens += len(batch)
@@ -259,6 +276,11 @@ class Generation(Response):
                         opening = [] if shown is None else self._progress(shown)
                         opening += answer.opening(choice.used(tokens.cached_tokens))
                     chunks = opening + answer.push(batch)
+                    self._heard = batch[-1].index + 1
+                    if not self._drawn.is_set():
+                        self._drawn.set()
+                        if self._keeping is not None and (stream := self._stream(0)) is not None:
+                            await self._keeping.told(stream)
                     if prepared.stream and chunks:
                         await self._send_events(send, chunks)
                     if answer.stopped:
@@ -360,8 +382,26 @@ class Generation(Response):
         self._num_events += len(chunks)
         for chunk in chunks:
             self._add_timeline(chunk)
-        body = b"".join(map(self._dialect.event, chunks)) + (self._dialect.done if done else b"")
-        await self._send(send, body, more=not done, timed=timed)
+        stream = self._stream(self._heard) if self._heard else None
+        if stream is not None and self._keeping is not None:
+            body = pack(self._dialect, chunks, self._keeping.sign(stream))
+        else:
+            body = b"".join(map(self._dialect.event, chunks))
+        await self._send(send, body + (self._dialect.done if done else b""), more=not done, timed=timed)
+
+    def _stream(self, index: int) -> StreamId | None:
+        """Where the answer is from this token on, if it is kept anywhere."""
+        feed = self._feed
+        if self._keeping is None or feed is None or feed.placement is None:
+            return None
+        decode = feed.placement.decode
+        return StreamId(
+            request_id=self._choices[0].request.request_id,
+            worker_id=decode.worker_id,
+            epoch=decode.epoch,
+            attempt=feed.attempts,
+            index=index,
+        )
 
     async def _send_error(self, send: Send, error: PenumbraError) -> None:
         try:

@@ -11,6 +11,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -28,6 +29,7 @@ from router.board import Board
 from router.config import ModelFacts, RouterConfig, is_inside
 from router.dialects import (
     BodyStalled,
+    Dialect,
     MethodNotAllowed,
     NotFound,
     UnsupportedMedia,
@@ -47,7 +49,17 @@ from router.quota import Quotas, Stay
 from router.relay import RelayLimits
 from router.replicas import Replicas
 from router.status import Status, running_version
-from router.tenants import Keyring
+from router.streams import (
+    Context,
+    Idempotency,
+    Keeping,
+    Resumed,
+    Signer,
+    StreamId,
+    attach,
+    resume_s,
+)
+from router.tenants import Keyring, Tenant
 from router.text import Text
 from router.timeline import Timeline
 from wire.errors import BodyTooLarge, InvalidRequest, PenumbraError
@@ -102,6 +114,8 @@ class Front:
         self.keyring = None if config.keys_file is None else Keyring(config.keys_file)
         self.admission = Admission(config, metrics, fleet, mirror)
         self._quotas = Quotas(replicas)
+        self._idempotency = Idempotency(replicas)
+        self._signer = Signer(config.stream_key_file)
         requests = LiveRequests()
         self._serving = Serving(
             fleet=fleet,
@@ -148,6 +162,7 @@ class Front:
         app.add_exception_handler(Exception, _on_crash)
         post = {path: self._generate(prepare) for path, prepare in GENERATING.items()}
         post |= {path: self._convert(convert) for path, convert in CONVERTING.items()}
+        app.add_api_route("/v1/streams/{stream_id}", self._stream, methods=["GET"], response_model=None)
         get = self._status.routes() | self.page.routes() | {"/openapi.json": self._openapi}
         for method, routes in (("GET", get), ("POST", post)):
             for path, endpoint in routes.items():
@@ -169,7 +184,17 @@ class Front:
             # Another look: reading took as long as the client liked.
             self.admission.check()
             stay: Stay = request.state.stay
+            key = request.headers.get("idempotency-key")
+            keep_s = resume_s(request.headers.get("x-penumbra-resume"), key)
+            path = request.url.path
+            if key is not None:
+                before = await self._idempotency.claim(stay.tenant, key, path, raw)
+                if before and await self._is_kept(before, stay.tenant):
+                    return self._resumed(before, stay.tenant)
             prepared = await self._intake.of(stay.tenant).run(prepare, raw)
+            keeping = None
+            if key is not None and keep_s:
+                prepared, keeping = self._kept(prepared, stay.tenant, key, keep_s, path, raw)
             await self._quotas.reserve(stay, tokens_at_most(prepared))
             timeline.ended("tokenize", time.monotonic())
             span = self._serving.tracer.serving(
@@ -183,10 +208,61 @@ class Front:
                 wishes,
                 timeline=timeline,
                 span=span,
+                keeping=keeping,
                 client_request_id=request.state.request_id,
             )
 
         return endpoint
+
+    def _kept(
+        self, prepared: Prepared, tenant: Tenant, key: str, keep_s: int, path: str, raw: bytes
+    ) -> tuple[Prepared, Keeping]:
+        """The request as one that outlives its client. Raises InvalidRequest for one that can not."""
+        (request, answer), *others = prepared.choices
+        if others or not prepared.stream:
+            raise InvalidRequest("x-penumbra-resume is for streams of one choice: send stream=true and n=1.")
+        context = Context(
+            path=path,
+            tenant=tenant.tenant_id,
+            request_id=request.request_id,
+            created=int(time.time()),
+            raw=raw,
+        )
+        kept = replace(request, keep_s=keep_s, context=context.pack())
+
+        def sign(stream: StreamId) -> str:
+            return self._signer.sign(stream, tenant.tenant_id)
+
+        async def told(stream: StreamId) -> None:
+            await self._idempotency.answered_in(tenant, key, path, raw, sign(stream))
+
+        return replace(prepared, choices=((kept, answer),)), Keeping(keep_s, sign, told)
+
+    async def _stream(self, request: Request) -> Response:
+        """Go on with an answer where its client has left it."""
+        return self._resumed(request.path_params["stream_id"], request.state.tenant)
+
+    async def _is_kept(self, signed: str, tenant: Tenant) -> bool:
+        try:
+            stream = self._signer.read(signed, tenant.tenant_id)
+            async with attach(self._serving.fleet, stream, tenant.tenant_id):
+                return True
+        except PenumbraError:
+            return False
+
+    def _resumed(self, signed: str, tenant: Tenant) -> Response:
+        async def prepare(context: Context) -> tuple[Dialect, Prepared]:
+            intake = self._intake.of(tenant, request_id=context.request_id, created=context.created)
+            return dialect_of(context.path), await intake.run(GENERATING[context.path], context.raw)
+
+        return Resumed(
+            self._serving.fleet,
+            self._signer.read(signed, tenant.tenant_id),
+            tenant.tenant_id,
+            prepare,
+            lambda stream: self._signer.sign(stream, tenant.tenant_id),
+            keepalive_s=self._config.sse_keepalive_s,
+        )
 
     def _convert(self, convert: Callable[[Intake, bytes, int], Json]) -> Endpoint:
         async def endpoint(request: Request) -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -53,6 +54,8 @@ class Intake:
         self._max_context = config.max_context
         self._fleet = fleet
         self.tenant = ANYONE
+        self.request_id = ""
+        self.created = 0
         self._lanes = {
             long: ThreadPoolExecutor(2, thread_name_prefix="prepare-long" if long else "prepare")
             for long in (False, True)
@@ -63,10 +66,14 @@ class Intake:
             lane.shutdown(wait=False, cancel_futures=True)
         self.text.close()
 
-    def of(self, tenant: Tenant) -> Intake:
-        """The same for requests of this tenant: it knows no other models, and shares no prefix with others."""
+    def of(self, tenant: Tenant, *, request_id: str = "", created: int = 0) -> Intake:
+        """The same for requests of this tenant: it knows no other models, and shares no prefix with others.
+
+        With `request_id` and `created` it prepares a request that has been before, by the names it had then.
+        """
         own = copy.copy(self)
         own.tenant = tenant
+        own.request_id, own.created = request_id, created or int(time.time())
         own.model_names = tuple(name for name in self.model_names if tenant.may_use(name))
         return own
 
@@ -114,7 +121,7 @@ class Intake:
         salt, packed = cache_salt or "", pack_tokens(prompt)
         request = RelayRequest(
             # An id of our own: two clients may well send the same x-request-id at the same time.
-            request_id=uuid.uuid4().hex,
+            request_id=self.request_id or uuid.uuid4().hex,
             prompt=prompt,
             sampling=sampling,
             vocab_size=self.facts.vocab_size,

@@ -105,6 +105,8 @@ class RelayRequest:
     packed: bytes | None = field(default=None, repr=False)  # the prompt as it travels, if it is packed already
     cache_salt: str = field(default="", repr=False)
     tenant: str = DEFAULT_TENANT
+    keep_s: int = 0  # how long the decode worker keeps the answer when nobody reads it any more
+    context: bytes = field(default=b"", repr=False)  # and this with it
     digests: Mapping[str, Sequence[bytes]] = field(default_factory=lambda: MappingProxyType({}), repr=False)
 
     def namespace(self, fingerprint: str) -> bytes:
@@ -859,6 +861,8 @@ class _Shell:
             source=None if placement.prefill is None else placement.prefill.ref,
             emitted=emitted,
             namespace=self._request.namespace(placement.decode.model),
+            keep_s=self._request.keep_s,
+            context=self._request.context,
         )
         async with self._fleet.channel(placement.decode.ref) as channel:
             with (

@@ -18,6 +18,8 @@ from wire.prefix import MAX_NAMESPACE_BYTES, pack_tokens
 from wire.types import (
     PAGE_TOKENS,
     Admitted,
+    Attached,
+    AttachRequest,
     ClaimRequest,
     Failed,
     Fetching,
@@ -51,6 +53,7 @@ SECRET_BYTES = 16
 MAX_TOP_LOGPROBS = 20
 MAX_GRAMMAR_CHARS = 256 << 10
 MAX_ID_CHARS = 256
+MAX_KEEP_S = 600
 WORKER_ID = re.compile(r"[a-z0-9-]{1,63}")
 
 # array("I") is 4 bytes on every platform CPython supports, but C only promises 2.
@@ -400,6 +403,8 @@ def start_request_to_wire(request: StartRequest, packed: bytes | None = None) ->
         source=None if request.source is None else worker_ref_to_wire(request.source),
         resume=worker_pb2.Resume(tokens=pack_tokens(request.emitted)) if request.emitted else None,
         namespace=request.namespace,
+        keep_s=request.keep_s,
+        context=request.context,
     )
 
 
@@ -412,6 +417,18 @@ def start_request_from_wire(message: worker_pb2.StartRequest) -> StartRequest:
         source=worker_ref_from_wire(message.source) if message.HasField("source") else None,
         emitted=unpack_tokens("resume", message.resume.tokens),
         namespace=_namespace(message.namespace),
+        keep_s=min(message.keep_s, MAX_KEEP_S),
+        context=message.context,
+    )
+
+
+def attach_request_to_wire(request: AttachRequest) -> worker_pb2.AttachRequest:
+    return worker_pb2.AttachRequest(request_id=request.request_id, attempt=request.attempt, epoch=request.epoch)
+
+
+def attach_request_from_wire(message: worker_pb2.AttachRequest) -> AttachRequest:
+    return AttachRequest(
+        request_id=_text("request_id", message.request_id), attempt=message.attempt, epoch=message.epoch
     )
 
 
@@ -512,6 +529,8 @@ def start_event_to_wire(event: StartEvent) -> worker_pb2.StartEvent:
             return worker_pb2.StartEvent(finished=finished)
         case Progress():
             return worker_pb2.StartEvent(progress=_progress_to_wire(event))
+        case Attached():
+            return worker_pb2.StartEvent(attached=worker_pb2.Attached(context=event.context))
         case Failed():
             return worker_pb2.StartEvent(failed=_failed_to_wire(event))
 
@@ -536,6 +555,8 @@ def start_event_from_wire(message: worker_pb2.StartEvent) -> StartEvent:
             return _finished_from_wire(message.finished)
         case "progress":
             return _progress_from_wire(message.progress)
+        case "attached":
+            return Attached(context=message.attached.context)
         case "failed":
             return _failed_from_wire(message.failed)
         case _:

@@ -131,6 +131,22 @@ class Draining(PenumbraError):
     retryable = True
 
 
+class StreamGone(PenumbraError):
+    """An answer that was to be read again is not kept any more, or never was."""
+
+    code = "stream_gone"
+    http_status = 404
+    grpc_status = grpc.StatusCode.NOT_FOUND
+
+
+class IdempotencyMismatch(PenumbraError):
+    """One Idempotency-Key for two different requests."""
+
+    code = "idempotency_mismatch"
+    http_status = 409
+    grpc_status = grpc.StatusCode.FAILED_PRECONDITION
+
+
 class WorkerLost(PenumbraError):
     """The other side died, froze or restarted."""
 

@@ -250,6 +250,8 @@ class StartRequest:
     source: WorkerRef | None
     emitted: tuple[int, ...] = ()
     namespace: bytes = b""  # `wire.prefix.namespace`: pages are shared within one only
+    keep_s: int = 0  # how long the answer outlives the last call that reads it
+    context: bytes = field(default=b"", repr=False)  # for whoever attaches to it then
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,7 +286,22 @@ class ProbeReply:
     device: str = ""
 
 
-# Events of Decode.Start and Prefill.Run streams.
+class AttachRequest:
+    """Read the answer of a run that was started with `keep_s` in this life of the worker."""
+
+    request_id: str
+    attempt: int
+    epoch: int
+
+
+# Events of Decode.Start, Decode.Attach and Prefill.Run streams.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attached:
+    """The first event of an Attach; all tokens from index 0 on follow, those drawn elsewhere as ids only."""
+
+    context: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -343,7 +360,7 @@ class Failed:
     retryable: bool
 
 
-StartEvent = Admitted | Fetching | Progress | Replaying | Tokens | Finished | Failed
+StartEvent = Admitted | Fetching | Progress | Replaying | Tokens | Finished | Failed | Attached
 RunEvent = Progress | RunFinished | Failed
 
 

@@ -91,6 +91,7 @@ def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
     sampling = prompt.sampling(options, body.temperature, body.top_p, seed=body.seed)
     requests = intake.requests(tuple(prompt.ids), sampling, cache_salt=body.cache_salt, n=body.n)
     header = Header(
+        created=intake.created,
         answer_id=f"chatcmpl-{requests[0].request_id}",
         model=body.model,
         prompt_ids=prompt.ids,

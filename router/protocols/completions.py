@@ -68,6 +68,7 @@ def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
     )
     requests = intake.requests(prompt, sampling, cache_salt=body.cache_salt, n=body.n)
     header = Header(
+        created=intake.created,
         answer_id=f"cmpl-{requests[0].request_id}",
         model=body.model,
         prompt_ids=prompt,

@@ -111,7 +111,9 @@ def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
     options["grammar"] = text.grammar_of(prompt, one_call=body.one_call)
     sampling = prompt.sampling(options, body.temperature, body.top_p, seed=body.seed)
     (request,) = intake.requests(tuple(prompt.ids), sampling, cache_salt=body.cache_salt)
-    header = Header(answer_id=f"msg_{request.request_id}", model=body.model, prompt_ids=prompt.ids)
+    header = Header(
+        created=intake.created, answer_id=f"msg_{request.request_id}", model=body.model, prompt_ids=prompt.ids
+    )
     return Prepared(
         choices=((request, Message(header, prompt, text)),),
         stream=bool(body.stream),

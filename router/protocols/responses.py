@@ -82,7 +82,9 @@ def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
     options["grammar"] = text.grammar_of(prompt, one_call=body.parallel_tool_calls is False)
     sampling = prompt.sampling(options, body.temperature, body.top_p, seed=body.seed)
     (relayed,) = intake.requests(tuple(prompt.ids), sampling, cache_salt=body.cache_salt)
-    header = Header(answer_id=f"resp_{relayed.request_id}", model=body.model, prompt_ids=prompt.ids)
+    header = Header(
+        created=intake.created, answer_id=f"resp_{relayed.request_id}", model=body.model, prompt_ids=prompt.ids
+    )
     generator = recipe.ResponsesRequest.chunk_generator(prompt.request, header.answer_id, header.model)
     answer = ResponseItems(header, prompt, text, generator.with_namespace_tool_map(names).with_echo(echo), body)
     return Prepared(choices=((relayed, answer),), stream=bool(body.stream), return_timeline=bool(body.return_timeline))

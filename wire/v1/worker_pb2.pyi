@@ -70,7 +70,7 @@ class Resume(_message.Message):
     def __init__(self, tokens: _Optional[bytes] = ...) -> None: ...
 
 class StartRequest(_message.Message):
-    __slots__ = ("request_id", "attempt", "prompt", "sampling", "source", "resume", "namespace")
+    __slots__ = ("request_id", "attempt", "prompt", "sampling", "source", "resume", "namespace", "keep_s", "context")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +78,8 @@ class StartRequest(_message.Message):
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    KEEP_S_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     prompt: bytes
@@ -85,7 +87,25 @@ class StartRequest(_message.Message):
     source: WorkerRef
     resume: Resume
     namespace: bytes
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., source: _Optional[_Union[WorkerRef, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., namespace: _Optional[bytes] = ...) -> None: ...
+    keep_s: int
+    context: bytes
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., source: _Optional[_Union[WorkerRef, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., namespace: _Optional[bytes] = ..., keep_s: _Optional[int] = ..., context: _Optional[bytes] = ...) -> None: ...
+
+class AttachRequest(_message.Message):
+    __slots__ = ("request_id", "attempt", "epoch")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    attempt: int
+    epoch: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class Attached(_message.Message):
+    __slots__ = ("context",)
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    context: bytes
+    def __init__(self, context: _Optional[bytes] = ...) -> None: ...
 
 class Admitted(_message.Message):
     __slots__ = ("resident_prefix", "secret")
@@ -156,7 +176,7 @@ class Failed(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., retryable: _Optional[bool] = ...) -> None: ...
 
 class StartEvent(_message.Message):
-    __slots__ = ("admitted", "fetching", "tokens", "finished", "failed", "progress", "replaying")
+    __slots__ = ("admitted", "fetching", "tokens", "finished", "failed", "progress", "replaying", "attached")
     ADMITTED_FIELD_NUMBER: _ClassVar[int]
     FETCHING_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +184,7 @@ class StartEvent(_message.Message):
     FAILED_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     REPLAYING_FIELD_NUMBER: _ClassVar[int]
+    ATTACHED_FIELD_NUMBER: _ClassVar[int]
     admitted: Admitted
     fetching: Fetching
     tokens: Tokens
@@ -171,7 +192,8 @@ class StartEvent(_message.Message):
     failed: Failed
     progress: Progress
     replaying: Replaying
-    def __init__(self, admitted: _Optional[_Union[Admitted, _Mapping]] = ..., fetching: _Optional[_Union[Fetching, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., replaying: _Optional[_Union[Replaying, _Mapping]] = ...) -> None: ...
+    attached: Attached
+    def __init__(self, admitted: _Optional[_Union[Admitted, _Mapping]] = ..., fetching: _Optional[_Union[Fetching, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., replaying: _Optional[_Union[Replaying, _Mapping]] = ..., attached: _Optional[_Union[Attached, _Mapping]] = ...) -> None: ...
 
 class RunRequest(_message.Message):
     __slots__ = ("request_id", "attempt", "prompt", "sampling", "skip", "secret", "namespace", "hold")

@@ -44,6 +44,11 @@ class DecodeStub:
                 request_serializer=wire_dot_v1_dot_worker__pb2.ProbeRequest.SerializeToString,
                 response_deserializer=wire_dot_v1_dot_worker__pb2.ProbeReply.FromString,
                 _registered_method=True)
+        self.Attach = channel.unary_stream(
+                '/wire.v1.Decode/Attach',
+                request_serializer=wire_dot_v1_dot_worker__pb2.AttachRequest.SerializeToString,
+                response_deserializer=wire_dot_v1_dot_worker__pb2.StartEvent.FromString,
+                _registered_method=True)
 
 
 class DecodeServicer:
@@ -61,6 +66,12 @@ class DecodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Attach(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DecodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -73,6 +84,11 @@ def add_DecodeServicer_to_server(servicer, server):
                     servicer.Probe,
                     request_deserializer=wire_dot_v1_dot_worker__pb2.ProbeRequest.FromString,
                     response_serializer=wire_dot_v1_dot_worker__pb2.ProbeReply.SerializeToString,
+            ),
+            'Attach': grpc.unary_stream_rpc_method_handler(
+                    servicer.Attach,
+                    request_deserializer=wire_dot_v1_dot_worker__pb2.AttachRequest.FromString,
+                    response_serializer=wire_dot_v1_dot_worker__pb2.StartEvent.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -129,6 +145,33 @@ class Decode:
             '/wire.v1.Decode/Probe',
             wire_dot_v1_dot_worker__pb2.ProbeRequest.SerializeToString,
             wire_dot_v1_dot_worker__pb2.ProbeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Attach(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/wire.v1.Decode/Attach',
+            wire_dot_v1_dot_worker__pb2.AttachRequest.SerializeToString,
+            wire_dot_v1_dot_worker__pb2.StartEvent.FromString,
             options,
             channel_credentials,
             insecure,
