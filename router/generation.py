@@ -275,14 +275,17 @@ class Generation(Response):
                     if self._measure(choice, batch):
                         opening = [] if shown is None else self._progress(shown)
                         opening += answer.opening(choice.used(tokens.cached_tokens))
-                    chunks = opening + answer.push(batch)
-                    self._heard = batch[-1].index + 1
-                    if not self._drawn.is_set():
-                        self._drawn.set()
-                        if self._keeping is not None and (stream := self._stream(0)) is not None:
-                            await self._keeping.told(stream)
-                    if prepared.stream and chunks:
-                        await self._send_events(send, chunks)
+                    if self._keeping is not None:
+                        await self._keep(self._keeping)
+                    # An answer that may be taken up again is told token by token, each with its place.
+                    for part in [batch] if self._keeping is None else [(token,) for token in batch]:
+                        chunks = opening + answer.push(part)
+                        opening = []
+                        self._heard = part[-1].index + 1
+                        if prepared.stream and chunks:
+                            await self._send_events(send, chunks)
+                        if answer.stopped:
+                            break
                     if answer.stopped:
                         break
         finished = tokens.finished
@@ -388,6 +391,12 @@ class Generation(Response):
         else:
             body = b"".join(map(self._dialect.event, chunks))
         await self._send(send, body + (self._dialect.done if done else b""), more=not done, timed=timed)
+
+    async def _keep(self, keeping: Keeping) -> None:
+        """With the first token: from now on there is something to go on with."""
+        if not self._drawn.is_set() and (stream := self._stream(0)) is not None:
+            self._drawn.set()
+            await keeping.told(stream)
 
     def _stream(self, index: int) -> StreamId | None:
         """Where the answer is from this token on, if it is kept anywhere."""

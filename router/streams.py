@@ -36,7 +36,7 @@ from wire import convert
 from wire.errors import ConfigError, IdempotencyMismatch, InvalidRequest, PenumbraError, StreamGone, WorkerLost
 from wire.registry import honour_cancellation
 from wire.rpc import error_from_code, error_from_rpc
-from wire.types import Attached, AttachRequest, Failed, Finished, Tokens, WorkerInfo
+from wire.types import Attached, AttachRequest, Failed, Finished, FinishReason, Tokens, WorkerInfo
 from wire.v1 import worker_pb2_grpc
 
 MAX_RESUME_S = 600
@@ -50,6 +50,8 @@ REMEMBER_ALONE = 4_096
 MAC_BYTES = 16
 ATTACH_S = 5.0
 """For a worker to say that it keeps an answer."""
+
+_END: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs do not know it
 
 log = structlog.get_logger()
 
@@ -209,7 +211,8 @@ async def attach(fleet: Fleet, stream: StreamId, tenant: str) -> AsyncIterator[K
         call = stub(channel).Attach(convert.attach_request_to_wire(request))
         try:
             async with asyncio.timeout(ATTACH_S):
-                first = convert.start_event_from_wire(await call.read())
+                message = await call.read()
+            first = None if message is _END else convert.start_event_from_wire(message)
             if not isinstance(first, Attached):
                 raise WorkerLost("The decode worker did not say what it keeps.")
             context = Context.unpack(first.context)
@@ -233,7 +236,7 @@ def _worker_of(fleet: Fleet, stream: StreamId) -> WorkerInfo:
 
 async def _events(call: Any) -> AsyncIterator[Tokens | Finished | Failed]:
     try:
-        async for message in call:
+        while (message := await call.read()) is not _END:
             event = convert.start_event_from_wire(message)
             if isinstance(event, Tokens | Finished | Failed):
                 yield event
@@ -293,14 +296,24 @@ class Resumed(Response):
                 case None:
                     await self._send(send, dialect.keepalive)
                 case Tokens():
-                    known = event.tokens[: max(0, heard - index)]
-                    for batch in (known, event.tokens[len(known) :]):
-                        index += len(batch)
-                        chunks = answer.push(batch) if batch and not answer.stopped else []
-                        if batch is not known and chunks:
-                            await self._send(send, self._pack(dialect, chunks, index))
+                    body = b""
+                    for token in event.tokens:
+                        if answer.stopped:
+                            break
+                        index += 1
+                        chunks = answer.push((token,))
+                        body += self._pack(dialect, chunks, index) if index > heard else b""
+                    if body:
+                        await self._send(send, body)
                     if answer.stopped:
-                        break
+                        whole = Finished(
+                            reason=FinishReason.STOP,
+                            prompt_tokens=len(request.prompt),
+                            cached_tokens=0,
+                            completion_tokens=index,
+                        )
+                        await self._finish(send, dialect, prepared, answer, whole, index)
+                        return
                 case Failed():
                     raise error_from_code(event.code, event.message)
                 case Finished():
@@ -344,7 +357,7 @@ class Resumed(Response):
 
 
 def pack(dialect: Dialect, chunks: list[Json], stream: str) -> bytes:
-    """The chunks as events, of which the last names the stream: a client has heard all of them, or asks for all."""
+    """One token's chunks as events. The last names the stream: a client has heard all of them, or asks for all."""
     *first, last = [dialect.event(chunk) for chunk in chunks] or [b""]
     return b"".join(first) + (b"id: " + stream.encode() + b"\n" + last if last else b"")
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from wire import convert
+from wire.errors import StreamGone
 from wire.registry import Registry
 from wire.rpc import Server
-from wire.types import Admitted, Role, RunEvent, RunRequest, StartEvent, StartRequest, WorkerInfo
+from wire.types import Admitted, Attached, Fetching, Role, RunEvent, RunRequest, StartEvent, StartRequest, WorkerInfo
 from wire.v1 import worker_pb2_grpc
 
 SECRET = b"0123456789abcdef"
@@ -50,6 +51,17 @@ class _Decode(worker_pb2_grpc.DecodeServicer):
         asked = convert.start_request_from_wire(request)
         with self._worker._counted(asked):
             async for event in self._script(asked):
+                yield convert.start_event_to_wire(event)
+
+    async def Attach(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        """What the last request was, and what the script says of it from its first token on."""
+        asked = convert.attach_request_from_wire(request)
+        started = [start for start in self._worker.requests if start.request_id == asked.request_id]
+        if not started or not started[-1].keep_s:
+            raise StreamGone("nothing is kept")
+        yield convert.start_event_to_wire(Attached(context=started[-1].context))
+        async for event in self._script(started[-1]):
+            if not isinstance(event, Admitted | Fetching):
                 yield convert.start_event_to_wire(event)
 
 

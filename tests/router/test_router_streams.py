@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,3 +115,52 @@ async def test_the_same_key_with_another_request_is_refused_and_with_the_same_is
         )
         check_error(whole, 400, "invalid_request")
         assert BODY["model"] == MODEL
+
+
+def told(text: str) -> list[tuple[str, Any]]:
+    """(id, data) of each event, in which the last of a token's has an id."""
+    found = []
+    for block in text.split("\n\n")[:-1]:
+        fields = dict(line.split(": ", 1) for line in block.split("\n") if not line.startswith(":"))
+        if fields.get("data", "[DONE]") != "[DONE]":
+            found.append((fields.get("id", ""), json.loads(fields["data"])))
+    return found
+
+
+STORIES = {
+    "/v1/completions": BODY | {"stream": True, "stream_options": {"include_usage": True}},
+    "/v1/chat/completions": {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "hi"}],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    },
+    "/v1/messages": {"model": MODEL, "max_tokens": 50, "messages": [{"role": "user", "content": "hi"}], "stream": True},
+    "/v1/responses": {"model": MODEL, "input": "hi", "stream": True},
+}
+
+
+@pytest.mark.parametrize("path", STORIES)
+async def test_from_any_event_on_the_rest_is_what_it_was(start_router, redis_url, path: str):
+    """In every protocol: whatever of a stream a client has heard, what it gets afterwards makes it whole."""
+    script = saying("once \u00fcber twice", per_message=2)
+    async with cluster(start_router, redis_url, f"rest{path.replace('/', '-')}", script) as (client, _, _):
+        headers = {"idempotency-key": f"k{path}", "x-penumbra-resume": "60"}
+        whole = await client.post(path, json=STORIES[path], headers=headers)
+        assert whole.status_code == 200
+        events = told(whole.text)
+        ids = list(dict.fromkeys(stream for stream, _ in events if stream))
+        assert len(ids) > 3
+
+        def plain(data: Any) -> str:
+            """Without what may differ: sequence numbers and times count what is sent, not what is said."""
+            return json.dumps(data, sort_keys=True)
+
+        for stream in ids[:-1]:
+            rest = await client.get(f"/v1/streams/{stream}")
+            assert rest.status_code == 200, rest.text
+            last = max(i for i, (at, _) in enumerate(events) if at == stream)
+            assert [plain(data) for _, data in told(rest.text)] == [plain(data) for _, data in events[last + 1 :]]
+        # The same request again, under its key: all of it.
+        again = await client.post(path, json=STORIES[path], headers=headers)
+        assert [plain(data) for _, data in told(again.text)] == [plain(data) for _, data in events]
