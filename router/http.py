@@ -162,8 +162,11 @@ class Front:
         app.add_exception_handler(Exception, _on_crash)
         post = {path: self._generate(prepare) for path, prepare in GENERATING.items()}
         post |= {path: self._convert(convert) for path, convert in CONVERTING.items()}
-        app.add_api_route("/v1/streams/{stream_id}", self._stream, methods=["GET"], response_model=None)
-        get = self._status.routes() | self.page.routes() | {"/openapi.json": self._openapi}
+        get = (
+            self._status.routes()
+            | self.page.routes()
+            | {"/openapi.json": self._openapi, "/v1/streams/{stream_id}": self._stream}
+        )
         for method, routes in (("GET", get), ("POST", post)):
             for path, endpoint in routes.items():
                 told = openapi.OPERATIONS[path.replace(":path}", "}")]

@@ -125,7 +125,7 @@ STATUSES = {
     400: "The request is wrong; the message says how.",
     401: "No valid API key came with the request.",
     403: "The API key does not allow this.",
-    404: "There is no such model.",
+    404: "There is no such model, or no such stream any more.",
     408: "The body stopped arriving, or the request waited too long for room.",
     409: "The Idempotency-Key was used for another request.",
     412: "There is no room now, and the request does not want to wait for it.",
@@ -168,6 +168,7 @@ def converting(does: str, takes: type[BaseModel], gives: str) -> Operation:
 
 
 NAME: Json = {"name": "name", "in": "path", "required": True, "schema": TEXT}
+STREAM_ID: Json = {"name": "stream_id", "in": "path", "required": True, "schema": TEXT}
 HEALTH = Operation(does="Whether the process lives.", gives={200: "Health"})
 READINESS = Operation(does="Whether a request could be placed now.", gives={200: "Readiness", 503: "Readiness"})
 
@@ -179,6 +180,13 @@ OPERATIONS: Mapping[str, Operation] = {
     "/v1/messages/count_tokens": converting("Count a conversation's tokens.", CountTokensBody, "TokenCount"),
     "/tokenize": converting("A text or a conversation in token ids.", TokenizeBody, "Tokens"),
     "/detokenize": converting("Token ids as text.", DetokenizeBody, "Text"),
+    "/v1/streams/{stream_id}": Operation(
+        does="The rest of a kept answer, behind the event that bears the id.",
+        gives={200: None},
+        media="text/event-stream",
+        statuses=(*LOOKING, 404, 503, 504),
+        parameters=(STREAM_ID,),
+    ),
     "/v1/models": Operation(does="The models served.", gives={200: "Models"}),
     "/v1/models/{name}": Operation(
         does="One model.", gives={200: "Model"}, statuses=(*LOOKING, 404), parameters=(NAME,)

@@ -286,6 +286,7 @@ class ProbeReply:
     device: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttachRequest:
     """Read the answer of a run that was started with `keep_s` in this life of the worker."""
 
