@@ -100,7 +100,7 @@ FAULTS = (
     Fault(id="F47", what="records of a later version", promise="unknown fields ignored, unknown protocols skipped",
           tests=("tests/wire/test_registry.py",)),
     Fault(id="F48", what="an old life of a worker resumes beside its new one", promise="refused",
-          why_not="not built: two processes with one id are told apart by epoch, but both keep the record"),
+          tests=("tests/wire/test_registry.py::test_of_two_lives_of_a_worker_the_one_that_began_last_keeps_its_record",)),
     Fault(id="F49", what="one request at two routers", promise="never mixed", why_not="not run here yet"),
     Fault(id="F50", what="everybody reconnects at once", promise="no retry storm", why_not="not run here yet"),
     Fault(id="F51", what="a minute of threefold load", promise="recovers by itself", why_not="not run here yet"),

@@ -196,6 +196,14 @@ class NumericalError(PenumbraError):
     retryable = True
 
 
+class Superseded(PenumbraError):
+    """Another process has taken this worker's name since; whoever started last keeps it."""
+
+    code = "superseded"
+    http_status = 503
+    grpc_status = grpc.StatusCode.FAILED_PRECONDITION
+
+
 class RequestQuarantined(PenumbraError):
     """Workers died of this request. It, and whatever asks the same, is refused for a while."""
 

@@ -25,7 +25,7 @@ from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.exceptions import RedisError
 
 from wire.convert import WORKER_ID
-from wire.errors import ConfigError
+from wire.errors import ConfigError, Superseded
 from wire.types import PROTOCOL_VERSION, Link, Role, WorkerInfo
 
 LEASE_S = 3.0
@@ -140,22 +140,29 @@ class Registry:
     async def run_heartbeat(self, get_info: Callable[[], WorkerInfo]) -> None:
         """Keep this worker's record alive until cancelled, then remove it.
 
-        `get_info` is asked before every beat. Raises ConfigError at once when its worker id can not be a key.
+        `get_info` is asked before every beat. Raises ConfigError at once when its worker id can not be a key, and
+        Superseded when another life of the worker has taken the record over: the one that began last keeps it.
         """
         worker_id = get_info().worker_id
         if not WORKER_ID.fullmatch(worker_id):
             raise ConfigError(f"worker id {worker_id[:80]!r} is not 1 to 63 of a-z, 0-9 and '-'; rename it.")
-        lost = False
+        lost = began = superseded = False
         try:
             while True:
                 try:
+                    if began and (other := await self._other_life(get_info())):
+                        superseded = True
+                        raise Superseded(
+                            f"worker {worker_id} has begun another life (epoch {other:016x}); this one ends. Give each "
+                            "worker an id of its own."
+                        )
                     async with asyncio.timeout(LEASE_S), self._writer.pipeline(transaction=True) as beat:
                         beat.set(self._key(worker_id), encode_record(get_info()), px=int(LEASE_S * 1000))
                         beat.sadd(self._index, worker_id)
                         await beat.execute()
                     if lost:
                         log.info("registry_back", worker_id=worker_id)
-                    lost = False
+                    lost, began = False, True
                 except (RedisError, OSError, TimeoutError) as error:
                     if not lost:
                         log.warning("registry_lost", worker_id=worker_id, error=str(error))
@@ -163,7 +170,19 @@ class Registry:
                 honour_cancellation()
                 await asyncio.sleep(HEARTBEAT_S)
         finally:
-            await self._forget(worker_id)
+            if not superseded:
+                await self._forget(worker_id)
+
+    async def _other_life(self, info: WorkerInfo) -> int:
+        """The epoch under which somebody else keeps this worker's record, or 0."""
+        record = await self._writer.get(self._key(info.worker_id))
+        if not isinstance(record, bytes):
+            return 0
+        try:
+            epoch = decode_record(info.worker_id, record).epoch
+        except ValueError:
+            return 0  # not a worker's: it is overwritten
+        return 0 if epoch == info.epoch else epoch
 
     async def _forget(self, worker_id: str) -> None:
         try:

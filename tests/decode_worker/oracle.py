@@ -243,6 +243,7 @@ async def pair(
     progress_deadline_s: float = 0.5,
     decode_pools: OraclePools | None = None,
     prefill_pools: OraclePools | None = None,
+    make_server: Callable[[], Server] = Server,
 ) -> AsyncIterator[OraclePair]:
     """Two workers over loopback; `name` makes their transports unique in this process."""
     ours, theirs = decode_pools or OraclePools(), prefill_pools or OraclePools()
@@ -253,6 +254,7 @@ async def pair(
         PrefillLimits(chunk_tokens=chunk_tokens, max_batch_tokens=400, max_context=8192, vocab_size=VOCAB),
         DecodeLimits(max_context=8192, vocab_size=VOCAB, eos_token_id=EOS),
         progress_deadline_s=progress_deadline_s,
+        make_server=make_server,
     ) as workers:
         yield workers
 
@@ -266,6 +268,7 @@ async def pair_of(
     decode_limits: DecodeLimits,
     *,
     progress_deadline_s: float = 2.0,
+    make_server: Callable[[], Server] = Server,
 ) -> AsyncIterator[Pair[P, R]]:
     """Two workers around engines of any kind, each given as (pools, runner)."""
     (theirs, prefill_runner), (ours, decode_runner) = prefill_engine, decode_engine
@@ -322,7 +325,7 @@ async def pair_of(
         for service in (prefill, decode):
             task = asyncio.create_task(service.run())
             stack.push_async_callback(_end, task)
-            server = Server()
+            server = make_server()
             service.add_to(server)
             info = service.info(f"127.0.0.1:{await server.start()}")
             stack.push_async_callback(server.drain, 0.5)

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from wire.errors import ConfigError
+from wire.errors import ConfigError, Superseded
 from wire.registry import MAX_LINKS, Registry, Snapshot, decode_record, encode_record
 from wire.types import Link, Role, WorkerInfo
 
@@ -224,3 +224,16 @@ async def test_a_poll_that_is_cancelled_at_any_moment_ends(redis_server) -> None
             done, _ = await asyncio.wait({task}, timeout=5)
             assert done == {task}
             assert task.cancelled()
+
+
+async def test_of_two_lives_of_a_worker_the_one_that_began_last_keeps_its_record(redis_server) -> None:
+    """As when a frozen process is thawed after another has taken its place."""
+    later = replace(INFO, epoch=5, address="127.0.0.1:50052")
+    async with Registry(redis_server.url) as first, Registry(redis_server.url) as second:
+        old = asyncio.create_task(first.run_heartbeat(lambda: INFO))
+        await until(first, lambda s: "prefill-0" in s.workers)
+        async with beating(second, lambda: later):
+            with pytest.raises(Superseded, match=r"another life \(epoch 0000000000000005\)"):
+                async with asyncio.timeout(10):
+                    await old
+            assert (await second.snapshot()).workers == {"prefill-0": later}
