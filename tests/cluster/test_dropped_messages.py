@@ -89,11 +89,15 @@ class _Lossy:
                 await asyncio.Event().wait()
             return await servicer.Release(request, context)
 
-        for name in ("Start", "Run", "Claim", "Lend"):
+        self._servicer = servicer
+        for name in ("Start", "Run", "Claim"):
             if hasattr(servicer, name):
                 setattr(self, name, stream(name))
         if hasattr(servicer, "Release"):
             self.Release = release
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._servicer, name)
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +115,7 @@ async def fleet_of(workers: OraclePair, redis_url: str, namespace: str) -> Async
         for info in (workers.prefill_info, workers.decode_info):
             running.append(tasks.create_task(registry.run_heartbeat(lambda info=info: info)))  # type: ignore[misc]
         try:
-            await until(lambda: all(v.usable for v in (*fleet.snapshot().prefill, *fleet.snapshot().decode)))
-            await until(lambda: fleet.snapshot().prefill and fleet.snapshot().decode)
+            await until(lambda: [v.usable for v in (*fleet.snapshot().prefill, *fleet.snapshot().decode)] == [True] * 2)
             yield fleet
         finally:
             for task in running:
