@@ -166,7 +166,16 @@ class Bench:
         return self.row("F09", verdict, f"{broken} of {len(seen)} streams broke, none of them with [DONE]")
 
     def router_stopped(self) -> Row:
-        return self.row("F10", self.strike(self.short, lambda: self.cluster.signal("router", TERM), 5))
+        """What it had must end whole; what came too late for it must be told so before anything else."""
+        on_token = self._once(5, lambda: self.cluster.signal("router", TERM))
+        _, seen = self.short.run(self.short.questions[:CLIENTS], CLIENTS, on_token)
+        verdict, refused = Verdict(), 0
+        for ask, one in zip(self.short.questions, seen, strict=False):
+            if one.status == 503 and "draining" in one.error:
+                refused += 1
+            else:
+                verdict.judge(self.short.of(ask), one)
+        return self.row("F10", verdict, f"{refused} came too late and were told so")
 
     def _once(self, at: int, hit: Callable[[], None]) -> Callable[[Ask, int], bool]:
         once = threading.Lock()

@@ -63,14 +63,14 @@ def _live(faults: Sequence[Fault], streams: int, steady_s: float, prefill: int, 
             many = Reference(
                 cluster.url,
                 model.name,
-                asks(24, prompt_tokens=(5, 250, 300, 520), max_tokens=(20, 30), vocab=VOCAB, seed=1),
+                asks(24, prompt_tokens=(5, 250, 300, 520), max_tokens=(60, 90), vocab=VOCAB, seed=1),
                 8,
             )
             long = Reference(
                 cluster.url, model.name, asks(8, prompt_tokens=(1500, 2200), max_tokens=(12,), vocab=VOCAB, seed=2), 8
             )
             short = Reference(
-                cluster.url, model.name, asks(8, prompt_tokens=(5, 300), max_tokens=(160,), vocab=VOCAB, seed=3), 8
+                cluster.url, model.name, asks(8, prompt_tokens=(5, 300), max_tokens=(400,), vocab=VOCAB, seed=3), 8
             )
             bench = Bench(cluster, many, short, long)
             for fault in faults:
