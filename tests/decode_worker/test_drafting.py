@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -13,15 +16,18 @@ from decode_worker.scheduler import DecodeLimits
 from engine.batch import Drawn, Sampled, Segment
 from engine.cache.pools import PoolSizes
 from engine.colocated import generate
+from engine.model.mtp import DraftLayer
+from engine.runner import Runner
 from prefill_worker.scheduler import PrefillLimits
 from tests.books import CheckedDecode as DecodeCore
-from tests.decode_worker.oracle import pair_of, until
+from tests.decode_worker.oracle import Pair, pair_of, until
 from tests.decode_worker.test_preemption import said
 from tests.decode_worker.test_scheduler import Pools, emitted, limits, make_running
 from tests.decode_worker.test_scheduler import request as start_request
-from tests.decode_worker.test_service import request
+from tests.decode_worker.test_service import drain, request
+from tests.decode_worker.test_service import start_request as start_message
 from tests.engine.speculation import drafting_model, echoing, runner_of
-from wire.types import Failed, Finished, FinishReason, SamplingParams, Tokens
+from wire.types import Admitted, Failed, Finished, FinishReason, RunRequest, SamplingParams, TokenEvent, Tokens
 
 names = (f"drafting-{n}" for n in itertools.count())
 
@@ -156,3 +162,109 @@ async def test_two_workers_with_drafts_say_what_one_says_without(
     for prompt, way, (_, events) in zip(prompts, ways, answers, strict=True):
         reference = list(generate(alone, prompt, way))
         assert [(t.token_id, t.logprob) for t in said(events)] == [(s.token_id, s.logprob) for s in reference]
+
+
+class HalfRight(Runner):
+    """A runner whose guesses are, more often than not, what will be drawn: its draft layer of random weights is refused
+    nearly always, and drafts that are kept have to be seen too.
+    """
+
+    truth: dict[str, list[int]]
+    rng: random.Random
+
+    def _guess(self, draft: DraftLayer, batch: list[Segment], tokens: Any, *args: Any) -> list[tuple[int, ...]]:
+        guessed = super()._guess(draft, batch, tokens, *args)
+        found = []
+        for segment, drawn, guesses in zip(batch, tokens, guessed, strict=True):
+            done = segment.index + len(drawn)
+            known = self.truth[segment.sequence.request_id][done : done + len(guesses)]
+            known += guesses[len(known) :]
+            found.append(tuple(t if self.rng.random() < 0.75 else (t + 1) % 128 for t in known))
+        return found
+
+
+async def leave_after(workers: Pair[Any, Any], name: str, prompt: tuple[int, ...], way: SamplingParams, n: int) -> Any:
+    """A client that has heard enough after `n` tokens; what it heard."""
+    heard: list[TokenEvent] = []
+    start = start_message(workers, name, prompt, 0, sampling=way)
+    async with contextlib.aclosing(workers.start(start)) as stream:
+        async for event in stream:
+            if isinstance(event, Admitted):
+                run = RunRequest(
+                    request_id=name,
+                    attempt=1,
+                    prompt=prompt,
+                    sampling=way,
+                    skip=event.resident_prefix,
+                    secret=event.secret,
+                )
+                prefill = asyncio.create_task(drain(workers, run))
+            elif isinstance(event, Tokens):
+                heard += event.tokens
+                if len(heard) >= n:
+                    break
+            assert not isinstance(event, Failed), event
+    prefill.cancel()
+    return heard
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("num", "depth"), [(50, 3), *(pytest.param(200, depth, marks=pytest.mark.long) for depth in (1, 2, 3))]
+)
+async def test_random_requests_say_token_for_token_and_logprob_for_logprob_what_they_say_without_drafts(
+    num: int, depth: int, record_property: Callable[[str, object], None]
+) -> None:
+    """Lengths around every border, prompts that begin alike, too few pages for all, and clients that leave."""
+    config, tensors = drafting_model(92, "flash", vocab_size=128)
+    alone = runner_of(config, tensors, "exact", draft=False)
+    prefill = runner_of(config, tensors, "exact", sizes=PoolSizes(full=40, swa=40, slots=12))
+    plain = runner_of(config, tensors, "exact", sizes=PoolSizes(full=11, swa=14, slots=7))
+    decode = HalfRight(plain.config, plain.model, plain.pools, "test", plain.draft)
+    decode.rng, rng = random.Random(depth), random.Random(6)
+    texts = [tuple(rng.randrange(3, 128) for _ in range(640)) for _ in range(5)]
+    prompts, ways = [], []
+    for i in range(num):
+        n = rng.choice([rng.randrange(1, 600), *(k + rng.randrange(-9, 3) for k in (128, 256, 384, 512))])
+        fork = rng.choice([0, n, 256, 300])
+        prompts.append(texts[i % 5][:fork][:n] + tuple(rng.randrange(3, 128) for _ in range(n - fork)))
+        ways.append(
+            SamplingParams(
+                max_tokens=rng.randrange(2, 24), seed=i, temperature=0, ignore_eos=True, logprobs=True, top_logprobs=2
+            )
+        )
+    want = [list(generate(alone, p, way)) for p, way in zip(prompts, ways, strict=True)]
+    decode.truth = {f"r{i}": [sampled.token_id for sampled in answer] for i, answer in enumerate(want)}
+    leaving = {i: rng.randrange(1, ways[i].max_tokens) for i in range(0, num, 7)}
+    turns = asyncio.Semaphore(8)
+
+    async def ask(i: int) -> list[TokenEvent]:
+        async with turns:
+            if i in leaving:
+                return list(await leave_after(workers, f"r{i}", prompts[i], ways[i], leaving[i]))
+            _, events = await request(workers, f"r{i}", prompts[i], sampling=ways[i])
+            return said(events)
+
+    async with pair_of(
+        next(names),
+        (prefill.pools, prefill),
+        (decode.pools, decode),
+        PrefillLimits(chunk_tokens=256, max_batch_tokens=512, max_context=4096, vocab_size=128),
+        DecodeLimits(max_context=4096, vocab_size=128, eos_token_id=1, draft_tokens=depth, growth_tokens=0),
+    ) as workers:
+        answers = await asyncio.gather(*(ask(i) for i in range(num)))
+        await workers.settle()
+        await until(lambda: workers.metric("penumbra_num_preemptions_total") > 0)
+        seen = {
+            name: workers.metric(f"penumbra_{name}_total")
+            for name in ("num_preemptions", "prefix_cache_hits", "spec_draft_tokens", "spec_accepted_tokens")
+        }
+    for name, count in seen.items():
+        record_property(name, int(count))
+    for i, (answer, reference) in enumerate(zip(answers, want, strict=True)):
+        expected = [(s.token_id, s.logprob, s.top) for s in reference]
+        assert [(t.token_id, t.logprob, t.top) for t in answer] == expected[: len(answer)], f"request {i}"
+        assert len(answer) == len(expected) or (i in leaving and len(answer) >= leaving[i])
+    assert seen["prefix_cache_hits"] > 0
+    assert seen["spec_accepted_tokens"] > seen["spec_draft_tokens"] / 3
+    assert seen["spec_draft_tokens"] > seen["spec_accepted_tokens"], "drafts were refused too"

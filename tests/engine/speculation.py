@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,17 @@ from wire.types import SamplingParams
 
 Guesser = Callable[[int, int], list[int]]
 """(request, tokens answered so far) -> what to try in place of the draft layer's guesses."""
+
+
+def half_right(answers: list[list[Sampled]], vocab: int, seed: int) -> Guesser:
+    """An oracle that tells the truth for a while, then does not."""
+    rng = random.Random(seed)
+
+    def guess(request: int, done: int) -> list[int]:
+        truth = [sampled.token_id for sampled in answers[request][done : done + 3]]
+        return [t if rng.random() < 0.7 else (t + 1) % vocab for t in truth]
+
+    return guess
 
 
 def drafting_model(seed: int, pattern: str, **changes: object) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -80,10 +92,20 @@ class Request:
 
 
 class Speculator:
-    """Requests on one runner, `depth` drafts a step. With `keep`, pages stay mapped behind the window."""
+    """Requests on one runner, `depth` drafts a step. With `keep`, pages stay mapped behind the window. Answers end with
+    one of the tokens `ends`, or with max_tokens.
+    """
 
-    def __init__(self, runner: Runner, depth: int, *, keep: bool = False, guesser: Guesser | None = None) -> None:
-        self.runner, self.depth, self.keep, self.guesser = runner, depth, keep, guesser
+    def __init__(
+        self,
+        runner: Runner,
+        depth: int,
+        *,
+        keep: bool = False,
+        guesser: Guesser | None = None,
+        ends: tuple[int, ...] = (),
+    ) -> None:
+        self.runner, self.depth, self.keep, self.guesser, self.ends = runner, depth, keep, guesser, ends
         self.window = WindowPages(runner.pools.swa)
         self.requests: list[Request] = []
 
@@ -99,8 +121,12 @@ class Speculator:
         return request
 
     def run(self) -> None:
-        """Until every request has its max_tokens."""
-        while going := [r for r in self.requests if len(r.answer) < r.sequence.sampling.max_tokens]:
+        """Until every request has come to its end."""
+        while going := [
+            r
+            for r in self.requests
+            if len(r.answer) < r.sequence.sampling.max_tokens and not any(end in r.answer for end in self.ends)
+        ]:
             segments = []
             for request in going:
                 left = request.sequence.sampling.max_tokens - len(request.answer)
@@ -137,3 +163,11 @@ class Speculator:
             request.kept += kept
             if not self.keep:
                 self.window.trim(request.sequence)
+
+    def give_back(self) -> None:
+        """Every page and slot of requests that have ended."""
+        pools = self.runner.pools
+        for request in self.requests:
+            pools.full.release(request.sequence.pages)
+            pools.swa.release(self.window.drop(request.sequence))
+            pools.slots.release([request.sequence.slot])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +12,7 @@ from engine.config import C4_RING, KvLayout
 from engine.kernels.rows import read_rows
 from engine.runner import Runner
 from tests.engine.dense_forward import dense_draft
-from tests.engine.speculation import Guesser, Speculator, drafting_model, echoing, runner_of
+from tests.engine.speculation import Speculator, drafting_model, echoing, half_right, runner_of
 from wire.types import PAGE_TOKENS, PageClass, SamplingParams
 
 PACKED = {"head_dim": 512, "rope_dim": 64, "index_head_dim": 128, "hidden_size": 64, "index_topk": 32}
@@ -86,17 +84,6 @@ def plain_answers(runner: Runner, prompts: list[list[int]], params: list[Samplin
         run.prefill(prompt, options)
     run.run()
     return [request.drawn for request in run.requests]
-
-
-def half_right(answers: list[list[Sampled]], vocab: int, seed: int) -> Guesser:
-    """An oracle that tells the truth for a while, then does not."""
-    rng = random.Random(seed)
-
-    def guess(request: int, done: int) -> list[int]:
-        truth = [sampled.token_id for sampled in answers[request][done : done + 3]]
-        return [t if rng.random() < 0.7 else (t + 1) % vocab for t in truth]
-
-    return guess
 
 
 LENGTHS = (1, 2, 5, 120, 126, 127, 128, 129, 240, 250, 254, 255, 256, 257, 370, 383, 384, 500, 505, 509, 512, 513)

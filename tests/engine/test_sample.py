@@ -135,8 +135,68 @@ def test_draws_follow_the_distribution_that_an_option_defines(name: str) -> None
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", FILTERS)
-def test_many_draws_follow_the_distribution_that_an_option_defines(name: str) -> None:
+def test_many_draws_follow_the_distribution_that_an_option_defines(name: str, record_property) -> None:
     statistic, freedom = chi_square_of(name, 100_000)
+    record_property("chi_square", f"{statistic:.1f}")
+    record_property("freedom", freedom)
+    assert statistic < limit(freedom)
+
+
+def chi_square_of_pairs(name: str, n: int) -> tuple[float, int, float]:
+    """(statistic, degrees of freedom, share of drafts kept) of `n` pairs of neighbouring tokens that were verified as
+    the engine does it: the first is drafted from other logits with its own noise, and where the draft was right the
+    second comes of the same step, taking the draft as given; else of the next step.
+    """
+    p, size = params(**FILTERS[name]), len(LOGITS)
+    past = history(p)
+    wide = np.broadcast_to(LOGITS, (n, size))
+
+    def rows(place: int, histories: list[History], drafts: list[tuple[int, ...]]) -> list[Row]:
+        index = len(ANSWER) + place
+        return [
+            Row(params=p, position=2 * i + place, index=index, history=h, drafts=d, banned=ENDS)
+            for i, (h, d) in enumerate(zip(histories, drafts, strict=True))
+        ]
+
+    guessing = np.broadcast_to(LOGITS + np.array([0, 1, -1, 0.5, -1, 0], dtype=np.float32), (n, size))
+    guesses = [d.token_id for d in sample(guessing, rows(0, [past] * n, [()] * n))]
+    first = [d.token_id for d in sample(wide, rows(0, [past] * n, [()] * n))]
+    behind_drafts = [d.token_id for d in sample(wide, rows(1, [past] * n, [(g,) for g in guesses]))]
+    pushed = []
+    for token in range(size):
+        longer = history(p)
+        longer.push([token])
+        pushed.append(longer)
+    behind_first = [d.token_id for d in sample(wide, rows(1, [pushed[t] for t in first], [()] * n))]
+    kept = np.array(guesses) == np.array(first)
+    second = np.where(kept, behind_drafts, behind_first)
+    seen = np.bincount(np.array(first) * size + second, minlength=size * size)
+    share = softmax(np.array(naive_scores(LOGITS, p, PROMPT, ANSWER, ENDS)))
+    then = [softmax(np.array(naive_scores(LOGITS, p, PROMPT, (*ANSWER, t), ENDS))) for t in range(size)]
+    expected = n * (share[:, None] * np.array(then)).reshape(-1)
+    possible = expected > 0
+    assert not seen[~possible].any()
+    common = expected > 5  # rarer pairs are counted together
+    cells = np.append(expected[common], expected[possible & ~common].sum())
+    counted = np.append(seen[common], seen[possible & ~common].sum())
+    cells, counted = cells[cells > 0], counted[cells > 0]
+    return float(((counted - cells) ** 2 / cells).sum()), len(cells) - 1, float(kept.mean())
+
+
+@pytest.mark.parametrize("name", ["temperature", "filters", "everything"])
+def test_drafted_pairs_follow_the_distribution_that_an_option_defines(name: str) -> None:
+    statistic, freedom, kept = chi_square_of_pairs(name, 5_000)
+    assert statistic < limit(freedom)
+    assert 0.1 < kept < 0.99
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", FILTERS)
+def test_many_drafted_pairs_follow_the_distribution_that_an_option_defines(name: str, record_property) -> None:
+    statistic, freedom, kept = chi_square_of_pairs(name, 100_000)
+    record_property("chi_square", f"{statistic:.1f}")
+    record_property("freedom", freedom)
+    record_property("drafts_kept", f"{kept:.2f}")
     assert statistic < limit(freedom)
 
 
