@@ -24,7 +24,16 @@ from decode_worker.admission import Admission, Place, Pools, has_room, places_of
 from decode_worker.drafting import DraftDepth
 from decode_worker.fetch import Fetch
 from decode_worker.preemption import HostPages
-from engine.batch import Drawn, Segment, Sequence, most_drafts, most_guesses, not_drawn, rebuild_tokens
+from engine.batch import (
+    Drawn,
+    Segment,
+    Sequence,
+    following,
+    most_drafts,
+    most_guesses,
+    not_drawn,
+    rebuild_tokens,
+)
 from engine.loop import Load, StepFailed, Tick
 from engine.pace import Pace
 from kvtransfer.plan import item_bytes
@@ -471,6 +480,7 @@ class DecodeCore:
             # Where the answer goes on from what another worker emitted, its first token is known.
             sample=end == total and not run.answer,
             rebuild=start < run.rebuilt_at,
+            following=() if run.answer else following(run.request.prompt, run.request.sampling, start, end),
         )
 
     def _computed(self, run: _Run, taken: int, drawn: Drawn) -> list[DecodeAction]:
@@ -494,7 +504,7 @@ class DecodeCore:
         self._admission.share(sequence, run.digests)
         if run.answer:
             return [told, self._replaying(run)]
-        token = TokenEvent(index=0, token_id=first.token_id, logprob=first.logprob, top=first.top)
+        token = TokenEvent(index=0, token_id=first.token_id, logprob=first.logprob, top=first.top, prompt=first.prompt)
         return [told, *self._advance(run, [token])]
 
     def _replay(self, run: _Run, sequence: Sequence, most: int) -> Segment:
@@ -614,7 +624,9 @@ class DecodeCore:
             return [*actions, Emit(run_id, done)]
         run = _Run(run_id, request, secret, now_s + self._limits.queue_timeout_s)
         run.answer.extend(request.emitted)
-        if self._limits.prefix_cache:
+        # Where log probabilities of a prompt are asked for, whoever computes it computes every token of it.
+        all_of_it = request.source is None and request.sampling.prompt_logprobs is not None
+        if self._limits.prefix_cache and not all_of_it:
             run.digests = page_hashes(request.prompt, request.namespace)
         self._runs[run_id] = run
         self._waiting.append(run)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.config import WINDOW
 from wire.errors import GrammarFailed, NumericalError, PenumbraError
-from wire.types import PAGE_TOKENS, SamplingParams
+from wire.types import PAGE_TOKENS, PromptScores, SamplingParams
 
 if TYPE_CHECKING:
     from engine.sampler import Draws
@@ -48,6 +48,9 @@ class Segment:
     the draw before it agrees, and the first draw that does not ends the step. `guesses` more are wanted for the next
     step, as far as SWA pages are mapped for them.
 
+    `following` are the tokens behind each of `tokens`, as far as their log probabilities are asked for: the prompt's,
+    which are kept until its answer's first token is drawn.
+
     With `rebuild`, the sequence's full pages hold these tokens' compressed rows already and are only read: the step
     writes window rows and rings. What it computes is right from `rebuild_tokens` behind `start` on.
 
@@ -62,6 +65,7 @@ class Segment:
     sample: bool
     index: int = 0
     rebuild: bool = False
+    following: collections.abc.Sequence[int] = ()
     drafts: int = 0
     guesses: int = 0
     follows: int | None = None
@@ -77,6 +81,13 @@ def most_drafts(start: int, limit: int, room: int) -> int:
 def most_guesses(start: int, limit: int) -> int:
     """Guesses of use behind a step from `start` on, which brings a token; the last one is drawn, not drafted."""
     return max(0, limit - start - 2)
+
+
+def following(
+    prompt: collections.abc.Sequence[int], sampling: SamplingParams, start: int, end: int
+) -> collections.abc.Sequence[int]:
+    """Tokens behind each of [start, end) of a prompt, if its log probabilities are asked for."""
+    return () if sampling.prompt_logprobs is None else prompt[start + 1 : end + 1]
 
 
 def ends_of(sampling: SamplingParams, eos_token_id: int) -> frozenset[int]:
@@ -96,13 +107,14 @@ def rebuild_tokens(num_layers: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """A drawn token. `ok` is False when none could be drawn, because the logits were not finite or as `problem` says;
-    the token then means nothing.
+    """A drawn token; with an answer's first, what was asked about its prompt. `ok` is False when none could be drawn,
+    because the logits were not finite or as `problem` says; the token then means nothing.
     """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    prompt: PromptScores | None = None
     ok: bool = True
     problem: str = ""
 

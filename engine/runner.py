@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,13 +11,16 @@ from engine.batch import Chain, Drawn, Sampled, Segment, Sequence, StepMeta, Tab
 from engine.cache.pools import KvPools, PoolSizes, plan_sizes
 from engine.config import C4_RATIO, EngineConfig, KvLayout, ModelConfig
 from engine.constraint import Grammars
-from engine.kernels.sample import sample
+from engine.kernels.sample import sample, score
 from engine.model.deepseek_v4 import DeepseekV4
 from engine.model.mtp import DraftLayer
 from engine.model.weights import load_checkpoint
 from engine.sampler import Draws
 from wire.errors import ConfigError
 from wire.types import PAGE_TOKENS, SamplingParams
+
+SCORED_ROWS = 64
+"""Rows of logits made at once where a prompt's log probabilities are asked for: 32 MiB of a vocabulary of 129,280."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ class Runner:
         thread: it reads the sequences, and touches neither the pools nor the model.
         """
         for segment in batch:
-            if segment.sample:
+            if segment.sample or segment.following:
                 self._draws_of(segment.sequence)
         return Plan(batch, Tables.of(batch))
 
@@ -129,20 +132,40 @@ class Runner:
                     wanted.append(end - segment.drafts - 1 + i)
                     place, drafts = segment.start + committed + i, segment.tokens[committed : committed + i]
                     rows.append(self._draws_of(segment.sequence).row(place, segment.index + i, drafts))
-        if self.draft is None:
+        scoring = any(segment.following for segment in batch)
+        if self.draft is None and not scoring:
             logits = self.model.forward(token_ids, meta, torch.tensor(wanted, dtype=torch.int64), self.pools)
         else:
             streams = self.model.streams(token_ids, meta, self.pools)
             logits = self.model.read_out(streams[torch.tensor(wanted, dtype=torch.int64)])
+        if scoring:
+            self._score(batch, streams)
         drawn = iter(sample(logits.numpy(), rows))
-        tokens = [_agreed(s, [next(drawn) for _ in range(s.drafts + 1)]) if s.sample else () for s in batch]
+        tokens: list[tuple[Sampled, ...]] = [
+            _agreed(s, [next(drawn) for _ in range(s.drafts + 1)]) if s.sample else () for s in batch
+        ]
         for segment, agreed in zip(batch, tokens, strict=True):
             if segment.sample:
                 self._draws_of(segment.sequence).push([sampled.token_id for sampled in agreed if sampled.ok])
+        for b, segment in enumerate(batch):
+            if segment.sample and segment.index == 0 and segment.sequence.sampling.prompt_logprobs is not None:
+                first, *others = tokens[b]
+                tokens[b] = (replace(first, prompt=self._draws_of(segment.sequence).prompt_scores()), *others)
         guesses: list[tuple[int, ...]] = [()] * len(batch)
         if self.draft is not None:
             guesses = self._guess(self.draft, batch, tokens, streams, meta, tables)
         return [Drawn(t, g, s.drafts) for s, t, g in zip(batch, tokens, guesses, strict=True)]
+
+    def _score(self, batch: list[Segment], streams: Tensor) -> None:
+        """Log probabilities of prompts' tokens, a few rows of logits at a time; streams [T, 4, D] of the whole step."""
+        first = 0
+        for segment in batch:
+            draws, width = self._draws_of(segment.sequence), segment.sequence.sampling.prompt_logprobs or 0
+            for at in range(0, len(segment.following), SCORED_ROWS):
+                following = segment.following[at : at + SCORED_ROWS]
+                logits = self.model.read_out(streams[first + at : first + at + len(following)])
+                draws.scored(score(logits.numpy(), following, width))
+            first += len(segment.tokens)
 
     @torch.inference_mode()
     def _guess(

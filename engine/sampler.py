@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import collections.abc
 
-from engine.batch import Sequence
+from engine.batch import Sampled, Sequence
 from engine.constraint import Grammars
 from engine.kernels.sample import History, Row, needs_history
+from wire.types import PromptScores
 
 
 class Draws:
@@ -26,6 +27,7 @@ class Draws:
             # Only repetition looks at the prompt.
             self._history = History(sequence.prompt if params.repetition_penalty != 1 else ())
         self._follower = grammars.follow(params.grammar) if params.grammar else None
+        self._scores: list[Sampled] = []
         self.push(sequence.answer)
 
     def push(self, tokens: collections.abc.Sequence[int]) -> None:
@@ -34,6 +36,20 @@ class Draws:
             self._history.push(tokens)
         if self._follower is not None:
             self._follower.push(tokens)
+
+    def scored(self, tokens: collections.abc.Sequence[Sampled]) -> None:
+        """Log probabilities of these tokens of the prompt, which come next in it."""
+        self._scores += tokens
+
+    def prompt_scores(self) -> PromptScores | None:
+        """Of the whole prompt, if they were asked for."""
+        if self._params.prompt_logprobs is None:
+            return None
+        return PromptScores(
+            logprobs=tuple(token.logprob for token in self._scores),
+            top_ids=tuple(token_id for token in self._scores for token_id, _ in token.top),
+            top_logprobs=tuple(logprob for token in self._scores for _, logprob in token.top),
+        )
 
     def row(self, position: int, index: int, drafts: collections.abc.Sequence[int] = ()) -> Row:
         """For the draw of the answer's token `index`, at `position`, after the answer so far and `drafts`."""

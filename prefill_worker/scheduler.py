@@ -16,7 +16,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from itertools import islice
 
-from engine.batch import Sampled, Segment, Sequence, not_drawn, rebuild_tokens
+from engine.batch import Sampled, Segment, Sequence, following, not_drawn, rebuild_tokens
 from engine.cache.shadow_radix import Lease, Match, ShadowRadix
 from engine.loop import Load, StepFailed, Tick
 from engine.pace import Pace
@@ -254,7 +254,14 @@ class PrefillCore:
             self._window.cover(sequence, start, end)
             tokens = list(run.request.prompt[start:end])
             last = end == run.total
-            segment = Segment(sequence=sequence, start=start, tokens=tokens, sample=last, rebuild=rebuild)
+            segment = Segment(
+                sequence=sequence,
+                start=start,
+                tokens=tokens,
+                sample=last,
+                rebuild=rebuild,
+                following=following(run.request.prompt, run.request.sampling, start, end),
+            )
             self._batch.append((run, segment))
             coming.update(run.digests[start // PAGE_TOKENS : end // PAGE_TOKENS])
             self._computing.remove(run)
@@ -289,7 +296,9 @@ class PrefillCore:
                 continue
             self._share(run)
             self._rest(run)
-            first = TokenEvent(index=0, token_id=result.token_id, logprob=result.logprob, top=result.top)
+            first = TokenEvent(
+                index=0, token_id=result.token_id, logprob=result.logprob, top=result.top, prompt=result.prompt
+            )
             groups, tail = offers.last(first, run.cached_tokens)
             actions.append(Offered(run.id, groups, tail))
             actions.append(Ended(run.id, RunFinished(prompt_tokens=run.total, cached_tokens=run.cached_tokens)))
@@ -326,7 +335,9 @@ class PrefillCore:
             return [_failed(run_id, error)]
         if (known := self._known(request)) is not None:
             return self._again(known, request)
-        digests = page_hashes(request.prompt, request.namespace) if self._limits.prefix_cache else []
+        # Where log probabilities of the prompt are asked for, every token of it has to be computed.
+        cached = self._limits.prefix_cache and request.sampling.prompt_logprobs is None
+        digests = page_hashes(request.prompt, request.namespace) if cached else []
         run = _Run(run_id, request, now_s + self._limits.queue_timeout_s, digests)
         self._runs[run_id] = run
         self._waiting.append(run)

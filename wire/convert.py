@@ -33,6 +33,7 @@ from wire.types import (
     PrefillTimes,
     ProbeReply,
     Progress,
+    PromptScores,
     Region,
     RegionClass,
     Replaying,
@@ -136,6 +137,7 @@ def sampling_to_wire(sampling: SamplingParams) -> worker_pb2.Sampling:
         logit_bias=[worker_pb2.LogitBias(id=token_id, bias=bias) for token_id, bias in sampling.logit_bias],
         min_tokens=sampling.min_tokens,
         grammar=sampling.grammar,
+        prompt_logprobs=sampling.prompt_logprobs,
     )
 
 
@@ -155,8 +157,9 @@ def sampling_from_wire(message: worker_pb2.Sampling) -> SamplingParams:
         _refuse("repetition_penalty", f"must be above 0, got {message.repetition_penalty}")
     if not all(math.isfinite(entry.bias) for entry in message.logit_bias):
         _refuse("logit_bias", "holds a value that is not finite")
-    if message.top_logprobs > MAX_TOP_LOGPROBS:
-        _refuse("top_logprobs", f"must be at most {MAX_TOP_LOGPROBS}, got {message.top_logprobs}")
+    for name in ("top_logprobs", "prompt_logprobs"):
+        if getattr(message, name) > MAX_TOP_LOGPROBS:
+            _refuse(name, f"must be at most {MAX_TOP_LOGPROBS}, got {getattr(message, name)}")
     if len(message.grammar) > MAX_GRAMMAR_CHARS:
         _refuse("grammar", f"must be at most {MAX_GRAMMAR_CHARS} characters, got {len(message.grammar)}")
     return SamplingParams(
@@ -177,6 +180,7 @@ def sampling_from_wire(message: worker_pb2.Sampling) -> SamplingParams:
         logit_bias=tuple((entry.id, entry.bias) for entry in message.logit_bias),
         min_tokens=message.min_tokens,
         grammar=message.grammar,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
     )
 
 
@@ -198,6 +202,11 @@ def token_to_wire(token: TokenEvent) -> kv_pb2.Token:
         id=token.token_id,
         logprob=token.logprob,
         top=[kv_pb2.TopLogprob(id=token_id, logprob=logprob) for token_id, logprob in token.top],
+        prompt=None
+        if token.prompt is None
+        else kv_pb2.PromptScores(
+            logprobs=token.prompt.logprobs, top_ids=token.prompt.top_ids, top_logprobs=token.prompt.top_logprobs
+        ),
     )
 
 
@@ -206,7 +215,21 @@ def token_from_wire(message: kv_pb2.Token) -> TokenEvent:
     logprob, top = message.logprob, tuple([(entry.id, entry.logprob) for entry in message.top])
     if math.isnan(logprob) or (top and any(math.isnan(other) for _, other in top)):
         _refuse("logprob", f"token {message.index} carries NaN")
-    return TokenEvent(index=message.index, token_id=message.id, logprob=logprob, top=top)
+    prompt = _prompt_scores(message.prompt) if message.HasField("prompt") else None
+    return TokenEvent(index=message.index, token_id=message.id, logprob=logprob, top=top, prompt=prompt)
+
+
+def _prompt_scores(message: kv_pb2.PromptScores) -> PromptScores:
+    scores = PromptScores(
+        logprobs=tuple(message.logprobs),
+        top_ids=tuple(message.top_ids),
+        top_logprobs=tuple(message.top_logprobs),
+    )
+    if any(math.isnan(logprob) for logprob in (*scores.logprobs, *scores.top_logprobs)):
+        _refuse("prompt", "carries a log probability that is NaN")
+    if len(scores.top_ids) != len(scores.top_logprobs) or len(scores.top_ids) % max(1, len(scores.logprobs)):
+        _refuse("prompt", "carries unequally many alternatives for its tokens")
+    return scores
 
 
 # Pages

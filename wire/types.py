@@ -68,6 +68,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     grammar: str = field(default="", repr=False)  # llguidance grammar the answer must follow; empty: none
+    prompt_logprobs: int | None = None  # alternatives for each token of the prompt; None: not even its log probability
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +176,24 @@ class PageGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PromptScores:
+    """Log probabilities of a prompt's tokens from the second on: the model's own, whatever the sampling options.
+
+    Flat, since there may be many: as many alternatives stand beside each, the most likely first.
+    """
+
+    logprobs: tuple[float, ...] = field(repr=False)
+    top_ids: tuple[int, ...] = field(default=(), repr=False)
+    top_logprobs: tuple[float, ...] = field(default=(), repr=False)
+
+    def top(self, n: int) -> tuple[tuple[int, float], ...]:
+        """(id, logprob) of the alternatives beside the n-th of `logprobs`."""
+        width = len(self.top_ids) // len(self.logprobs)
+        part = slice(n * width, (n + 1) * width)
+        return tuple(zip(self.top_ids[part], self.top_logprobs[part], strict=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenEvent:
     """One generated token. `index` 0 is the first; `top` holds (id, logprob), most likely first."""
 
@@ -182,6 +201,7 @@ class TokenEvent:
     token_id: int
     logprob: float = 0.0
     top: tuple[tuple[int, float], ...] = ()
+    prompt: PromptScores | None = None  # with the first, if they were asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

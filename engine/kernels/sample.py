@@ -25,7 +25,7 @@ S rows, V tokens in the vocabulary, K candidates.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -343,22 +343,26 @@ def _gumbel(keys: NDArray[np.uint64], ids: Ids) -> F64:
 # Log probabilities
 
 
-def _with_logprobs(logits: NDArray[np.float32], rows: list[Row], chosen: Ids) -> list[Sampled]:
+def score(logits: NDArray[np.float32], tokens: Sequence[int], width: int) -> list[Sampled]:
+    """Log probabilities of these tokens, one for each row of logits [S, V], and of the `width` most likely ones."""
     scores = logits.astype(np.float64)
     shifted = scores - scores.max(axis=-1, keepdims=True)
     logprobs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    width = min(max(row.params.top_logprobs for row in rows), logits.shape[-1])
-    tops: list[tuple[tuple[int, float], ...]] = [()] * len(rows)
+    width = min(width, logits.shape[-1])
+    tops: list[tuple[tuple[int, float], ...]] = [()] * len(tokens)
     if width:
         # By logit, as ranks of equal logits must not depend on how a logarithm rounds.
         ids = _most_likely(scores, width)
         values = np.take_along_axis(logprobs, ids, axis=-1).astype(np.float32)
-        tops = [
-            tuple(zip(ids[i, : row.params.top_logprobs].tolist(), values[i].tolist(), strict=False))
-            for i, row in enumerate(rows)
-        ]
+        tops = [tuple(zip(ids[i].tolist(), values[i].tolist(), strict=True)) for i in range(len(tokens))]
+    chosen = np.array(tokens, dtype=np.int64)
     own = np.take_along_axis(logprobs, chosen[:, None], axis=-1)[:, 0].astype(np.float32)
     return [
         Sampled(token_id=int(token), logprob=float(logprob), top=top)
         for token, logprob, top in zip(chosen, own, tops, strict=True)
     ]
+
+
+def _with_logprobs(logits: NDArray[np.float32], rows: list[Row], chosen: Ids) -> list[Sampled]:
+    scored = score(logits, chosen.tolist(), max(row.params.top_logprobs for row in rows))
+    return [replace(one, top=one.top[: row.params.top_logprobs]) for one, row in zip(scored, rows, strict=True)]

@@ -14,7 +14,10 @@ from router.intake import Intake, Prepared, fit
 from router.schema import MAX_TOP_LOGPROBS, TOKEN_IDS, Choices, only, parse_body, token_ids
 from router.text import Vocabulary, draw_seed
 from wire.errors import InvalidRequest
-from wire.types import FinishReason, SamplingParams, TokenEvent
+from wire.types import FinishReason, PromptScores, SamplingParams, TokenEvent
+
+MAX_SCORED_TOKENS = 4096
+"""The longest prompt whose log probabilities are told: with 20 alternatives each they are many times its size."""
 
 DEFAULT_MAX_TOKENS = 16
 """What OpenAI generates for a completion that does not say."""
@@ -25,8 +28,9 @@ class CompletionBody(Choices):
     prompt: Any = Field(json_schema_extra={"anyOf": [{"type": "string", "minLength": 1}, TOKEN_IDS]})
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     add_special_tokens: bool = True
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    echo: bool | None = None
     best_of: Annotated[int | None, *only(1)] = None
-    echo: Annotated[bool | None, *only(False)] = None
     suffix: Annotated[str | None, *only("")] = None
 
 
@@ -58,6 +62,14 @@ def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
         intake.check_length(len(prompt), context)
         prompt = tuple(text.encode(prompt, add_special_tokens=body.add_special_tokens))
     max_tokens = fit(len(prompt), body.max_tokens, context, default=DEFAULT_MAX_TOKENS)
+    # Echoed tokens are told like the answer's own.
+    asked = body.logprobs if body.echo and body.prompt_logprobs is None else body.prompt_logprobs
+    if asked is not None and len(prompt) > MAX_SCORED_TOKENS:
+        raise InvalidRequest(
+            f"Log probabilities are told of prompts of at most {MAX_SCORED_TOKENS} tokens, and this one has "
+            f"{len(prompt)}. Shorten it, or leave out prompt_logprobs, and echo with logprobs.",
+            param="prompt_logprobs" if body.prompt_logprobs is not None else "echo",
+        )
     sampling = SamplingParams(
         **body.options(vocab_size, max_tokens),
         seed=draw_seed() if body.seed is None else body.seed,
@@ -65,7 +77,9 @@ def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
         top_p=1.0 if body.top_p is None else body.top_p,
         logprobs=body.logprobs is not None,
         top_logprobs=body.logprobs or 0,
+        prompt_logprobs=asked,
     )
+    tell_prompt = body.prompt_logprobs is not None
     requests = intake.requests(prompt, sampling, cache_salt=body.cache_salt, n=body.n)
     header = Header(
         created=intake.created,
@@ -76,7 +90,17 @@ def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
     )
     return Prepared(
         choices=tuple(
-            (request, Completion(replace(header, choice=i), sampling, body.stop or (), text.vocabulary))
+            (
+                request,
+                Completion(
+                    replace(header, choice=i),
+                    sampling,
+                    body.stop or (),
+                    text.vocabulary,
+                    echo=bool(body.echo),
+                    tell_prompt=tell_prompt,
+                ),
+            )
             for i, request in enumerate(requests)
         ),
         stream=bool(body.stream),
@@ -118,8 +142,21 @@ def _overlap(text: str, stop: str) -> int:
 class Completion:
     """An Answer of /v1/completions: exactly the text of the tokens, special tokens left out."""
 
-    def __init__(self, header: Header, sampling: SamplingParams, stop: Sequence[str], vocabulary: Vocabulary) -> None:
+    def __init__(
+        self,
+        header: Header,
+        sampling: SamplingParams,
+        stop: Sequence[str],
+        vocabulary: Vocabulary,
+        *,
+        echo: bool = False,
+        tell_prompt: bool = False,
+    ) -> None:
+        """With `echo` the answer begins with the prompt; `tell_prompt` tells its log probabilities beside it."""
         self._header = header
+        self._echo = echo
+        self._tell_prompt = tell_prompt
+        self._prompt_scores: PromptScores | None = None
         self._logprobs = sampling.logprobs
         self._vocabulary = vocabulary
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -137,9 +174,14 @@ class Completion:
 
     def push(self, tokens: Sequence[TokenEvent]) -> list[Json]:
         certain = ""
+        if not self._tokens and tokens:
+            self._prompt_scores = tokens[0].prompt
+            if self._echo:
+                said = [self._vocabulary.bytes_of(i) for i in self._header.prompt_ids if not self._is_special(i)]
+                certain = b"".join(said).decode(errors="replace")
         for token in tokens:
             self._tokens.append(token)
-            raw = b"" if token.token_id in self._vocabulary.specials else self._vocabulary.bytes_of(token.token_id)
+            raw = b"" if self._is_special(token.token_id) else self._vocabulary.bytes_of(token.token_id)
             text, self.stopped = self._stop.push(self._decoder.decode(raw))
             certain += text
             if self.stopped:
@@ -148,6 +190,9 @@ class Completion:
         if not certain and not self._header.return_token_ids and not self._logprobs:
             return []
         return [self._chunk(certain)]
+
+    def _is_special(self, token_id: int) -> bool:
+        return token_id in self._vocabulary.specials
 
     def close(self, reason: FinishReason, usage: Usage) -> list[Json]:
         rest = ""
@@ -171,25 +216,55 @@ class Completion:
         choice: Json = {
             "index": self._header.choice,
             "text": text,
-            "logprobs": self._logprobs_of(self._tokens[first:]) if self._logprobs else None,
+            "logprobs": self._logprobs_of(first) if self._logprobs else None,
             "finish_reason": self._reason,
         }
+        if self._tell_prompt and first == 0 and self._tokens:
+            choice["prompt_logprobs"] = self._of_prompt()
         if self._header.return_token_ids:
             choice["token_ids"] = [token.token_id for token in self._tokens[first:]]
             if first == 0:
                 choice["prompt_token_ids"] = self._header.prompt_ids
         return choice
 
-    def _logprobs_of(self, tokens: Sequence[TokenEvent]) -> Json:
-        names = [self._vocabulary.name_of(token.token_id) for token in tokens]
+    def _prompt_tokens(self) -> list[TokenEvent]:
+        """The prompt's tokens from the second on, told like the answer's. Nothing comes before the first."""
+        scores, ids = self._prompt_scores, self._header.prompt_ids
+        if scores is None or len(scores.logprobs) != len(ids) - 1:
+            return []
+        return [
+            TokenEvent(index=0, token_id=token_id, logprob=scores.logprobs[n], top=scores.top(n))
+            for n, token_id in enumerate(ids[1:])
+        ]
+
+    def _of_prompt(self) -> list[Json | None]:
+        """For each token of the prompt its log probability and those of the alternatives, by id; null for the first."""
+        told: list[Json | None] = [None]
+        for token in self._prompt_tokens():
+            entries = dict(token.top) | {token.token_id: token.logprob}
+            told.append(
+                {
+                    str(token_id): {"logprob": logprob, "decoded_token": self._vocabulary.name_of(token_id)}
+                    for token_id, logprob in entries.items()
+                }
+            )
+        return told
+
+    def _logprobs_of(self, first: int) -> Json:
+        tokens = self._tokens[first:]
+        begin = []
+        if self._echo and first == 0 and tokens:
+            begin = [self._header.prompt_ids[0]]
+            tokens = [*self._prompt_tokens(), *tokens]
+        names = [self._vocabulary.name_of(token_id) for token_id in (*begin, *(token.token_id for token in tokens))]
         offsets = []
         for name in names:
             offsets.append(self._name_offset)
             self._name_offset += len(name)
         return {
             "tokens": names,
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [self._top(token) for token in tokens],
+            "token_logprobs": [*(None for _ in begin), *(token.logprob for token in tokens)],
+            "top_logprobs": [*(None for _ in begin), *(self._top(token) for token in tokens)],
             "text_offset": offsets,
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from wire.types import (
     PageOffer,
     PrefillTimes,
     Progress,
+    PromptScores,
     Region,
     RegionClass,
     RunFinished,
@@ -50,8 +52,21 @@ secrets = st.binary(min_size=16, max_size=16)
 logprobs = st.floats(allow_nan=False, width=32)
 pages = st.integers(0, 2**40).map(lambda n: n * PAGE_TOKENS)
 
+scores = st.integers(0, 5).flatmap(
+    lambda n: st.builds(
+        PromptScores,
+        logprobs=st.tuples(*[logprobs] * n),
+        top_ids=st.tuples(*[u32] * 2 * n),
+        top_logprobs=st.tuples(*[logprobs] * 2 * n),
+    )
+)
 tokens = st.builds(
-    TokenEvent, index=u32, token_id=u32, logprob=logprobs, top=st.lists(st.tuples(u32, logprobs)).map(tuple)
+    TokenEvent,
+    index=u32,
+    token_id=u32,
+    logprob=logprobs,
+    top=st.lists(st.tuples(u32, logprobs)).map(tuple),
+    prompt=st.none() | scores,
 )
 sampling = st.builds(
     SamplingParams,
@@ -70,6 +85,7 @@ sampling = st.builds(
     grammar=st.text(max_size=50),
     logprobs=st.booleans(),
     top_logprobs=st.integers(0, 20),
+    prompt_logprobs=st.none() | st.integers(0, 20),
     stop_token_ids=st.lists(u32).map(tuple),
     ignore_eos=st.booleans(),
 )
@@ -180,9 +196,7 @@ start_events = st.one_of(
         lambda attempt, batch, times: Tokens(
             attempt=attempt,
             times=times,
-            tokens=tuple(
-                TokenEvent(index=i, token_id=t.token_id, logprob=t.logprob, top=t.top) for i, t in enumerate(batch)
-            ),
+            tokens=tuple(replace(t, index=i) for i, t in enumerate(batch)),
         ),
         u32,
         st.lists(tokens, min_size=1, max_size=4),
@@ -266,6 +280,7 @@ def good_start() -> worker_pb2.StartRequest:
         (lambda m: m.sampling.logit_bias.add(id=1, bias=float("nan")), "logit_bias"),
         (lambda m: setattr(m.sampling, "grammar", "a" * (256 * 1024 + 1)), "grammar"),
         (lambda m: setattr(m.sampling, "top_logprobs", 21), "top_logprobs"),
+        (lambda m: setattr(m.sampling, "prompt_logprobs", 21), "prompt_logprobs"),
         (lambda m: setattr(m.source, "worker_id", "Prefill:0"), "worker_id"),
         (lambda m: setattr(m.source, "address", ""), "address"),
         (lambda m: setattr(m.resume, "tokens", b"\x01"), "resume"),
