@@ -121,6 +121,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._memory = memory
         self._publish_prefixes = publish
         self._metrics = metrics
+        metrics.introduce(worker_id, Role.DECODE, model)
         self._loop = asyncio.get_running_loop()
         self._engine: EngineLoop[DecodeEvent, DecodeAction] = EngineLoop(
             core,
@@ -328,6 +329,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         if result.ok:
             self._metrics.transfer_bytes.inc(result.num_bytes)
             self._metrics.transfer_time.observe(result.seconds)
+            if result.num_bytes and result.seconds:
+                self._metrics.transfer_speed.observe(result.num_bytes / result.seconds / 1e9)
             self._reads.add(result.num_bytes, result.seconds)
         else:
             self._metrics.transfer_failures.labels(result.error.code if result.error else "unknown").inc()
@@ -448,6 +451,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
     def _publish(self) -> None:
         load, metrics = self._engine.load, self._metrics
         metrics.running.set(load.running)
+        metrics.reading_bytes.set(self._links.reading_bytes)
         metrics.waiting.set(load.waiting)
         metrics.quarantined.inc(load.quarantined_total - self._quarantined_total)
         self._quarantined_total = load.quarantined_total

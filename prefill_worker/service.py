@@ -125,6 +125,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
         self._max_context = max_context
         self._publish_prefixes = publish
         self._metrics = metrics
+        metrics.introduce(card.worker_id, Role.PREFILL, model)
         self._table = ClaimTable(card, ClaimLimits(held_bytes=held_bytes))
         self._loop = asyncio.get_running_loop()
         self._engine: EngineLoop[PrefillEvent, PrefillAction] = EngineLoop(

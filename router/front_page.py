@@ -44,7 +44,16 @@ SECURITY: Mapping[str, str] = {
 class FrontPage:
     """The routes of the page, and the ticks of its board while anybody looks."""
 
-    def __init__(self, board: Board, fleet: Fleet, mirror: PrefixMirror, admission: Admission, router: Json) -> None:
+    def __init__(
+        self,
+        board: Board,
+        fleet: Fleet,
+        mirror: PrefixMirror,
+        admission: Admission,
+        router: Json,
+        on_viewers: Callable[[int], None] = lambda num_viewers: None,
+    ) -> None:
+        self._on_viewers = on_viewers
         self._board = board
         self._fleet = fleet
         self._mirror = mirror
@@ -113,11 +122,13 @@ class FrontPage:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         self._viewers += 1
+        self._on_viewers(self._viewers)
         self._watched.set()
         try:
             yield
         finally:
             self._viewers -= 1
+            self._on_viewers(self._viewers)
             if not self._viewers:
                 self._watched.clear()
 

@@ -154,6 +154,7 @@ class Generation(Response):
         finally:
             self._end_span(scope["state"])
         if scope["state"].get("client_gone"):
+            self._serving.metrics.disconnected.inc()
             self._log("request_cancelled")
 
     async def _hand_over(self, work: asyncio.Task[None], keep_s: int) -> None:
@@ -181,6 +182,7 @@ class Generation(Response):
             await self._relay(send)
         except _ClientGone:
             self._failure = asyncio.CancelledError()
+            self._serving.metrics.disconnected.inc()
             self._log("request_cancelled", reason="the client stopped reading")
         except PenumbraError as error:
             await self._fail(send, error)
@@ -293,6 +295,7 @@ class Generation(Response):
         reason = FinishReason.STOP if finished is None else finished.reason
         last = answer.close(reason, usage)
         serving.metrics.cached_tokens.inc(usage.cached_tokens)
+        self._count(choice, usage, reason)
         placed = tokens.placement
         self._log(
             "request_done",
@@ -307,6 +310,15 @@ class Generation(Response):
         )
         if prepared.stream and last:
             await self._send_events(send, last)
+
+    def _count(self, choice: _Choice, usage: Usage, reason: FinishReason) -> None:
+        """An answer came to its end."""
+        metrics, line = self._serving.metrics, choice.timeline
+        metrics.success.labels(reason.value).inc()
+        metrics.request_prompt_tokens.observe(usage.prompt_tokens)
+        metrics.request_generation_tokens.observe(usage.completion_tokens)
+        if line.first_token is not None and line.last_token is not None and usage.completion_tokens > 1:
+            metrics.tpot.observe((line.last_token - line.first_token) / (usage.completion_tokens - 1))
 
     def _measure(self, choice: _Choice, batch: tuple[TokenEvent, ...]) -> bool:
         """Whether these are the first tokens."""

@@ -48,7 +48,7 @@ from router.protocols import chat, completions, messages, responses, tokenize
 from router.quota import Quotas, Stay
 from router.relay import RelayLimits
 from router.replicas import Replicas
-from router.status import Status, running_version
+from router.status import Status
 from router.streams import (
     Context,
     Idempotency,
@@ -63,7 +63,7 @@ from router.tenants import Keyring, Tenant
 from router.text import Text
 from router.timeline import Timeline
 from wire.errors import BodyTooLarge, InvalidRequest, PenumbraError
-from wire.telemetry import RouterMetrics
+from wire.telemetry import RouterMetrics, running_version
 from wire.tracing import TRACEPARENT, Tracer
 
 REQUEST_ID_HEADERS = (b"x-request-id", b"x-correlation-id", b"x-trace-id", b"request-id")
@@ -131,7 +131,7 @@ class Front:
         )
         self._status = Status(self._intake, self.admission, fleet, mirror, metrics, registry)
         about = {"router_id": config.router_id, "models": list(config.model_names)}
-        self.page = FrontPage(Board(requests), fleet, mirror, self.admission, about)
+        self.page = FrontPage(Board(requests), fleet, mirror, self.admission, about, metrics.viewers.set)
         routes = self._routes()
         self.app = _Door(self._guarded(routes, config.host), metrics)
         self.admin_app = _Door(self._guarded(routes, config.admin_host, admin=True), metrics)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -20,7 +19,7 @@ from router.fleet import Fleet, WorkerView
 from router.intake import Intake
 from router.mirror import PrefixMirror
 from router.placement import choose, pair_states
-from wire.telemetry import RouterMetrics
+from wire.telemetry import RouterMetrics, running_version
 
 
 class Status:
@@ -101,6 +100,9 @@ class Status:
         fleet = self._fleet.snapshot()
         for role, views in (("prefill", fleet.prefill), ("decode", fleet.decode)):
             self._metrics.workers.labels(role).set(sum(view.usable for view in views))
+        self._metrics.worker_health.clear()  # nobody asks after workers that are gone
+        for view in (*fleet.prefill, *fleet.decode):
+            self._metrics.worker_health.labels(view.info.worker_id, str(view.info.role)).set(view.usable)
         self._metrics.registry_stale.set(fleet.registry_stale_s)
         self._metrics.mirror_pages.clear()  # nobody sums up workers that are gone
         for worker_id, num_pages in self._mirror.num_pages().items():
@@ -109,13 +111,6 @@ class Status:
 
     async def _version(self, _: Request) -> Response:
         return json_response({"version": running_version()})
-
-
-def running_version() -> str:
-    try:
-        return version("penumbra")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _worker_card(view: WorkerView) -> Json:

@@ -12,6 +12,7 @@ import logging
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 
 import structlog
 import uvicorn
@@ -21,6 +22,7 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    ProcessCollector,
     generate_latest,
 )
 from starlette.applications import Starlette
@@ -29,7 +31,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from wire.errors import ConfigError
-from wire.types import PageClass
+from wire.types import PageClass, Role
 
 # A prompt of a million tokens may wait minutes for its first token; the edges tell 146 s from 202 s.
 TTFT_BUCKETS_S = (
@@ -41,6 +43,8 @@ ITL_BUCKETS_S = (
     *(0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 600),
 )
 STAGE_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, *TTFT_BUCKETS_S)
+TOKEN_BUCKETS = (16, 64, 256, 1024, 4096, 16_384, 65_536, 131_072, 262_144, 524_288, 1_048_576)
+SPEED_BUCKETS_GB_S = (0.01, 0.03, 0.1, 0.3, 1, 2, 3, 5, 8, 12, 20, 30, 50, 100, 200, 400)
 TRANSFER_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 PAGE_STATES = ("free", "used", "cached", "quarantined")
@@ -99,6 +103,22 @@ def configure_logging(service: str, worker_id: str = "", level: str = "info", js
 # Metrics
 
 
+def running_version() -> str:
+    """Of the installed distribution; "unknown" when it runs out of a checkout."""
+    try:
+        return version("penumbra")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _count_process(registry: CollectorRegistry) -> None:
+    """What every process tells of itself: version, memory, CPU time, open files, tasks."""
+    build = Gauge("penumbra_build_info", "Always 1; which version this is", ["version"], registry=registry)
+    build.labels(running_version()).set(1)
+    ProcessCollector(registry=registry)
+    _count_tasks(registry)
+
+
 def _count_tasks(registry: CollectorRegistry) -> None:
     """Show how many asyncio tasks live; counted where the metrics are read, which is on the loop they belong to."""
     tasks = Gauge("penumbra_asyncio_tasks", "Tasks of the event loop that answers this", registry=registry)
@@ -113,10 +133,41 @@ def _tasks_now() -> float:
 
 
 class RouterMetrics:
-    """What the router measures: every time is as its client sees it."""
+    """What the router measures: every time is as its client sees it.
+
+    Labels are bounded: routes and error codes are ours, statuses and reasons few, and series of a worker go with it.
+    """
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        _count_tasks(registry)
+        _count_process(registry)
+        self.success = Counter(
+            "penumbra_request_success_total",
+            "Answers that came to their end, by why",
+            ["finished_reason"],
+            registry=registry,
+        )
+        self.disconnected = Counter(
+            "penumbra_disconnected_clients_total", "Clients that left before their answer's end", registry=registry
+        )
+        self.tpot = Histogram(
+            "penumbra_request_time_per_output_token_seconds",
+            "Mean time per token after the first, of each answer",
+            buckets=ITL_BUCKETS_S,
+            registry=registry,
+        )
+        self.request_prompt_tokens = Histogram(
+            "penumbra_request_prompt_tokens", "Prompt tokens of a request", buckets=TOKEN_BUCKETS, registry=registry
+        )
+        self.request_generation_tokens = Histogram(
+            "penumbra_request_generation_tokens", "Tokens of an answer", buckets=TOKEN_BUCKETS, registry=registry
+        )
+        self.worker_health = Gauge(
+            "penumbra_worker_health",
+            "Whether a known worker takes requests, as this router sees it",
+            ["worker_id", "role"],
+            registry=registry,
+        )
+        self.viewers = Gauge("penumbra_page_viewers", "Front pages that follow this router", registry=registry)
         self.requests = Counter(
             "penumbra_http_requests_total",
             "HTTP requests by route and status",
@@ -205,7 +256,22 @@ class WorkerMetrics:
     """What a worker measures, of either role."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        _count_tasks(registry)
+        _count_process(registry)
+        self._info = Gauge(
+            "penumbra_worker_info",
+            "Always 1; who answers here, to join with its other series",
+            ["worker_id", "role", "model"],
+            registry=registry,
+        )
+        self.transfer_speed = Histogram(
+            "penumbra_kv_transfer_speed_gb_s",
+            "GB/s of one read job, verification included",
+            buckets=SPEED_BUCKETS_GB_S,
+            registry=registry,
+        )
+        self.reading_bytes = Gauge(
+            "penumbra_kv_transfer_reading_bytes", "Page bytes of reads that have not ended", registry=registry
+        )
         self.running = Gauge("penumbra_num_requests_running", "Requests in the current batch", registry=registry)
         self.waiting = Gauge("penumbra_num_requests_waiting", "Requests not yet computed on", registry=registry)
         self.kv_cache_usage = Gauge(
@@ -282,6 +348,10 @@ class WorkerMetrics:
         self.claims = Gauge("penumbra_claims", "Claims that pin pages here", registry=registry)
         self.prompt_tokens = Counter("penumbra_prompt_tokens_total", "Prompt tokens computed", registry=registry)
         self.generation_tokens = Counter("penumbra_generation_tokens_total", "Tokens generated", registry=registry)
+
+    def introduce(self, worker_id: str, role: Role, model: str) -> None:
+        """Say once whose metrics these are. `model` is the checkpoint's fingerprint."""
+        self._info.labels(worker_id, str(role), model[:16]).set(1)
 
     def set_pages(self, page_class: PageClass, *, free: int, used: int, quarantined: int, cached: int = 0) -> None:
         """Publish one pool's page counts, and the usage when it is the full pool."""
