@@ -41,13 +41,12 @@ def test_a_conversation_streams_and_shows_where_its_time_went(browser: Browser, 
         shoot(page, "cluster")
 
 
-def test_an_answer_is_stopped_with_escape_and_the_request_ends_with_it(browser: Browser, cluster: LocalCluster) -> None:
+def test_a_long_prompt_shows_its_progress_and_ends_at_once_with_escape(browser: Browser, cluster: LocalCluster) -> None:
     with opened(browser, cluster.url) as page:
-        page.locator("#options summary").click()
-        page.fill("#max-tokens", "3000")
-        page.fill("#message", "Go on for a while.")
+        # A prompt that takes seconds to compute: it is still far from done when its first progress shows.
+        page.fill("#message", "It was a dark and stormy night. " * 800)
         page.keyboard.press("Enter")
-        expect(page.locator(".said.assistant .text")).not_to_be_empty(timeout=WAIT_MS)
+        expect(page.locator(".said.assistant .facts")).to_contain_text(re.compile(r"prompt \d+% of"), timeout=WAIT_MS)
         page.keyboard.press("Escape")
         expect(page.locator(".said.assistant")).to_contain_text("Stopped.")
         expect(page.locator("#send")).to_have_text("Send")

@@ -1,4 +1,4 @@
-"""Dashboards and alert rules parse, and alerts fire when they should. That their metrics exist says a cluster's test."""
+"""Dashboards and alert rules parse, and alerts fire when they should. A cluster's test says that their metrics exist."""
 
 from __future__ import annotations
 
