@@ -1,4 +1,4 @@
-"""Dashboards and alert rules parse, and alerts fire when they should. A cluster's test says that their metrics exist."""
+"""Dashboards and alert rules parse, and alerts fire when they should. A cluster's test says that all metrics exist."""
 
 from __future__ import annotations
 
