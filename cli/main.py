@@ -675,6 +675,18 @@ def bench_sampling(
     return 0
 
 
+@bench_app.command("health")
+def bench_health(
+    tokens: Annotated[int, flag("tokens", "Tokens of each prompt.", min=1)] = 900_000,
+    config: ConfigFile = None,
+) -> int:
+    """What health costs while ten long prompts are being tokenized."""
+    from bench.health import run
+
+    run(tokens)
+    return 0
+
+
 @bench_app.command("prefix")
 def bench_prefix(
     tokens: Annotated[int, flag("tokens", "Tokens of the prompt.", min=256)] = 900_000,
