@@ -2,8 +2,7 @@
 
 Run as a process of its own: `python -m bench.fixed_delay grpc REDIS_URL` plays one prefill and one decode worker,
 `python -m bench.fixed_delay http` an OpenAI-style server. Either prints its address once it answers. How long it takes
-a request says itself, by its seed: `milliseconds * 1,000 + gap`, where the gap is between two tokens in milliseconds,
-and 0 means that each token goes out as soon as the one before it has.
+a request says itself, by its seed; see `Pace`.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,10 +31,36 @@ ROOM_TOKENS = 1 << 40
 """No request waits for room: the router in front is measured, not its queue."""
 
 
-def _timing(seed: int) -> tuple[float, float]:
-    """(seconds to the first token, seconds between two)."""
-    delay_ms, gap_ms = divmod(seed, 1_000)
-    return delay_ms / 1e3, gap_ms / 1e3
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """When the tokens of an answer are ready: `burst` of them after `delay_ms`, as many again each `gap_ms`."""
+
+    delay_ms: int
+    burst: int = 1
+    gap_ms: int = 0
+
+    @property
+    def seed(self) -> int:
+        return (self.delay_ms * 1_000 + self.burst) * 1_000 + self.gap_ms
+
+    @classmethod
+    def of(cls, seed: int) -> Pace:
+        rest, gap_ms = divmod(seed, 1_000)
+        delay_ms, burst = divmod(rest, 1_000)
+        return cls(delay_ms=delay_ms, burst=burst, gap_ms=gap_ms)
+
+    async def ready(self, count: int) -> AsyncIterator[range]:
+        """Indices of the tokens that are ready together. Who is late finds several bursts, as on a real worker."""
+        loop = asyncio.get_running_loop()
+        began, sent = loop.time() + self.delay_ms / 1e3, 0
+        while sent < count:
+            due = began + sent // self.burst * self.gap_ms / 1e3
+            if (wait := due - loop.time()) > 0:
+                await asyncio.sleep(wait)
+            bursts = 1 + int((loop.time() - began) * 1e3 / self.gap_ms) if self.gap_ms else 1 + sent // self.burst
+            upto = min(count, max(sent + 1, bursts * self.burst))
+            yield range(sent, upto)
+            sent = upto
 
 
 # gRPC
@@ -48,44 +74,20 @@ class _Decode(worker_pb2_grpc.DecodeServicer):
         self._admitted = worker_pb2.StartEvent(admitted=worker_pb2.Admitted(secret=bytes(16)))
 
     async def Start(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        delay_s, gap_s = _timing(request.sampling.seed)
         count, done = request.sampling.max_tokens, asyncio.Event()
         self.prefilled[request.request_id] = done
         try:
             yield self._admitted
             await done.wait()
-            await asyncio.sleep(delay_s)
-            ready = _Ready(count, gap_s)
-            sent = 0
-            while sent < count:
-                upto = await ready.after(sent)
-                tokens = [kv_pb2.Token(index=index, id=TOKEN_ID) for index in range(sent, upto)]
+            async for indices in Pace.of(request.sampling.seed).ready(count):
+                tokens = [kv_pb2.Token(index=index, id=TOKEN_ID) for index in indices]
                 yield worker_pb2.StartEvent(tokens=worker_pb2.Tokens(attempt=request.attempt, tokens=tokens))
-                sent = upto
             finished = worker_pb2.Finished(
                 reason="length", prompt_tokens=len(request.prompt) // 4, completion_tokens=count
             )
             yield worker_pb2.StartEvent(finished=finished)
         finally:
             del self.prefilled[request.request_id]
-
-
-class _Ready:
-    """Tokens of one answer, due at a steady pace whoever listens: who is late finds several."""
-
-    def __init__(self, count: int, gap_s: float) -> None:
-        self._count, self._gap_s = count, gap_s
-        self._loop = asyncio.get_running_loop()
-        self._began = self._loop.time()
-
-    async def after(self, sent: int) -> int:
-        """Waits for more than `sent`; how many there are then."""
-        if not self._gap_s:
-            return sent + 1
-        wait = self._began + sent * self._gap_s - self._loop.time()
-        if wait > 0:
-            await asyncio.sleep(wait)
-        return min(self._count, max(sent, int((self._loop.time() - self._began) / self._gap_s)) + 1)
 
 
 class _Prefill(worker_pb2_grpc.PrefillServicer):
@@ -147,20 +149,18 @@ async def _answer(scope: Any, receive: Any, send: Any) -> None:
     # Looked for at both ends only: between them are megabytes of prompt, which an engine would read off this loop.
     options = dict(OPTION.findall(raw[:1_000] + raw[-1_000:]))
     count = int(options[b"max_tokens"])
-    delay_s, gap_s = _timing(int(options[b"seed"]))
-    await asyncio.sleep(delay_s)
+    pace = Pace.of(int(options[b"seed"]))
     if options.get(b"stream") != b"true":
         usage = {"prompt_tokens": 1, "completion_tokens": count, "total_tokens": count + 1}
+        async for _ in pace.ready(count):
+            pass
         await _whole(send, _chunk(TOKEN_TEXT * count, "length") | {"usage": usage})
         return
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
-    ready, sent = _Ready(count, gap_s), 0
-    while sent < count:
-        upto = await ready.after(sent)
+    async for indices in pace.ready(count):
         # One event for each token, as the engines behind these routers write them; ready ones in one write.
-        event = b"data: " + json.dumps(_chunk(TOKEN_TEXT, "length" if upto == count else None)).encode() + b"\n\n"
-        await send({"type": "http.response.body", "body": event * (upto - sent), "more_body": True})
-        sent = upto
+        event = b"data: " + json.dumps(_chunk(TOKEN_TEXT, None)).encode() + b"\n\n"
+        await send({"type": "http.response.body", "body": event * len(indices), "more_body": True})
     await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
 

@@ -30,6 +30,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
+from bench.fixed_delay import Pace
 from bench.record import append_rows, commit, load, machine
 from deploy.redis import EmbeddedRedis, free_port
 from engine.model.tiny import tokenizer_json
@@ -42,6 +43,7 @@ DELAY_MS = 5
 READY_S = 60.0
 PROMPTS = {16: 400, 4_096: 200, 900_000: 12}  # tokens -> requests that are timed, one after the other
 STREAMS, STREAM_TOKENS = 32, 256
+BURSTS = ((1, 20), (4, 20), (STREAM_TOKENS, 0))  # so many tokens are ready together, each so many milliseconds
 PARALLEL, PARALLEL_REQUESTS = 16, 1_200
 
 
@@ -146,7 +148,7 @@ def body_of(target: Target, prompt_tokens: int, max_tokens: int, **more: Any) ->
         "model": "fixed",
         "max_tokens": max_tokens,
         "ignore_eos": True,
-        **({"seed": DELAY_MS * 1_000} | more),
+        **({"seed": Pace(delay_ms=DELAY_MS).seed} | more),
     }
     return json.dumps(body, separators=(",", ":")).encode()
 
@@ -228,9 +230,10 @@ async def requests_per_core(target: Target, prompt_tokens: int, count: int) -> d
     return _row(target, case, prompt_tokens, count=count, per_s=round(count / took), per_core_s=round(count / used))
 
 
-async def tokens_per_core(target: Target, gap_ms: int) -> dict[str, object]:
-    """Streams at once; `gap_ms` between two tokens of each, or none at all."""
-    body = body_of(target, 16, STREAM_TOKENS, stream=True, seed=DELAY_MS * 1_000 + gap_ms)
+async def tokens_per_core(target: Target, burst: int, gap_ms: int) -> dict[str, object]:
+    """Streams at once, in each of which `burst` tokens are ready together each `gap_ms`."""
+    pace = Pace(delay_ms=DELAY_MS, burst=burst, gap_ms=gap_ms)
+    body = body_of(target, 16, STREAM_TOKENS, stream=True, seed=pace.seed)
     connections = [await Connection.open(target) for _ in range(STREAMS)]
     began, cpu = time.perf_counter(), target.cpu_s()
     answers = await asyncio.gather(*(connection.post(body) for connection in connections))
@@ -241,7 +244,7 @@ async def tokens_per_core(target: Target, gap_ms: int) -> dict[str, object]:
         text = "".join(event["choices"][0]["text"] for event in events)
         assert text == "a" * STREAM_TOKENS, f"{target.name} streamed {len(text)} characters of {STREAM_TOKENS}"
     count = STREAMS * STREAM_TOKENS
-    case = f"tokens of {STREAMS} streams, " + (f"one each {gap_ms} ms" if gap_ms else "as fast as they go")
+    case = f"tokens of {STREAMS} streams, {burst} ready together" + (f" each {gap_ms} ms" if gap_ms else "")
     return _row(target, case, 16, count=count, per_s=round(count / took), per_core_s=round(count / used))
 
 
@@ -358,7 +361,7 @@ async def _targets(folder: Path, redis_url: str, peers: Path | None) -> AsyncIte
 
 def run(*, peers: bool = True, long: bool = True) -> None:
     """Print the table and append it to bench/results/router.csv."""
-    console = Console()
+    console = Console(width=150)
     python = peer_environment(console) if peers else None
     with tempfile.TemporaryDirectory() as folder, EmbeddedRedis() as redis:
         rows = uvloop.run(_measure(Path(folder), redis.url, python, long))
@@ -381,6 +384,6 @@ async def _measure(folder: Path, redis_url: str, peers: Path | None, long: bool)
         for target in targets[1:]:
             for prompt_tokens, share in ((16, 1), (4_096, 4)):
                 rows.append(await requests_per_core(target, prompt_tokens, PARALLEL_REQUESTS // share))
-            for gap_ms in (20, 0):
-                rows.append(await tokens_per_core(target, gap_ms))
+            for burst, gap_ms in BURSTS:
+                rows.append(await tokens_per_core(target, burst, gap_ms))
     return rows
