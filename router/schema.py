@@ -15,6 +15,8 @@ MAX_DEPTH = 64
 MAX_KEYS = 100_000
 MAX_NUMBER_CHARS = 400
 """The longest decimal form of a double has 309 digits before the point; nothing longer is a number we can use."""
+SHORT_BYTES = 64 << 10
+"""Numbers of so short a body may be read at once, without letting others run in between; see `_integer`."""
 MAX_STOPS = 4
 MAX_STOP_BYTES = 256
 MAX_TOP_LOGPROBS = 20
@@ -37,7 +39,11 @@ def parse_json(raw: bytes) -> Json:
         raise InvalidRequest("The body is not UTF-8. Encode it as UTF-8.", code="invalid_encoding") from error
     try:
         value = json.loads(
-            text, object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=_constant
+            text,
+            object_pairs_hook=_object,
+            parse_int=None if len(raw) <= SHORT_BYTES and not _has_long_number(raw) else _integer,
+            parse_float=_float,
+            parse_constant=_constant,
         )
     except RecursionError as error:
         raise _too_deep() from error
@@ -60,6 +66,14 @@ def parse_json(raw: bytes) -> Json:
                 code="invalid_unicode",
             ) from error
     return value
+
+
+_DIGITS_ALIKE = bytes(ord("0") if chr(byte).isdecimal() and byte < 128 else ord("x") for byte in range(256))
+
+
+def _has_long_number(raw: bytes) -> bool:
+    """Whether so many digits follow each other anywhere, be it in a string: then each number is looked at."""
+    return b"0" * (MAX_NUMBER_CHARS + 1) in raw.translate(_DIGITS_ALIKE)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Json:
