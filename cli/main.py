@@ -125,6 +125,13 @@ OnNoPrefill = Annotated[
     flag("on-no-prefill", "Without any prefill worker: let decode workers compute prompts, or refuse requests."),
 ]
 QueueSize = Annotated[int, flag("queue-size", "Requests that may wait for room on one router.", min=1)]
+SseKeepalive = Annotated[
+    float, flag("sse-keepalive-s", "Seconds after which a silent stream gets a sign of life; 0: never.", min=0)
+]
+JsonKeepalive = Annotated[
+    float,
+    flag("json-keepalive-s", "Seconds after which an answer that is not streamed says it is coming; 0: never.", min=0),
+]
 QueueTimeout = Annotated[float, flag("queue-timeout-s", "Seconds a request may wait for room.", min=0)]
 HttpPort = Annotated[int, flag("port", "HTTP port of the router; 0 picks a free one.", min=0, max=65535)]
 
@@ -149,6 +156,8 @@ def up(
     on_no_prefill: OnNoPrefill = "reject",
     queue_size: QueueSize = 256,
     queue_timeout_s: QueueTimeout = 60.0,
+    sse_keepalive_s: SseKeepalive = 5.0,
+    json_keepalive_s: JsonKeepalive = 30.0,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     kv_layout: KvLayout = "v4",
@@ -202,6 +211,7 @@ def up(
             *("--policy", policy, "--local-prefill-tokens", str(local_prefill_tokens)),
             *("--on-no-prefill", on_no_prefill),
             *("--queue-size", str(queue_size), "--queue-timeout-s", str(queue_timeout_s)),
+            *("--sse-keepalive-s", str(sse_keepalive_s), "--json-keepalive-s", str(json_keepalive_s)),
             "--insecure" if insecure else "--no-insecure",
             *shared,
         ),
@@ -389,6 +399,8 @@ def router(
     ] = 1024,
     queue_size: QueueSize = 256,
     queue_timeout_s: QueueTimeout = 60.0,
+    sse_keepalive_s: SseKeepalive = 5.0,
+    json_keepalive_s: JsonKeepalive = 30.0,
     policy: Policy = "expected_ttft",
     local_prefill_tokens: LocalPrefillTokens = 0,
     on_no_prefill: OnNoPrefill = "reject",
@@ -417,6 +429,8 @@ def router(
             max_concurrent_requests=max_concurrent_requests,
             queue_size=queue_size,
             queue_timeout_s=queue_timeout_s,
+            sse_keepalive_s=sse_keepalive_s,
+            json_keepalive_s=json_keepalive_s,
             policy=policy,
             local_prefill_tokens=local_prefill_tokens,
             on_no_prefill=on_no_prefill,
@@ -684,6 +698,21 @@ def bench_health(
     from bench.health import run
 
     run(tokens)
+    return 0
+
+
+@bench_app.command("router")
+def bench_router(
+    peers: Annotated[
+        bool, flag("peers", "Measure sglang-router and vllm-router too; installs them under build/.", switch=True)
+    ] = True,
+    long: Annotated[bool, flag("long", "Measure prompts of 900,000 tokens too.", switch=True)] = True,
+    config: ConfigFile = None,
+) -> int:
+    """What the router adds to a request, and how many requests and tokens one core carries, beside two others."""
+    from bench.router import run
+
+    run(peers=peers, long=long)
     return 0
 
 
