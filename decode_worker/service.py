@@ -143,6 +143,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._links = Links()
         self._runs: dict[AttemptId, asyncio.Queue[StartEvent]] = {}
         self._kept: dict[AttemptId, KeptAnswer] = {}
+        self._unended: set[AttemptId] = set()  # the engine's
         self._clocks: dict[str, FirstTokenClock] = {}  # of the open calls, by the run's name
         self._spans: dict[AttemptId, Span] = {}  # of those calls
         self._claims: dict[AttemptId, asyncio.Task[None]] = {}
@@ -272,12 +273,22 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
     async def _carry(self, start: StartRequest) -> AsyncIterator[None]:
         """The run is the engine's for the length of the block, or until it ends by itself."""
         async with self._hold_grammar(start.sampling.grammar):
+            self._unended.add(AttemptId(start.request_id, start.attempt))
             self._engine.post(Start(start, secrets.token_bytes(16)))
             try:
                 yield
             finally:
                 # Of a run that has ended the engine knows nothing any more, and takes no notice.
-                self._engine.post(Cancel(AttemptId(start.request_id, start.attempt)))
+                run = AttemptId(start.request_id, start.attempt)
+                cancelled = time.monotonic()
+
+                self._engine.post_then(Cancel(run), lambda: self._post(self._gone, run, time.monotonic() - cancelled))
+
+    def _gone(self, run: AttemptId, seconds: float) -> None:
+        """The engine has given the run up, so long after its reader left; if it had not ended by itself."""
+        if run in self._unended:
+            self._unended.discard(run)
+            self._metrics.cancel_time.observe(seconds)
 
     def _keep(self, run: AttemptId, start: StartRequest) -> KeptAnswer | None:
         """Let the run outlive its call, if that was asked and there is room for it."""
@@ -346,6 +357,8 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             self._loop.call_soon_threadsafe(call, *args)
 
     def _emit(self, run: AttemptId, event: StartEvent) -> None:
+        if isinstance(event, Finished | Failed):
+            self._unended.discard(run)
         if run in self._runs:
             self._runs[run].put_nowait(event)
         if run in self._kept:

@@ -120,6 +120,14 @@ class StepRunner(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class _Followed:
+    """An event, and what to do once the core has acted on it."""
+
+    event: Any
+    then: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
 class _Landed:
     """A step ended."""
 
@@ -232,7 +240,7 @@ class EngineLoop(Generic[Event, Action]):
         self._perform = perform
         self._planner = planner
         self._clock = clock
-        self._inbox: SimpleQueue[Event | _Landed | None] = SimpleQueue()  # None only wakes the loop
+        self._inbox: SimpleQueue[Event | _Landed | _Followed | None] = SimpleQueue()  # None only wakes the loop
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._steps = _StepThread(runner.execute, self._inbox.put, clock)
@@ -242,6 +250,10 @@ class EngineLoop(Generic[Event, Action]):
 
     def start(self) -> None:
         self._thread.start()
+
+    def post_then(self, event: Event, then: Callable[[], None]) -> None:
+        """Hand the core an event, and call `then` on the engine thread once the core has acted on it."""
+        self._inbox.put(_Followed(event, then))
 
     def post(self, event: Event) -> None:
         """Hand the core an event; from any thread, never blocks. Ignored once the loop has ended."""
@@ -275,6 +287,9 @@ class EngineLoop(Generic[Event, Action]):
         for event in self._take_events(wait=not busy):
             if isinstance(event, _Landed):
                 actions += self._landed(event)
+            elif isinstance(event, _Followed):
+                actions += self._carry_out(core.step(clock(), event.event))
+                event.then()
             else:
                 actions += self._carry_out(core.step(clock(), event))
         deadline = core.next_deadline()
@@ -337,8 +352,8 @@ class EngineLoop(Generic[Event, Action]):
         self._on_crash(error, False)
         return actions
 
-    def _take_events(self, wait: bool) -> list[Event | _Landed]:
-        events: list[Event | _Landed] = []
+    def _take_events(self, wait: bool) -> list[Event | _Landed | _Followed]:
+        events: list[Event | _Landed | _Followed] = []
         try:
             if wait:
                 deadline = self._core.next_deadline()

@@ -235,7 +235,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
                 self._free(self._table.let_go(time.monotonic(), run))
             else:
                 error = Cancelled(f"run {run} was cancelled by its router")
-                self._free(self._table.revoke(time.monotonic(), run, error))
+                self._free(self._table.revoke(time.monotonic(), run, error), cancelled_s=time.monotonic())
 
     # Pages.
 
@@ -339,10 +339,17 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
                 case Crowded():
                     self._free(self._table.make_room(now_s))
 
-    def _free(self, freed: list[Freed]) -> None:
-        """The table let these runs go: tell the engine, and whoever still listens."""
+    def _free(self, freed: list[Freed], cancelled_s: float | None = None) -> None:
+        """The table let these runs go: tell the engine, and whoever still listens. `cancelled_s`: when nobody wanted
+        them any more, if that is why.
+        """
+
+        def done() -> None:
+            if cancelled_s is not None:
+                self._metrics.cancel_time.observe(time.monotonic() - cancelled_s)
+
         for run, error in freed:
-            self._engine.post(Drop(run))
+            self._engine.post_then(Drop(run), done)
             self._notify(run)
             self._tell(run, None if error is None else convert.failed_from_error(error))
 

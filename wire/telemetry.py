@@ -321,6 +321,12 @@ class WorkerMetrics:
             buckets=TTFT_BUCKETS_S,
             registry=registry,
         )
+        self.cancel_time = Histogram(
+            "penumbra_cancel_seconds",
+            "From hearing that a request's client has left to having stopped its work and given its pages up",
+            buckets=TRANSFER_BUCKETS_S,
+            registry=registry,
+        )
         self.step_time = Histogram(
             "penumbra_step_time_seconds", "One step of the engine", buckets=ITL_BUCKETS_S, registry=registry
         )

@@ -307,3 +307,59 @@ async def test_pages_are_shown_to_nobody_without_the_secret(workers: OraclePair)
     assert (await pages.Release(release)).valid
     assert (await pages.Release(release)).valid  # idempotent
     await workers.settle()
+
+
+async def test_wherever_a_request_is_when_its_client_leaves_it_is_given_up_and_that_is_measured() -> None:
+    """In line, while its prompt is computed, while its pages travel, and while it streams."""
+    small = {"decode_pools": OraclePools(full=8, swa=24, slots=8)}
+    async with pair(next(names), **small) as workers:
+
+        def given_up() -> float:
+            return workers.metric("penumbra_cancel_seconds_count")
+
+        async def leave(
+            name: str, until_event: type[object] | None, prompt: tuple[int, ...], skip_prefill: bool
+        ) -> None:
+            async with contextlib.AsyncExitStack() as stack:
+                stream = workers.start(start_request(workers, name, prompt, 400))
+                events = await stack.enter_async_context(contextlib.aclosing(stream))  # type: ignore[type-var]
+                waiting = asyncio.ensure_future(anext(events))
+                if until_event is None:  # in line: it hears nothing at all
+                    await until(lambda: workers.decode._engine.load.waiting == 1)
+                    waiting.cancel()
+                    await asyncio.wait({waiting})
+                    return
+                event: object = await waiting
+                while True:
+                    if isinstance(event, Admitted) and not skip_prefill:
+                        run = RunRequest(
+                            request_id=name,
+                            attempt=1,
+                            prompt=prompt,
+                            sampling=start_request(workers, name, prompt, 400).sampling,
+                            skip=event.resident_prefix,
+                            secret=event.secret,
+                        )
+                        stack.callback(workers.run(run).cancel)
+                    if isinstance(event, until_event):
+                        return
+                    event = await anext(events)
+
+        async with contextlib.AsyncExitStack() as held:
+            # Somebody who has all the room, so that the next has to wait.
+            first = workers.start(start_request(workers, "full", prompt_of(1_200), 600))
+            events = await held.enter_async_context(contextlib.aclosing(first))  # type: ignore[type-var]
+            assert isinstance(await anext(events), Admitted)
+            await leave("queued", None, prompt_of(900), skip_prefill=True)
+            await until(lambda: given_up() == 1)
+        await until(lambda: given_up() == 2)
+        await leave("prefill", Fetching, prompt_of(900), skip_prefill=True)
+        await until(lambda: given_up() == 3)
+        workers.gate.flow = Flow.HELD
+        await leave("transfer", Fetching, prompt_of(900, 1), skip_prefill=False)
+        await until(lambda: given_up() == 4)
+        workers.gate.flow = Flow.OPEN
+        await leave("stream", Tokens, prompt_of(900, 2), skip_prefill=False)
+        await until(lambda: given_up() == 5)
+        await workers.settle()
+        assert workers.decode._engine.load.running == workers.decode._engine.load.waiting == 0
