@@ -221,6 +221,7 @@ class Bench:
     def everybody_restarts(self) -> Row:
         for worker in self.cluster.workers():
             self.cluster.signal(worker["worker_id"], KILL)
+        time.sleep(2.0)  # they are seen to be gone
         self.cluster.wait_until_whole()
         return self.row("F52", self.short.run(self.short.questions[:CLIENTS], CLIENTS)[0])
 
