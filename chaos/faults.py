@@ -59,7 +59,7 @@ class Bench:
 
         try:
             if at == 0 and once.acquire(blocking=False):
-                threading.Timer(0.2, hit).start()
+                threading.Timer(0.35, hit).start()
             verdict, _ = reference.run(reference.questions[:CLIENTS], CLIENTS, on_token)
         finally:
             undo()

@@ -118,7 +118,8 @@ def _tested(fault: Fault) -> Row:
     """Run the fault's tests; N is how many there are."""
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "report.xml"
-        words = [sys.executable, "-m", "pytest", "-q", "-m", "not long and not gpu", f"--junitxml={xml}", *fault.tests]
+        which = "not gpu" if fault.long else "not long and not gpu"
+        words = [sys.executable, "-m", "pytest", "-q", "-m", which, f"--junitxml={xml}", *fault.tests]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False)
         if not xml.exists():
             last = (done.stdout + done.stderr).strip().splitlines()[-1:]

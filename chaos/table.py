@@ -16,6 +16,7 @@ class Fault:
     promise: str
     live: str = ""  # function of chaos/faults.py
     tests: tuple[str, ...] = ()
+    long: bool = False  # the tests' long forms too
     why_not: str = ""
 
 
@@ -78,8 +79,8 @@ FAULTS = (
           tests=("tests/decode_worker/test_scheduler.py::"
                  "test_a_result_that_is_not_finite_fails_its_request_and_its_neighbours_go_on",)),
     Fault(id="F35", what="logits that are not numbers, every request of a worker", promise="the worker leaves the pool",
-          why_not="not built: only the self-check at start refuses to serve"),
-    Fault(id="F36", what="a page with another bit", promise="0 wrong tokens",
+          tests=(f"{SERVICE}::test_a_worker_whose_numbers_are_none_fails_its_requests_and_then_leaves",)),
+    Fault(id="F36", what="a page with another bit", promise="0 wrong tokens", long=True,
           tests=("tests/decode_worker/test_page_faults.py",)),
     Fault(id="F37", what="no page free on decode", promise="requests take turns",
           tests=(f"{SERVICE}::test_more_requests_than_fit_take_turns_and_all_are_answered",)),

@@ -51,7 +51,7 @@ from kvtransfer.fabric import active_rdma_ports
 from kvtransfer.plan import token_bytes
 from kvtransfer.reader import Reader, ReadResult
 from wire import convert
-from wire.errors import Draining, PenumbraError, StaleAttempt, StreamGone, TransferFailed, WorkerLost
+from wire.errors import Draining, NumericalError, PenumbraError, StaleAttempt, StreamGone, TransferFailed, WorkerLost
 from wire.rpc import Context, Server, error_from_rpc, open_channel
 from wire.telemetry import WorkerMetrics
 from wire.tracing import NO_SPAN, Span, current_span
@@ -80,6 +80,8 @@ MAX_IDLE_CHANNELS = 64
 RECENT_WEIGHT = 0.9
 """What is left of a measurement's weight after each further one: the last twenty make up nearly all of a mean."""
 STOP_S = 10.0
+SICK_AFTER = 3
+"""Requests in a row whose numbers were none, with no token of anybody in between: then it is the worker, not they."""
 
 
 class DecodeService(worker_pb2_grpc.DecodeServicer):
@@ -136,6 +138,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         self._kv_token_bytes = token_bytes(core.classes)
         self._reads = Recent()
         self._exposed = Recent()
+        self._not_finite = 0
         self._quarantined_total = 0
         self._preemptions_total = 0
         self._drafts_total = self._kept_total = self._drafted_steps_total = 0
@@ -369,6 +372,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         for action in actions:
             match action:
                 case Emit(run, event):
+                    self._doubt(event)
                     if isinstance(event, Failed):
                         log.warning("run_failed", run=str(run), code=event.code, error=event.message)
                     self._emit(run, event)
@@ -390,6 +394,16 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                     self._prober.borrowed(action)
                 case PrefixesChanged(events):
                     self._publish_prefixes(events)
+
+    def _doubt(self, event: StartEvent) -> None:
+        """A worker none of whose numbers are any leaves the pool; it checks itself when it starts again."""
+        if isinstance(event, Tokens):
+            if event.tokens[-1].index > 0:  # drawn here
+                self._not_finite = 0
+        elif isinstance(event, Failed) and event.code == NumericalError.code:
+            self._not_finite += 1
+            if self._not_finite >= SICK_AFTER and self._broken is None:
+                self._broken = f"decode worker {self._worker_id} computes no numbers any more and is restarting"
 
     def _spawn(self, run: AttemptId, work: Any) -> None:
         if self._tasks is None:  # stopping: the frame has ended every call already

@@ -38,7 +38,7 @@ from prefill_worker.scheduler import (
     TakeBack,
 )
 from wire import convert
-from wire.errors import Cancelled, Draining, LayoutMismatch, Overloaded, PenumbraError, WorkerLost
+from wire.errors import Cancelled, Draining, LayoutMismatch, NumericalError, Overloaded, PenumbraError, WorkerLost
 from wire.rpc import Context, Server, error_from_code
 from wire.telemetry import WorkerMetrics
 from wire.tracing import current_span
@@ -66,6 +66,8 @@ CLAIM_POLL_S = 1.0
 """A claim's stream looks at its claim at least this often, so an expiry is told even if nothing else happens.
 """
 ENGINE_STOP_S = 10.0
+SICK_AFTER = 3
+"""Prompts in a row whose numbers were none: then it is the worker, not they."""
 LEND_S = 60.0
 """How long pages are lent for measuring, and how long the engine may take to find them."""
 
@@ -139,6 +141,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
         self._kv_token_bytes = token_bytes(card.classes)
         self._lent: dict[str, asyncio.Future[PageGroup | None]] = {}  # what streams of `Lend` wait for
         self._runs: dict[AttemptId, asyncio.Queue[RunEvent | None]] = {}  # None: its pages are gone
+        self._not_finite = 0
         self._to_hold: set[AttemptId] = set()  # of those, where the caller asks for it
         self._begun: dict[AttemptId, _Begun] = {}
         self._changed: dict[AttemptId, list[asyncio.Event]] = {}  # of the claims of a run
@@ -322,11 +325,16 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
                     self._table.offer(now_s, run, groups, tail)
                     self._notify(run)
                 case Ended(run, RunFinished() as outcome):
+                    self._not_finite = 0
                     self._table.finished(now_s, run)
                     if run in self._to_hold and not self.draining:
                         self._table.hold(run)
                     self._tell(run, outcome)
                 case Ended(run, Failed() as outcome):
+                    self._not_finite += outcome.code == NumericalError.code
+                    if self._not_finite >= SICK_AFTER and self._broken is None:
+                        name = self._card.worker_id
+                        self._broken = f"prefill worker {name} computes no numbers any more and is restarting"
                     log.warning("run_failed", run=str(run), code=outcome.code, error=outcome.message)
                     self._tell(run, outcome)
                     error = error_from_code(outcome.code, outcome.message)

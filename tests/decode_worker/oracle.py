@@ -127,6 +127,7 @@ class OracleRunner:
     def __init__(self, pools: OraclePools) -> None:
         self._memory = pools.memory
         self.fail_next = threading.Event()
+        self.is_sick = threading.Event()  # its numbers are none
         self._permits: threading.Semaphore | None = None
         self._chain = Chain(EOS)
 
@@ -150,6 +151,8 @@ class OracleRunner:
             raise RuntimeError("a kernel failed")
         bound = self._chain.bind(batch)
         results = [None if segment is None else self._compute(segment) for segment in bound]
+        if self.is_sick.is_set():
+            results = [None if one is None else Sampled(token_id=0, logprob=0.0, ok=False) for one in results]
         drawn = [Drawn() if one is None else Drawn((one,)) for one in results]
         self._chain.drawn(bound, drawn)
         return drawn

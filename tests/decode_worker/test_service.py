@@ -209,6 +209,34 @@ async def test_a_decode_step_that_raises_fails_the_request_and_marks_the_worker(
     await workers.settle()
 
 
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_a_worker_whose_numbers_are_none_fails_its_requests_and_then_leaves(
+    workers: OraclePair, role: str
+) -> None:
+    runner, service = getattr(workers, f"{role}_runner"), getattr(workers, role)
+    ids, _ = await request(workers, "good", prompt_of(300), 5)
+    assert ids == answer(prompt_of(300), 5)
+    runner.is_sick.set()
+    for i in range(3):
+        assert service.broken is None
+        _, events = await request(workers, f"r{i}", prompt_of(300 + i), 5)
+        assert isinstance(events[-1], Failed)
+        assert (events[-1].code, events[-1].retryable) == ("numerical_error", True)
+    assert "computes no numbers" in service.broken
+    await workers.settle()
+
+
+async def test_one_request_whose_numbers_are_none_now_and_then_is_no_reason_to_leave(workers: OraclePair) -> None:
+    for i in range(4):
+        workers.decode_runner.is_sick.set()
+        _, events = await request(workers, f"bad{i}", prompt_of(300 + i), 5)
+        assert isinstance(events[-1], Failed)
+        workers.decode_runner.is_sick.clear()
+        ids, _ = await request(workers, f"good{i}", prompt_of(400 + i), 5)
+        assert ids == answer(prompt_of(400 + i), 5)
+    assert workers.decode.broken is None
+
+
 async def test_a_request_larger_than_the_worker_is_refused_with_its_numbers() -> None:
     async with pair(next(names), decode_pools=OraclePools(full=4)) as workers:
         _, events = await request_refused(workers, prompt_of(1000), 300)
