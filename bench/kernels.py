@@ -1,0 +1,302 @@
+"""Kernels on a GPU: microseconds beside the bytes they must move, and beside torch or a library in the same run.
+
+A figure is the median over replays of a CUDA graph of CALLS calls, whose inputs take turns so that weights and rows
+are as cold as in a decode step. Floors take the copy bandwidth measured in the same run.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bench.record import append_rows, commit
+from engine.batch import StepMeta
+from engine.kernels.device import compress, experts, hyper_connections, index_topk, linear, require, sparse_attention
+from engine.kernels.device.topk_rows import choose, topk_rows
+from engine.kernels.rows import RowPool
+from wire.types import PAGE_TOKENS
+
+CALLS = 20
+REPLAYS = 30
+COLD_BYTES = 160 << 20
+"""Inputs that take turns add up to this much at least: over twice the L2."""
+
+
+def microseconds(calls: list[Callable[[], object]]) -> float:
+    """One call's time; `calls` take turns."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    count = max(CALLS, len(calls))
+    with torch.cuda.graph(graph):
+        for i in range(count):
+            calls[i % len(calls)]()
+    times = []
+    for _ in range(REPLAYS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / count)
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """Bytes read plus written a second by a large copy."""
+    a, b = (torch.empty(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
+    b.fill_(1)
+    return 2 * a.numel() / (microseconds([lambda: a.copy_(b)]) * 1e-6)
+
+
+def turns(num_bytes: int) -> range:
+    """As many inputs as keep a call from finding its own in the L2."""
+    return range(max(1, min(32, -(-COLD_BYTES // max(num_bytes, 1)))))
+
+
+def step(lengths: list[int], tokens: int, pages: int | None = None) -> StepMeta:
+    """A step of `tokens` tokens for each sequence of these lengths, over pages that lie scattered."""
+    width = pages or -(-max(lengths) // PAGE_TOKENS)
+    order = torch.randperm(len(lengths) * width).view(len(lengths), width) + 1
+    starts = torch.tensor(lengths) - tokens
+    return StepMeta(
+        positions=(starts[:, None] + torch.arange(tokens)).flatten().cuda(),
+        segment=torch.arange(len(lengths)).repeat_interleave(tokens).int().cuda(),
+        offsets=(torch.arange(len(lengths) + 1) * tokens).int().cuda(),
+        starts=starts.cuda(),
+        page_table=order.int().cuda(),
+        swa_table=order.int().cuda(),
+        slots=torch.arange(1, len(lengths) + 1).int().cuda(),
+    )
+
+
+def random_pool(items: int, rows: int, kind: str) -> RowPool:
+    """v4 rows whose codes are any finite numbers and whose scales lie around 1."""
+    dim = 512 if kind == "latent" else 128
+    size = RowPool.item_bytes_for(rows, kind, "v4", dim, 64)  # type: ignore[arg-type]
+    data = torch.randint(0x30, 0x40, (items, size), dtype=torch.uint8, device="cuda")
+    data ^= (torch.rand(items, size, device="cuda") < 0.5).to(torch.uint8) << 7
+    pool = RowPool(data, rows, kind, "v4", dim, 64)  # type: ignore[arg-type]
+    if kind == "latent":
+        data[:, rows * 576 : rows * 584] = 127
+    else:
+        data[:, rows * 128 :] = torch.ones(items, rows, device="cuda").view(torch.uint8)
+    return pool
+
+
+@dataclass(frozen=True)
+class Figure:
+    op: str
+    shape: str
+    us: float
+    floor_us: float
+    peer: str = ""
+    peer_us: float = float("nan")
+
+
+Cases = Iterator[Figure]
+
+
+def topk_cases(bandwidth: float) -> Cases:
+    for rows, n, k in ((1, 32_768, 512), (1, 225_280, 512), (1, 262_144, 512), (4, 262_144, 512), (8, 262_144, 512),
+                       (64, 262_144, 512), (256, 65_536, 512), (1, 262_144, 1024), (64, 262_144, 1024)):  # fmt: skip
+        inputs = [torch.randn(rows, n, device="cuda") for _ in turns(4 * rows * n)[:4]]
+        lengths = torch.full((rows,), n, device="cuda")
+        positions = lengths - 1
+        maxima = [scores.unflatten(1, (-1, 64)).amax(dim=-1) for scores in inputs]
+        ours = microseconds([lambda s=s: topk_rows(s, lengths, k) for s in inputs])  # type: ignore[misc]
+        known = microseconds(
+            [lambda s=s, m=m: choose(s, m, positions, 1, k) for s, m in zip(inputs, maxima, strict=True)]  # type: ignore[misc]
+        )
+        peer = microseconds([lambda s=s: torch.topk(s, k, sorted=False) for s in inputs])  # type: ignore[misc]
+        floor = 4 * rows * n / bandwidth * 1e6
+        yield Figure("top-k of scores", f"{k} of {n:,} x {rows}", ours, floor, "torch.topk", peer)
+        yield Figure("top-k, maxima known", f"{k} of {n:,} x {rows}", known, floor, "torch.topk", peer)
+
+
+def indexer_cases(bandwidth: float) -> Cases:
+    for tokens in (1, 2, 4):
+        for length in (4_096, 131_072, 901_120):
+            meta = step([length], tokens)
+            pools = [random_pool(meta.page_table.shape[1] + 1, 64, "index") for _ in turns(length * 33)[:6]]
+            q, w = torch.randn(tokens, 64, 128, device="cuda"), torch.rand(tokens, 64, device="cuda")
+            codes, weights = index_topk.quantise(q, w)
+            us = microseconds(
+                [lambda p=p: index_topk.scores_and_maxima(codes, weights, p, meta, 512, True) for p in pools]  # type: ignore[misc]
+            )
+            both = microseconds([lambda p=p: index_topk.index_topk(q, w, p, meta, 512, True) for p in pools])  # type: ignore[misc]
+            floor = length // 4 * (132 + 4 * tokens) / bandwidth * 1e6
+            yield Figure("indexer logits", f"{length // 4:,} keys, {tokens} tokens", us, floor)
+            yield Figure("indexer logits and top-k", f"{length // 4:,} keys, {tokens} tokens", both, floor)
+
+
+def attention_cases(bandwidth: float) -> Cases:
+    for heads in (64, 128):
+        for ratio, length in ((0, 4_096), (4, 901_120), (128, 4_096), (128, 131_072), (128, 901_120)):
+            for tokens in (1, 4):
+                meta = step([length], tokens)
+                window = random_pool(meta.page_table.shape[1] + 1, 256, "latent")
+                pools = [random_pool(meta.page_table.shape[1] + 1, {0: 2, 4: 64, 128: 2}[ratio], "latent")
+                         for _ in range(4)]  # fmt: skip
+                q, sink = torch.randn(tokens, heads, 512, device="cuda"), torch.randn(heads, device="cuda")
+                selected = None
+                if ratio == 4:
+                    selected = torch.stack([torch.randperm(length // 4)[:512].sort().values for _ in range(tokens)])
+                    selected = selected.int().cuda()
+                us = microseconds(
+                    [lambda p=p: sparse_attention.sparse_attention(  # type: ignore[misc]
+                        q, sink, meta, window, p if ratio else None, ratio, selected, 512**-0.5, True) for p in pools]
+                )  # fmt: skip
+                keys = 128 + {0: 0, 4: 512, 128: length // 128}[ratio]
+                name = {0: "window", 4: "C4", 128: "C128"}[ratio]
+                shape = f"{keys:,} keys, {tokens} tokens, {heads} heads"
+                floor = keys * 584 * (tokens if ratio == 4 else 1) / bandwidth * 1e6
+                yield Figure(f"attention {name}", shape, us, floor)
+
+
+def compressor_cases(bandwidth: float) -> Cases:
+    freqs = torch.rand(32, device="cuda")
+    for tokens in (1, 4, 8_192, 65_536):
+        start = 1_027 if tokens < 8 else 0
+        length = start + tokens
+        meta = step([length], tokens)
+        pages = meta.page_table.shape[1] + 1
+        for ratio, dim, width in ((4, 512, 1024), (4, 128, 256), (128, 512, 512)):
+            if ratio == 128 and tokens < 8:
+                meta = step([1_152], tokens)
+                pages = meta.page_table.shape[1] + 1
+            kind = "index" if dim == 128 else "latent"
+            out = random_pool(pages, 256 // ratio, kind)
+            inputs = [torch.randn(tokens, 2 * width, device="cuda") for _ in turns(8 * tokens * width)[:3]]
+            ape, norm = torch.randn(ratio, width, device="cuda"), torch.randn(dim, device="cuda")
+            items = pages if ratio == 4 else 4
+            ring = torch.randn(items, 16 if ratio == 4 else 256, 2 * width, device="cuda")
+
+            def ours(x: Tensor) -> None:
+                u, g = x[:, :width], x[:, width:]
+                if ratio == 4:
+                    compress.compress_c4(u, g, ape, norm, ring, meta, freqs, 1e-6, out, dim == 128)
+                else:
+                    compress.compress_c128(u, g, ape, norm, ring, meta, freqs, 1e-6, out)
+
+            def naive(x: Tensor) -> Tensor:
+                """The softmax-weighted sum alone: no overlap, norm, rotation, quantisation or store."""
+                u, g = (part.unflatten(0, (-1, ratio)) for part in (x[:, :width], x[:, width:]))
+                return (torch.softmax(g + ape, dim=1) * u).sum(dim=1)
+
+            us = microseconds([lambda x=x: ours(x) for x in inputs])  # type: ignore[misc]
+            peer = float("nan")
+            if tokens >= 8_192:
+                peer = microseconds([lambda x=x: naive(x) for x in inputs])  # type: ignore[misc]
+            floor = tokens * (8 * width + (132 if dim == 128 else 584) / ratio) / bandwidth * 1e6
+            name = f"compressor C{ratio}" + (" index" if dim == 128 else "")
+            yield Figure(name, f"{tokens:,} tokens", us, floor, "torch softmax-sum alone", peer)
+
+
+def linear_cases(bandwidth: float) -> Cases:
+    for outputs, inputs, groups in ((1536, 4096, 1), (32768, 1024, 1), (8192, 4096, 8), (4096, 8192, 1),
+                                    (4096, 4096, 1), (1024, 4096, 1), (2048, 4096, 1)):  # fmt: skip
+        weights = [torch.randint(0x20, 0x40, (outputs, inputs), dtype=torch.uint8, device="cuda")
+                   for _ in turns(outputs * inputs)]  # fmt: skip
+        wide = [torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16) for _ in turns(2 * outputs * inputs)]
+        scales = torch.rand(-(-outputs // 128), -(-inputs // 128), device="cuda")
+        for tokens in (1, 4, 16, 4096):
+            x = torch.randn(tokens, groups * inputs, device="cuda")
+            half = x[:, :inputs].bfloat16()
+            us = microseconds([lambda w=w: linear.product(x, w, scales, groups) for w in weights])  # type: ignore[misc]
+            peer = microseconds([lambda w=w: half @ w.T for w in wide])  # type: ignore[misc]
+            floor = outputs * inputs / bandwidth * 1e6
+            shape = f"{outputs} x {inputs}, {tokens} tokens"
+            yield Figure("fp8 linear", shape, us, floor, "bf16 cuBLAS, twice the bytes", peer)
+
+
+def expert_cases(bandwidth: float) -> Cases:
+    count, hidden, inner, k = 64, 4096, 2048, 6
+    shapes = ((count, inner, hidden), (count, inner, hidden), (count, hidden, inner))
+    stacks = tuple(torch.randint(256, (*s[:2], s[2] // 2), dtype=torch.uint8, device="cuda") for s in shapes)
+    scales = tuple(torch.randint(115, 122, (*s[:2], s[2] // 32), dtype=torch.uint8, device="cuda") for s in shapes)
+    for tokens in (1, 2, 4, 8, 32):
+        x = torch.randn(tokens, hidden, device="cuda")
+        picks = [torch.rand(tokens, count, device="cuda").topk(k).indices.int() for _ in range(8)]
+        weights = torch.rand(tokens, k, device="cuda")
+        us = microseconds(
+            [lambda p=p: experts.routed_experts(x, p, weights, stacks, scales, 10.0) for p in picks]  # type: ignore[misc,arg-type]
+        )
+        hit = statistics.mean(len(p.unique()) for p in picks)
+        floor = hit * 3 * hidden * inner * 17 / 32 / bandwidth * 1e6
+        yield Figure("fp4 experts", f"{tokens} tokens, {hit:.1f} experts", us, floor)
+
+
+def mixing_cases(bandwidth: float) -> Cases:
+    size = 4096
+    fns = [torch.randn(24, 4 * size, device="cuda") for _ in range(32)]
+    base, scale, norm = (torch.randn(n, device="cuda") for n in (24, 3, size))
+    for tokens in (1, 4, 64):
+        streams = torch.randn(tokens, 4, size, device="cuda")
+        y = torch.randn(tokens, size, device="cuda")
+        _, post, comb = hyper_connections.mix_in(streams, fns[0], base, scale, norm, 1e-6, 1e-6, 20)
+        us = microseconds(
+            [lambda f=f: hyper_connections.mix_in(streams, f, base, scale, norm, 1e-6, 1e-6, 20) for f in fns]  # type: ignore[misc]
+        )
+        out = microseconds([lambda: hyper_connections.mix_out(y, streams, post, comb)])
+        yield Figure("mHC in, normed", f"{tokens} tokens", us, 4 * 24 * 4 * size / bandwidth * 1e6)
+        yield Figure("mHC out", f"{tokens} tokens", out, tokens * size * 36 / bandwidth * 1e6)
+
+
+GROUPS: dict[str, Callable[[float], Cases]] = {
+    "topk": topk_cases,
+    "indexer": indexer_cases,
+    "attention": attention_cases,
+    "compressor": compressor_cases,
+    "linear": linear_cases,
+    "experts": expert_cases,
+    "mixing": mixing_cases,
+}
+
+
+def run(only: tuple[str, ...] = (), console: Console | None = None, save: bool = True) -> list[dict[str, object]]:
+    """Measure, print a table and append rows to bench/results/kernels.csv."""
+    require("cuda")
+    console = console or Console()
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth()
+    versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "triton"))
+    rows: list[dict[str, object]] = []
+    table = Table("kernel", "shape", "us", "floor us", "peer", "peer us")
+    for name in only or tuple(GROUPS):
+        for f in GROUPS[name](bandwidth):
+            table.add_row(f.op, f.shape, f"{f.us:.2f}", f"{f.floor_us:.2f}", f.peer, f"{f.peer_us:.2f}")
+            rows.append(
+                {
+                    "device": torch.cuda.get_device_name(),
+                    "versions": versions,
+                    "copy_tb_s": round(bandwidth / 1e12, 3),
+                    "kernel": f.op,
+                    "shape": f.shape,
+                    "us": round(f.us, 2),
+                    "floor_us": round(f.floor_us, 2),
+                    "peer": f.peer,
+                    "peer_us": "" if f.peer_us != f.peer_us else round(f.peer_us, 2),
+                }
+            )
+            torch.cuda.empty_cache()
+    console.print(table)
+    console.print(
+        f"{torch.cuda.get_device_name()}; {versions}; copies at {bandwidth / 1e12:.2f} TB/s; commit {commit()}"
+    )
+    if save:
+        console.print(f"rows added to {append_rows('kernels', rows)}")
+    return rows

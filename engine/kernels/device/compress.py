@@ -1,0 +1,212 @@
+"""Flash Compressor: pool, norm, rotate, quantise and store a compressed row in one pass, and keep the rings.
+
+A program owns whole rows, so nothing of a row ever lies in memory in fp32. Every input is read once: the first half of
+a token's C4 channels by the block behind it, the second by its own. Rings are written by the same launch where a step is
+too short for a write to meet a read of it, else by a second one.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.batch import StepMeta
+from engine.config import C4_RATIO, C4_RING, C128_RATIO, C128_RING
+from engine.kernels.device.codec import hadamard_row, rotated
+from engine.kernels.device.rows import check_dim, codec, store_row
+from engine.kernels.rows import RowPool
+
+_PAGE = tl.constexpr(256)
+_C4_RING, _C128_RING = tl.constexpr(C4_RING), tl.constexpr(C128_RING)
+_C4, _C128 = tl.constexpr(C4_RATIO), tl.constexpr(C128_RATIO)
+SHORT_STEP = 8
+"""Steps of up to this many tokens write rings in the same launch: a C4 row reaches back 7 tokens, and a ring has 16."""
+
+
+@triton.jit
+def _remember_c4(
+    u, g, u_row, g_row, ape, ring, t, position, seg, offsets, starts, swa_table, pages, D: tl.constexpr
+):
+    """Keep token t's [u | g + ape] in the ring of its SWA page, if it is among the last 16 of the step or page."""
+    end = tl.load(starts + seg) + tl.load(offsets + seg + 1) - tl.load(offsets + seg)
+    if (position >= end - _C4_RING) | (position % _PAGE >= _PAGE - _C4_RING):
+        page = tl.load(swa_table + seg * pages + position // _PAGE).to(tl.int64)
+        into = ring + (page * _C4_RING + position % _C4_RING) * (4 * D)
+        at = tl.arange(0, 2 * D)
+        tl.store(into + at, tl.load(u + t * u_row + at))
+        tl.store(into + 2 * D + at, tl.load(g + t * g_row + at) + tl.load(ape + position % _C4 * (2 * D) + at))
+
+
+@triton.jit
+def _c4(
+    u, g, u_row, g_row, ape, norm, ring, positions, segment, offsets, starts, page_table, swa_table, pages, freqs, eps,
+    pool, item_stride, per_item, tokens, scale,
+    D: tl.constexpr, STEPS: tl.constexpr, PAIRS: tl.constexpr, ROTATE_KEYS: tl.constexpr, CODEC: tl.constexpr,
+    ROWS: tl.constexpr, REMEMBER: tl.constexpr,
+):  # fmt: skip
+    for r in tl.range(ROWS):
+        t = tl.program_id(0).to(tl.int64) * ROWS + r
+        if t < tokens:
+            position = tl.load(positions + t)
+            seg = tl.load(segment + t)
+            if position % _C4 == _C4 - 1:
+                start, first = tl.load(starts + seg), tl.load(offsets + seg)
+                k = tl.arange(0, 2 * _C4)
+                s = position - (2 * _C4 - 1) + k
+                here = s >= start
+                behind = (s >= 0) & (s < start)
+                channel = (k >= _C4).to(tl.int32)[:, None] * D + tl.arange(0, D)[None, :]
+                row = (first + s - start)[:, None]
+                values = tl.load(u + row * u_row + channel, mask=here[:, None], other=0.0)
+                gates = tl.load(g + row * g_row + channel, mask=here[:, None], other=0.0)
+                gates += tl.load(ape + (k % _C4)[:, None] * (2 * D) + channel)
+                page = tl.load(swa_table + seg * pages + s // _PAGE, mask=behind, other=0).to(tl.int64)
+                kept = ring + ((page * _C4_RING + s % _C4_RING) * (4 * D))[:, None] + channel
+                values += tl.load(kept, mask=behind[:, None], other=0.0)
+                gates = tl.where(behind[:, None], tl.load(kept + 2 * D, mask=behind[:, None], other=0.0), gates)
+                # Nothing comes before block 0: its first half weighs nothing.
+                gates = tl.where((s >= 0)[:, None], gates, float("-inf"))
+                weights = tl.exp(gates - tl.max(gates, axis=0)[None, :])
+                pooled = tl.sum(weights * values, axis=0) / tl.sum(weights, axis=0)
+                pooled = pooled * tl.rsqrt(tl.sum(pooled * pooled, axis=0) / D + eps)
+                pooled = tl.load(norm + tl.arange(0, D)) * pooled
+                pooled = rotated(pooled, position - (_C4 - 1), freqs, D, PAIRS, 1.0)
+                if ROTATE_KEYS:
+                    pooled = hadamard_row(pooled, D, STEPS) * scale
+                block = position // _C4
+                item = tl.load(page_table + seg * pages + block // (_PAGE // _C4)).to(tl.int64)
+                store_row(
+                    pool, item_stride, item * per_item + block % (_PAGE // _C4), pooled, per_item, D, CODEC
+                )
+            if REMEMBER:
+                _remember_c4(u, g, u_row, g_row, ape, ring, t, position, seg, offsets, starts, swa_table, pages, D)
+
+
+@triton.jit
+def _ring_c4(
+    u, g, u_row, g_row, ape, ring, positions, segment, offsets, starts, swa_table, pages, D: tl.constexpr
+):
+    t = tl.program_id(0).to(tl.int64)
+    position, seg = tl.load(positions + t), tl.load(segment + t)
+    _remember_c4(u, g, u_row, g_row, ape, ring, t, position, seg, offsets, starts, swa_table, pages, D)
+
+
+@triton.jit
+def _remember_c128(u, g, u_row, g_row, ape, ring, t, position, seg, offsets, starts, slots, D: tl.constexpr):
+    end = tl.load(starts + seg) + tl.load(offsets + seg + 1) - tl.load(offsets + seg)
+    if position >= end - _C128_RING:
+        slot = tl.load(slots + seg).to(tl.int64)
+        into = ring + (slot * _C128_RING + position % _C128_RING) * (2 * D)
+        at = tl.arange(0, D)
+        tl.store(into + at, tl.load(u + t * u_row + at))
+        tl.store(into + D + at, tl.load(g + t * g_row + at) + tl.load(ape + position % _C128 * D + at))
+
+
+@triton.jit
+def _c128(
+    u, g, u_row, g_row, ape, norm, ring, positions, segment, offsets, starts, page_table, slots, pages, freqs, eps,
+    pool, item_stride, per_item, tokens,
+    D: tl.constexpr, PAIRS: tl.constexpr, CODEC: tl.constexpr, ROWS: tl.constexpr, STRIP: tl.constexpr,
+    REMEMBER: tl.constexpr,
+):  # fmt: skip
+    for r in tl.range(ROWS):
+        t = tl.program_id(0).to(tl.int64) * ROWS + r
+        if t < tokens:
+            position = tl.load(positions + t)
+            seg = tl.load(segment + t)
+            if position % _C128 == _C128 - 1:
+                start, first = tl.load(starts + seg), tl.load(offsets + seg)
+                slot = tl.load(slots + seg).to(tl.int64)
+                channel = tl.arange(0, D)[None, :]
+                top = tl.full((D,), float("-inf"), tl.float32)
+                total = tl.zeros((D,), tl.float32)
+                weighed = tl.zeros((D,), tl.float32)
+                for strip in tl.range(0, _C128, STRIP):
+                    k = strip + tl.arange(0, STRIP)
+                    s = position - (_C128 - 1) + k
+                    here = (s >= start)[:, None]
+                    row = (first + s - start)[:, None]
+                    kept = ring + ((slot * _C128_RING + s % _C128_RING) * (2 * D))[:, None] + channel
+                    values = tl.load(u + row * u_row + channel, mask=here, other=0.0)
+                    gates = tl.load(g + row * g_row + channel, mask=here, other=0.0)
+                    gates += tl.load(ape + k[:, None] * D + channel)
+                    behind = (s < start)[:, None]
+                    values += tl.load(kept, mask=behind, other=0.0)
+                    gates = tl.where(behind, tl.load(kept + D, mask=behind, other=0.0), gates)
+                    higher = tl.maximum(top, tl.max(gates, axis=0))
+                    weights = tl.exp(gates - higher[None, :])
+                    shrink = tl.exp(top - higher)
+                    total = total * shrink + tl.sum(weights, axis=0)
+                    weighed = weighed * shrink + tl.sum(weights * values, axis=0)
+                    top = higher
+                pooled = weighed / total
+                pooled = pooled * tl.rsqrt(tl.sum(pooled * pooled, axis=0) / D + eps)
+                pooled = tl.load(norm + tl.arange(0, D)) * pooled
+                pooled = rotated(pooled, position - (_C128 - 1), freqs, D, PAIRS, 1.0)
+                block = position // _C128
+                item = tl.load(page_table + seg * pages + block // (_PAGE // _C128)).to(tl.int64)
+                store_row(
+                    pool, item_stride, item * per_item + block % (_PAGE // _C128), pooled, per_item, D, CODEC
+                )
+            if REMEMBER:
+                _remember_c128(u, g, u_row, g_row, ape, ring, t, position, seg, offsets, starts, slots, D)
+
+
+@triton.jit
+def _ring_c128(u, g, u_row, g_row, ape, ring, positions, segment, offsets, starts, slots, D: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    position, seg = tl.load(positions + t), tl.load(segment + t)
+    _remember_c128(u, g, u_row, g_row, ape, ring, t, position, seg, offsets, starts, slots, D)
+
+
+def compress_c4(
+    u: Tensor, g: Tensor, ape: Tensor, norm: Tensor, ring: Tensor, meta: StepMeta, freqs: Tensor, eps: float,
+    out: RowPool, rotate_keys: bool,
+) -> None:  # fmt: skip
+    """As `engine.kernels.compress.compress_c4`, shapes checked there."""
+    check_dim(out)
+    d, tokens = norm.shape[0], u.shape[0]
+    u, g = _rows(u), _rows(g)
+    short = tokens <= SHORT_STEP
+    rows = 1 if short else C4_RATIO
+    _c4[(triton.cdiv(tokens, rows),)](
+        u, g, u.stride(0), g.stride(0), ape, norm, ring, meta.positions, meta.segment, meta.offsets, meta.starts,
+        meta.page_table, meta.swa_table, meta.page_table.shape[1], freqs, eps,
+        out.data, out.data.stride(0), out.rows_per_item, tokens, d**-0.5,
+        D=d, STEPS=d.bit_length() - 1, PAIRS=freqs.shape[0], ROTATE_KEYS=rotate_keys, CODEC=codec(out),
+        ROWS=rows, REMEMBER=short, num_warps=4 if d > 128 else 1,
+    )  # fmt: skip
+    if not short:
+        _ring_c4[(tokens,)](
+            u, g, u.stride(0), g.stride(0), ape, ring, meta.positions, meta.segment, meta.offsets, meta.starts,
+            meta.swa_table, meta.page_table.shape[1], D=d, num_warps=2,
+        )  # fmt: skip
+
+
+def compress_c128(
+    u: Tensor, g: Tensor, ape: Tensor, norm: Tensor, ring: Tensor, meta: StepMeta, freqs: Tensor, eps: float,
+    out: RowPool,
+) -> None:  # fmt: skip
+    """As `engine.kernels.compress.compress_c128`, shapes checked there."""
+    check_dim(out)
+    d, tokens = norm.shape[0], u.shape[0]
+    u, g = _rows(u), _rows(g)
+    short = tokens <= SHORT_STEP
+    # One row closes in any 128 tokens of a sequence, so a program looks at that many.
+    rows = 1 if short else 32
+    _c128[(triton.cdiv(tokens, rows),)](
+        u, g, u.stride(0), g.stride(0), ape, norm, ring, meta.positions, meta.segment, meta.offsets, meta.starts,
+        meta.page_table, meta.slots, meta.page_table.shape[1], freqs, eps,
+        out.data, out.data.stride(0), out.rows_per_item, tokens,
+        D=d, PAIRS=freqs.shape[0], CODEC=codec(out), ROWS=rows, STRIP=8, REMEMBER=short, num_warps=4,
+    )  # fmt: skip
+    if not short:
+        _ring_c128[(tokens,)](
+            u, g, u.stride(0), g.stride(0), ape, ring, meta.positions, meta.segment, meta.offsets, meta.starts,
+            meta.slots, D=d, num_warps=2,
+        )  # fmt: skip
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()

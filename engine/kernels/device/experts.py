@@ -1,0 +1,290 @@
+"""Mixture of experts on the device: routing, a work list by expert, and three products over it.
+
+The work list gathers the (token, pick) pairs of an expert into blocks, so that an expert's weights are read once for
+all tokens of a block. Blocks that are not needed end at once; how many there may be is known from the shapes.
+T tokens, k picks of E experts, P = T * k pairs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels.device.codec import exact, operand
+
+FP32, BF16, FP4 = (tl.constexpr(kind) for kind in (0, 1, 2))
+FP4_GROUP = 32
+MAX_SCALE_CODE = 128
+"""Largest UE8M0 code of an FP4 group that the kernels take: they fold 2^126 into the scale, which bf16 must hold."""
+
+
+@triton.jit
+def _swiglu(gate, up, limit):
+    gate = tl.minimum(gate, limit)
+    return gate / (1 + tl.exp(-gate)) * tl.minimum(tl.maximum(up, -limit), limit)
+
+
+@triton.jit
+def _swiglu_rows(gate, up, y, count, limit, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    g, u = tl.load(gate + at, mask=inside, other=0.0), tl.load(up + at, mask=inside, other=0.0)
+    tl.store(y + at, _swiglu(g, u, limit), mask=inside)
+
+
+@triton.jit
+def _route(
+    z, bias, table, token_ids, picks, weights, experts, scaling,
+    EXPERTS: tl.constexpr, K: tl.constexpr, HASHED: tl.constexpr,
+):  # fmt: skip
+    """z [T, E] gate products -> picks and weights of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, EXPERTS)
+    inside = e < experts
+    x = tl.load(z + token * experts + e, mask=inside, other=0.0)
+    # log1p(small): what 1 + small lost in rounding is put right by the quotient.
+    small = tl.exp(-tl.abs(x))
+    more = 1 + small
+    log1p = tl.where(more == 1, small, tl.log(more) * (small / tl.where(more == 1, 1.0, more - 1)))
+    scores = tl.sqrt(tl.maximum(x, 0.0) + log1p)
+    if HASHED:
+        row = tl.load(token_ids + token) * K
+        total = 0.0
+        for j in tl.static_range(K):
+            pick = tl.load(table + row + j)
+            total += tl.sum(tl.where(e == pick, scores, 0.0), axis=0)
+        for j in tl.static_range(K):
+            pick = tl.load(table + row + j)
+            weight = tl.sum(tl.where(e == pick, scores, 0.0), axis=0)
+            tl.store(picks + token * K + j, pick.to(tl.int32))
+            tl.store(weights + token * K + j, weight / (total + 1e-20) * scaling)
+    else:
+        steered = tl.where(inside, scores + tl.load(bias + e, mask=inside, other=0.0), float("-inf"))
+        # A token whose scores are not numbers still picks K experts; its result is not a number either.
+        steered = tl.where(inside & (steered != steered), float("inf"), steered)
+        total = 0.0
+        left = steered
+        for _ in tl.static_range(K):
+            best = tl.max(left, axis=0)
+            pick = tl.min(tl.where((left == best) & inside, e, EXPERTS), axis=0)
+            total += tl.sum(tl.where(e == pick, scores, 0.0), axis=0)
+            left = tl.where(e == pick, float("-inf"), left)
+        left = steered
+        for j in tl.static_range(K):
+            best = tl.max(left, axis=0)
+            pick = tl.min(tl.where((left == best) & inside, e, EXPERTS), axis=0)
+            weight = tl.sum(tl.where(e == pick, scores, 0.0), axis=0)
+            left = tl.where(e == pick, float("-inf"), left)
+            tl.store(picks + token * K + j, pick)
+            tl.store(weights + token * K + j, weight / (total + 1e-20) * scaling)
+
+
+@triton.jit
+def _work_list(picks, members, owners, pairs, blocks, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
+    """For few pairs, all in one program: pair i goes behind those of lower experts and behind earlier ones of its own.
+
+    members [blocks * BLOCK] int32  pair of each place, or `pairs` where none; owners [blocks] int32, or -1
+    """
+    i = tl.arange(0, PAIRS)
+    expert = tl.load(picks + i, mask=i < pairs, other=1 << 20)
+    same = expert[None, :] == expert[:, None]
+    earlier = i[None, :] < i[:, None]
+    rank = tl.sum((same & earlier).to(tl.int32), axis=1)
+    first = rank == 0
+    # Blocks before an expert's own: those of every lower expert, counted where its first pair stands.
+    size = tl.sum(same.to(tl.int32), axis=1)
+    needed = tl.where(first & (i < pairs), (size + BLOCK - 1) // BLOCK, 0)
+    lower = expert[None, :] < expert[:, None]
+    before = tl.sum(tl.where(lower, needed[None, :], 0), axis=1)
+    block = before + rank // BLOCK
+    tl.store(members + block * BLOCK + rank % BLOCK, i, mask=i < pairs)
+    tl.store(owners + block, expert, mask=(i < pairs) & (rank % BLOCK == 0))
+
+
+@triton.jit
+def _fp4_half(codes, scale):
+    """[N, C] int32 e2m1 codes (4 bits) times scale [N, C] that carries 2^126 more -> fp32 values, exact in bf16."""
+    bits = ((codes & 7) << 22) | ((codes & 8) << 28)
+    return bits.to(tl.float32, bitcast=True) * scale
+
+
+@triton.jit
+def _half_product(
+    total, x, x_rows, here, weight, scales, out, mine, start, inputs,
+    STEP: tl.constexpr, OUT: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """total [OUT, TOK] plus weight[out, start : start + STEP] times x of these rows."""
+    if KIND == FP4:
+        half = start // 2 + tl.arange(0, STEP // 2)
+        packed = tl.load(weight + out[:, None] * (inputs // 2) + half[None, :], mask=mine[:, None], other=0).to(tl.int32)
+        group = start // 32 + tl.arange(0, STEP // 32)
+        code = tl.load(scales + out[:, None] * (inputs // 32) + group[None, :], mask=mine[:, None], other=0).to(tl.int32)
+        # 2^(code - 127) * 2^126, for codes up to MAX_SCALE_CODE.
+        scale = ((code + 126) << 23).to(tl.float32, bitcast=True)
+        wide = tl.reshape(tl.broadcast_to(scale[:, :, None], (OUT, STEP // 32, 16)), (OUT, STEP // 2))
+        even = tl.load(x + x_rows[None, :] + 2 * half[:, None], mask=here[None, :], other=0.0)
+        odd = tl.load(x + x_rows[None, :] + 2 * half[:, None] + 1, mask=here[None, :], other=0.0)
+        total = tl.dot(exact(_fp4_half(packed & 15, wide), True), operand(even, True), total)
+        total = tl.dot(exact(_fp4_half(packed >> 4, wide), True), operand(odd, True), total)
+    else:
+        k = start + tl.arange(0, STEP)
+        inside = k < inputs
+        w = tl.load(weight + out[:, None] * inputs + k[None, :], mask=mine[:, None] & inside[None, :], other=0.0)
+        xs = tl.load(x + x_rows[None, :] + k[:, None], mask=here[None, :] & inside[:, None], other=0.0)
+        if KIND == BF16:
+            total = tl.dot(exact(w.to(tl.float32), True), operand(xs, True), total)
+        else:
+            total = tl.dot(w, xs, total, input_precision="tf32x3")
+    return total
+
+
+@triton.jit
+def _gate_up(
+    x, gate, gate_scales, up, up_scales, members, owners, y, pairs, picks_per_token, hidden, inner, limit,
+    KIND: tl.constexpr, OUT: tl.constexpr, TOK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """y [P, I]: swiglu(gate x, up x) of every pair."""
+    block = tl.program_id(1)
+    expert = tl.load(owners + block).to(tl.int64)
+    if expert >= 0:
+        pair = tl.load(members + block * TOK + tl.arange(0, TOK))
+        here = pair < pairs
+        x_rows = (pair // picks_per_token).to(tl.int64) * hidden
+        row = tl.program_id(0) * OUT + tl.arange(0, OUT)
+        mine = row < inner
+        out = row.to(tl.int64) + expert * inner
+        a, b = tl.zeros((OUT, TOK), tl.float32), tl.zeros((OUT, TOK), tl.float32)
+        for start in tl.range(0, hidden, STEP):
+            a = _half_product(a, x, x_rows, here, gate, gate_scales, out, mine, start, hidden, STEP, OUT, KIND)
+            b = _half_product(b, x, x_rows, here, up, up_scales, out, mine, start, hidden, STEP, OUT, KIND)
+        at = pair.to(tl.int64)[None, :] * inner + row[:, None]
+        tl.store(y + at, _swiglu(a, b, limit), mask=here[None, :] & mine[:, None])
+
+
+@triton.jit
+def _down(
+    x, down, scales, weights, members, owners, y, pairs, hidden, inner,
+    KIND: tl.constexpr, OUT: tl.constexpr, TOK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """y [P, D]: weight * down(x) of every pair."""
+    block = tl.program_id(1)
+    expert = tl.load(owners + block).to(tl.int64)
+    if expert >= 0:
+        pair = tl.load(members + block * TOK + tl.arange(0, TOK))
+        here = pair < pairs
+        x_rows = pair.to(tl.int64) * inner
+        row = tl.program_id(0) * OUT + tl.arange(0, OUT)
+        mine = row < hidden
+        out = row.to(tl.int64) + expert * hidden
+        total = tl.zeros((OUT, TOK), tl.float32)
+        for start in tl.range(0, inner, STEP):
+            total = _half_product(total, x, x_rows, here, down, scales, out, mine, start, inner, STEP, OUT, KIND)
+        total = total * tl.load(weights + pair, mask=here, other=0.0)[None, :]
+        at = pair.to(tl.int64)[None, :] * hidden + row[:, None]
+        tl.store(y + at, total, mask=here[None, :] & mine[:, None])
+
+
+@triton.jit
+def _sum_picks(parts, y, hidden, K: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < hidden
+    total = tl.load(parts + token * K * hidden + at, mask=inside, other=0.0)
+    for j in tl.static_range(1, K):
+        total += tl.load(parts + (token * K + j) * hidden + at, mask=inside, other=0.0)
+    tl.store(y + token * hidden + at, total, mask=inside)
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    """As `engine.kernels.experts.swiglu`."""
+    y = torch.empty_like(gate)
+    if y.numel():
+        _swiglu_rows[(triton.cdiv(y.numel(), 1024),)](gate, up, y, y.numel(), limit, BLOCK=1024)
+    return y
+
+
+def route(
+    z: Tensor, bias: Tensor | None, table: Tensor | None, token_ids: Tensor | None, k: int, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """z [T, E] fp32 gate products -> picks [T, k] int32, weights [T, k] fp32; by scores + bias, or by table [V, k]."""
+    tokens, experts = z.shape
+    picks = torch.empty(tokens, k, dtype=torch.int32, device=z.device)
+    weights = torch.empty(tokens, k, dtype=torch.float32, device=z.device)
+    if tokens:
+        _route[(tokens,)](
+            z, bias, table, token_ids, picks, weights, experts, scaling,
+            EXPERTS=triton.next_power_of_2(experts), K=k, HASHED=table is not None, num_warps=4 if experts > 128 else 1,
+        )  # fmt: skip
+    return picks, weights
+
+
+FEW_PAIRS = 128
+"""Pairs that one program sorts; more go through torch."""
+
+
+def work_list(picks: Tensor, experts: int, block: int) -> tuple[Tensor, Tensor]:
+    """picks [T, k] int32 -> members [B * block] int32, owners [B] int32, as `_work_list` says."""
+    pairs = picks.numel()
+    blocks = pairs if pairs <= FEW_PAIRS else min(pairs, experts) + pairs // block
+    members = torch.full((blocks * block,), pairs, dtype=torch.int32, device=picks.device)
+    owners = torch.full((blocks,), -1, dtype=torch.int32, device=picks.device)
+    if pairs <= FEW_PAIRS:
+        padded = max(16, triton.next_power_of_2(pairs))
+        _work_list[(1,)](picks, members, owners, pairs, blocks, PAIRS=padded, BLOCK=block, num_warps=4)
+        return members, owners
+    flat = picks.reshape(-1).long()
+    order = torch.argsort(flat, stable=True)
+    sizes = torch.zeros(experts, dtype=torch.int64, device=picks.device).scatter_add_(0, flat, torch.ones_like(flat))
+    needed = (sizes + block - 1) // block
+    before = needed.cumsum(0) - needed
+    sorted_experts = flat[order]
+    rank = torch.arange(pairs, device=picks.device) - (sizes.cumsum(0) - sizes)[sorted_experts]
+    place = before[sorted_experts] + rank // block
+    members[place * block + rank % block] = order.int()
+    owners[place] = sorted_experts.int()
+    return members, owners
+
+
+def routed_experts(
+    x: Tensor, picks: Tensor, weights: Tensor, stacks: tuple[Tensor, Tensor, Tensor],
+    scales: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None], limit: float,
+) -> Tensor:  # fmt: skip
+    """As `engine.kernels.experts.routed_experts`; stacks are gate, up [E, I, D] and down [E, D, I].
+
+    fp32 or bf16 without scales; with UE8M0 scales [E, ., . / 32] uint8, FP4 codes of two to a byte.
+    """
+    tokens, k = picks.shape
+    hidden = x.shape[1]
+    gate, up, down = stacks
+    count, inner = gate.shape[0], gate.shape[1]
+    kind = 2 if scales[0] is not None else 1 if gate.dtype == torch.bfloat16 else 0
+    if kind == 2 and (hidden % 64 or inner % 64):
+        raise ValueError(f"FP4 experts of {hidden} x {inner}: the GPU kernel takes multiples of 64 inputs.")
+    if not tokens:
+        return torch.empty_like(x)
+    pairs = tokens * k
+    few = pairs <= 16 * count
+    tok = 16 if few else 64
+    members, owners = work_list(picks, count, tok)
+    h = torch.empty(pairs, inner, dtype=torch.float32, device=x.device)
+    parts = torch.empty(pairs, hidden, dtype=torch.float32, device=x.device)
+    out = 32 if few else 64
+    x = x.contiguous()
+    blocks = owners.shape[0]
+    _gate_up[(triton.cdiv(inner, out), blocks)](
+        x, gate, scales[0], up, scales[1], members, owners, h, pairs, k, hidden, inner, limit,
+        KIND=kind, OUT=out, TOK=tok, STEP=_step(hidden), num_warps=4, num_stages=3,
+    )  # fmt: skip
+    _down[(triton.cdiv(hidden, out), blocks)](
+        h, down, scales[2], weights, members, owners, parts, pairs, hidden, inner,
+        KIND=kind, OUT=out, TOK=tok, STEP=_step(inner), num_warps=4, num_stages=3,
+    )  # fmt: skip
+    y = torch.empty_like(x)
+    _sum_picks[(tokens, triton.cdiv(hidden, 1024))](parts, y, hidden, K=k, BLOCK=1024)
+    return y
+
+
+def _step(inputs: int) -> int:
+    return 128 if inputs % 128 == 0 else 64

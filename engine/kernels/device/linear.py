@@ -1,0 +1,123 @@
+"""Matrix products, weights first: a tile of outputs times a tile of tokens, so that one token fills the tensor cores.
+
+Weights are read once for up to 64 tokens and stay in the checkpoint's own format: fp32, bf16, or e4m3 with a scale for
+every 128 x 128 block. Where a matrix has too few outputs to fill the GPU, its inputs are split over several programs,
+whose parts are added in order by the one that reads them: a number that depends on the matrix alone.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels.device.codec import e4m3_value, exact, operand
+
+FP8_BLOCK = 128
+_DECODE_TOKENS = 16
+"""Up to this many tokens a step is bound by reading weights."""
+
+
+@triton.jit
+def _product(
+    x, weight, scales, parts, tokens, x_row, per_group, tiles, inputs, scale_columns, part_stride,
+    OUT: tl.constexpr, TOK: tl.constexpr, STEP: tl.constexpr, PER_SPLIT: tl.constexpr,
+    HALF: tl.constexpr, FP8: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    tile, split = tl.program_id(0), tl.program_id(2)
+    group = tile // tiles
+    out = group * per_group + tile % tiles * OUT + tl.arange(0, OUT)
+    mine = tile % tiles * OUT + tl.arange(0, OUT) < per_group
+    token = tl.program_id(1) * TOK + tl.arange(0, TOK)
+    here = token < tokens
+    x += group.to(tl.int64) * inputs
+    total = tl.zeros((OUT, TOK), tl.float32)
+    first = split * PER_SPLIT
+    for start in tl.range(first, tl.minimum(first + PER_SPLIT, inputs), STEP):
+        k = start + tl.arange(0, STEP)
+        w_at = weight + out.to(tl.int64)[:, None] * inputs + k[None, :]
+        x_at = x + token.to(tl.int64)[None, :] * x_row + k[:, None]
+        if RAGGED:
+            w = tl.load(w_at, mask=mine[:, None] & (k < inputs)[None, :], other=0)
+            xs = tl.load(x_at, mask=here[None, :] & (k < inputs)[:, None], other=0.0)
+        else:
+            w = tl.load(w_at)
+            xs = tl.load(x_at, mask=here[None, :], other=0.0)
+        if FP8:
+            part = tl.dot(exact(e4m3_value(w), HALF), operand(xs, HALF))
+            # A tile of outputs lies within one block of 128, and so does a step of inputs.
+            block = (group * per_group + tile % tiles * OUT) // 128 * scale_columns + start // 128
+            total += part * tl.load(scales + block)
+        elif HALF:
+            total = tl.dot(exact(w.to(tl.float32), HALF), operand(xs, HALF), total)
+        else:
+            total = tl.dot(w, xs, total, input_precision="tf32x3")
+    y = parts + split.to(tl.int64) * part_stride + token.to(tl.int64)[None, :] * (per_group * (tl.num_programs(0) // tiles))
+    tl.store(y + out[:, None], total, mask=mine[:, None] & here[None, :])
+
+
+@triton.jit
+def _add_parts(parts, y, count, part_stride, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    total = tl.load(parts + at, mask=inside, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(parts + split * part_stride + at, mask=inside, other=0.0)
+    tl.store(y + at, total, mask=inside)
+
+
+@lru_cache(maxsize=1024)
+def plan(outputs: int, inputs: int, groups: int, fp8: bool, few: bool) -> tuple[int, int, int, int]:
+    """(outputs of a tile, inputs of a step, inputs of a split, warps) for a matrix; `few` tokens or many."""
+    per_group = outputs // groups
+    if not few:
+        return 64, 64 if not fp8 else 128, inputs, 4
+    tile = 64 if outputs >= 8192 else 32 if outputs >= 256 else 16
+    while tile > 16 and per_group % tile and per_group < tile:
+        tile //= 2
+    step = 128
+    programs = groups * -(-per_group // tile)
+    splits = 1
+    # Some 132 programs fill the GPU; a split reads at least 1024 inputs, or it would be all prologue.
+    while programs * splits < 132 and inputs // (splits * 2) >= 1024:
+        splits *= 2
+    per_split = -(-inputs // splits)
+    return tile, step, -(-per_split // step) * step, 4
+
+
+def product(x: Tensor, weight: Tensor, scales: Tensor | None, groups: int) -> Tensor:
+    """x [T, G*K] times weight [G*N, K] of fp32, bf16, or e4m3 with scales [ceil(G*N / 128), ceil(K / 128)] -> [T, G*N].
+
+    The result is fp32.
+    """
+    outputs, inputs = weight.shape
+    tokens, fp8 = x.shape[0], scales is not None
+    per_group = outputs // groups
+    if fp8 and groups > 1 and per_group % FP8_BLOCK:
+        raise ValueError(
+            f"{groups} groups of {per_group} outputs in e4m3: a scale covers {FP8_BLOCK} outputs and would cover two "
+            "groups. Load such a matrix in bfloat16."
+        )
+    x = x if x.stride(1) == 1 else x.contiguous()
+    few = tokens <= _DECODE_TOKENS
+    tile, step, per_split, warps = plan(outputs, inputs, groups, fp8, few)
+    tok = 16 if few else 64 if tokens <= 64 else 128
+    splits = -(-inputs // per_split)
+    tiles = -(-per_group // tile)
+    y = torch.empty(tokens, outputs, dtype=torch.float32, device=x.device)
+    if not tokens:
+        return y
+    parts = y if splits == 1 else torch.empty(splits, tokens, outputs, dtype=torch.float32, device=x.device)
+    _product[(groups * tiles, triton.cdiv(tokens, tok), splits)](
+        x, weight, scales, parts, tokens, x.stride(0), per_group, tiles, inputs, 0 if scales is None else scales.shape[1],
+        tokens * outputs, OUT=tile, TOK=tok, STEP=step, PER_SPLIT=per_split,
+        HALF=weight.dtype != torch.float32, FP8=fp8, RAGGED=bool(per_group % tile or inputs % step),
+        num_warps=warps if few else 8, num_stages=4 if few else 3,
+    )  # fmt: skip
+    if splits > 1:
+        count, block = tokens * outputs, 1024
+        _add_parts[(triton.cdiv(count, block),)](parts, y, count, count, SPLITS=splits, BLOCK=block)
+    return y

@@ -1,0 +1,121 @@
+// Enough of CUDA to run one block of a kernel on a CPU: a thread of the block is a fiber, barriers switch between them.
+// Warp operations wait for their 32 lanes, so a kernel in which lanes part ways before one hangs here and is refused.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+#include <setjmp.h>
+#include <ucontext.h>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n)
+
+struct Index { unsigned x; };
+static Index threadIdx, blockIdx;
+
+namespace block {
+struct Fiber {
+    ucontext_t context;  // for the first switch to it alone: later ones jump, which spares two system calls
+    jmp_buf here;
+    std::vector<char> stack;
+    bool begun = false, done = false;
+    long barriers = 0, warps = 0;
+};
+static std::vector<Fiber> fibers;
+static jmp_buf scheduler;
+static unsigned current;
+static std::vector<uint32_t> lane_values;
+static void (*body)();
+
+inline void pause() {
+    if (_setjmp(fibers[current].here) == 0) _longjmp(scheduler, 1);
+}
+inline void resume(unsigned i) {
+    current = threadIdx.x = i;
+    if (_setjmp(scheduler)) return;
+    if (fibers[i].begun) _longjmp(fibers[i].here, 1);
+    fibers[i].begun = true;
+    setcontext(&fibers[i].context);
+}
+inline bool reached(unsigned first, unsigned count, long Fiber::*counter, long wanted) {
+    for (unsigned i = first; i < first + count; i++)
+        if (!fibers[i].done && fibers[i].*counter < wanted) return false;
+    return true;
+}
+inline void wait(unsigned first, unsigned count, long Fiber::*counter) {
+    long wanted = ++(fibers[current].*counter);
+    while (!reached(first, count, counter, wanted)) pause();
+}
+inline void sync_warp() { wait(current / 32 * 32, 32, &Fiber::warps); }
+// The values of all lanes. Two sets take turns, so that a lane which is ahead by one overwrites nobody's.
+inline const uint32_t* exchange(uint32_t value) {
+    uint32_t* values = lane_values.data() + (fibers[current].warps % 2 ? lane_values.size() / 2 : 0);
+    values[current] = value;
+    sync_warp();
+    return values + current / 32 * 32;
+}
+inline void enter() {
+    body();
+    fibers[current].done = true;
+    _longjmp(scheduler, 1);
+}
+inline void run(unsigned threads, void (*kernel)()) {
+    body = kernel;
+    fibers = std::vector<Fiber>(threads);
+    lane_values.assign(2 * threads, 0);
+    for (unsigned i = 0; i < threads; i++) {
+        Fiber& f = fibers[i];
+        f.stack.resize(64 << 10);
+        getcontext(&f.context);
+        f.context.uc_stack.ss_sp = f.stack.data();
+        f.context.uc_stack.ss_size = f.stack.size();
+        f.context.uc_link = nullptr;
+        makecontext(&f.context, enter, 0);
+    }
+    for (unsigned left = threads, idle = 0; left;) {
+        unsigned before = left;
+        long moved = 0;
+        for (unsigned i = 0; i < threads; i++) {
+            Fiber& f = fibers[i];
+            if (f.done) continue;
+            long was = f.barriers + f.warps;
+            resume(i);
+            moved += f.barriers + f.warps - was;
+            if (f.done) left--;
+        }
+        idle = left == before && !moved ? idle + 1 : 0;
+        if (idle > 2) { std::fprintf(stderr, "the threads of the block wait for each other\n"); std::abort(); }
+    }
+}
+}  // namespace block
+
+inline void __syncthreads() { block::wait(0, block::fibers.size(), &block::Fiber::barriers); }
+inline uint32_t __float_as_uint(float x) { uint32_t bits; std::memcpy(&bits, &x, 4); return bits; }
+inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline uint32_t atomicAdd(uint32_t* at, uint32_t more) { uint32_t old = *at; *at += more; return old; }
+inline uint32_t __ballot_sync(uint32_t, bool on) {
+    uint32_t bits = 0;
+    const uint32_t* seen = block::exchange(on);
+    for (int i = 0; i < 32; i++) bits |= (seen[i] ? 1u : 0u) << i;
+    return bits;
+}
+template <typename T> T shuffled(T value, int from) { return (T)block::exchange((uint32_t)value)[from & 31]; }
+template <typename T> T __shfl_sync(uint32_t, T value, int lane) { return shuffled(value, lane); }
+template <typename T> T __shfl_xor_sync(uint32_t, T value, int mask) { return shuffled(value, (threadIdx.x & 31) ^ mask); }
+template <typename T> T __shfl_up_sync(uint32_t, T value, int d) {
+    int lane = threadIdx.x & 31;
+    return shuffled(value, lane >= d ? lane - d : lane);
+}
+inline uint32_t __match_any_sync(uint32_t, uint32_t value) {
+    const uint32_t* seen = block::exchange(value);
+    uint32_t bits = 0;
+    for (int i = 0; i < 32; i++) bits |= (seen[i] == value ? 1u : 0u) << i;
+    return bits;
+}

@@ -1,0 +1,379 @@
+"""The GPU kernels against the CPU's: on a GPU where there is one, else under Triton's interpreter."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+pytest.importorskip("triton", reason="triton comes with the gpu extra")
+
+from engine.batch import StepMeta
+from engine.config import C4_RING, C128_RING
+from engine.kernels import compress, experts, hyper_connections, norm_rope
+from engine.kernels.checksum import item_checksums
+from engine.kernels.index_topk import index_topk
+from engine.kernels.linear import Matrix, linear
+from engine.kernels.rows import RowPool, read_rows, write_rows
+from engine.kernels.sparse_attention import sparse_attention
+
+# Triton decides on import, so this comes last.
+from engine.kernels.device import checksum as device_checksum
+from engine.kernels.device import compress as device_compress
+from engine.kernels.device import experts as device_experts
+from engine.kernels.device import hyper_connections as device_hyper
+from engine.kernels.device import index_topk as device_index
+from engine.kernels.device import linear as device_linear
+from engine.kernels.device import norm_rope as device_norm
+from engine.kernels.device import rows as device_rows
+from engine.kernels.device import sparse_attention as device_attention
+
+DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
+PAGES = 5
+SPANS = [(0, 9), (250, 14), (700, 1), (1019, 5)]
+
+
+def there(value):
+    """A tensor, a step or a pool of the CPU, on the device under test: a copy, even where that is the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.to(DEVICE, copy=True)
+    if isinstance(value, StepMeta):
+        return StepMeta(**{f.name: None if (v := getattr(value, f.name)) is None else there(v) for f in fields(value)})
+    return replace(value, data=there(value.data))
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def apart(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """1 - 2 <x, y> / (<x, x> + <y, y>): 0 for equal tensors, about half the squared relative error near 0."""
+    x, y = got.cpu().double().flatten(), expected.cpu().double().flatten()
+    assert x.isfinite().all(), "an output is not finite, or was never written"
+    return float(1 - 2 * (x @ y) / (x @ x + y @ y).clamp_min(1e-300))
+
+
+def empty_pool(rows: int, kind: str, layout: str, dim: int) -> RowPool:
+    size = RowPool.item_bytes_for(rows, kind, layout, dim, 64)
+    return RowPool(torch.full((16 * PAGES + 1, size), 0xFF, dtype=torch.uint8), rows, kind, layout, dim, 64)
+
+
+def filled_pool(rows: int, kind: str, layout: str, dim: int) -> RowPool:
+    pool = empty_pool(rows, kind, layout, dim)
+    write_rows(pool, torch.arange(pool.num_rows), randn(pool.num_rows, dim, seed=rows))
+    return pool
+
+
+def poisoned(meta: StepMeta, pool: RowPool, table: torch.Tensor) -> RowPool:
+    """The pool with NaN in every item that no table entry of the step names."""
+    data = pool.data.clone()
+    unused = torch.ones(len(data), dtype=torch.bool)
+    unused[table.unique().long()] = False
+    data[unused] = 0xFF
+    return replace(pool, data=data)
+
+
+@pytest.mark.parametrize("size", [128, 256, 512, 1536])
+def test_norms_and_rotations(size):
+    x, weight, positions = randn(3, size), randn(size, seed=1), torch.tensor([0, 77_777, 1_048_575])
+    freqs = norm_rope.rope_frequencies(160_000.0, 64)
+    turns = (positions, freqs) if size & (size - 1) == 0 else (None, None)
+    got = device_norm.norm_rotate(there(x), there(weight), 1e-6, *(None if t is None else there(t) for t in turns), False)
+    expected = norm_rope.rms_norm(x, weight, 1e-6)
+    expected = expected if turns[0] is None else norm_rope.rotate(expected, positions, freqs)
+    assert torch.allclose(got.cpu(), expected, rtol=0, atol=2e-5)
+
+
+def test_heads_are_normed_and_turned_one_by_one_and_back():
+    q, positions = randn(3, 2, 128), torch.tensor([5, 900_000, 17])
+    freqs = norm_rope.rope_frequencies(10_000.0, 64)
+    got = device_norm.norm_rotate(there(q), None, 1e-6, there(positions), there(freqs), False)
+    assert torch.allclose(got.cpu(), norm_rope.query(q, positions, freqs, 1e-6), rtol=0, atol=2e-5)
+    back = device_norm.norm_rotate(got, None, None, there(positions), there(freqs), True)
+    assert torch.allclose(back.cpu(), norm_rope.head_norm(q, 1e-6), rtol=0, atol=2e-5)
+
+
+def test_the_hadamard_turn_adds_in_the_references_order():
+    x = randn(5, 128)
+    assert torch.equal(device_norm.hadamard(there(x)).cpu(), norm_rope.hadamard(x))
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize(("tokens", "outputs", "inputs", "groups"), [(1, 40, 96, 1), (3, 256, 2048, 1), (70, 256, 384, 2)])
+def test_products(kind, tokens, outputs, inputs, groups):
+    x, scales = randn(tokens, groups * inputs), None
+    weight = randn(outputs, inputs, seed=1) * inputs**-0.5
+    if kind == "fp32":
+        dense = weight
+    elif kind == "bf16":
+        weight = weight.bfloat16()
+        dense = weight.float()
+    else:
+        scales = torch.exp2(torch.randint(-6, 4, (-(-outputs // 128), -(-inputs // 128))).float())
+        weight = (weight * 16).to(torch.float8_e4m3fn)
+        dense = weight.float() * scales.repeat_interleave(128, 0)[:outputs].repeat_interleave(128, 1)[:, :inputs]
+        weight = weight.view(torch.uint8)
+    rounded = x if kind == "fp32" else x.bfloat16().float()
+    per_group = outputs // groups
+    expected = torch.cat(
+        [rounded[:, g * inputs : (g + 1) * inputs] @ dense[g * per_group : (g + 1) * per_group].T for g in range(groups)], 1
+    )
+    got = device_linear.product(there(x), there(weight), None if scales is None else there(scales), groups)
+    assert apart(got, expected) < (1e-10 if kind == "fp32" else 1e-9)
+
+
+@pytest.mark.parametrize(("kind", "dim"), [("latent", 512), ("index", 128)])
+@pytest.mark.parametrize("layout", ["v4", "exact"])
+def test_rows_are_stored_byte_for_byte_as_on_the_cpu(kind, dim, layout):
+    rows = torch.tensor([3, 64, 65, 700, 701, 130, 131, 132])
+    values = randn(8, dim) * torch.exp2(torch.arange(8).float() * 4 - 20)[:, None]
+    values[4, :7] = torch.tensor([448.0, -448.0, 0.0, -0.0, 1e-30, 7.96, -7.97])
+    values[5, 3], values[6, -1], values[7, 64] = torch.nan, torch.inf, -torch.inf
+    pool = empty_pool(64, kind, layout, dim)
+    ours = there(pool)
+    write_rows(pool, rows, values)
+    device_rows.write_rows(ours, there(rows), there(values))
+    if layout == "v4":
+        # A NaN has many codes; what matters is that the same values are NaN.
+        assert torch.equal(read_rows(replace(ours, data=ours.data.cpu()), rows).isnan(), read_rows(pool, rows).isnan())
+        rows = rows[:5]
+        assert torch.equal(read_rows(replace(ours, data=ours.data.cpu()), rows), read_rows(pool, rows))
+    else:
+        assert torch.equal(ours.data.cpu(), pool.data)
+
+
+def stale_ring(*shape: int) -> torch.Tensor:
+    return torch.full(shape, torch.nan)
+
+
+@pytest.mark.parametrize("layout", ["v4", "exact"])
+@pytest.mark.parametrize(("dim", "turned"), [(512, False), (128, True)])
+def test_c4_rows_and_rings(step, layout, dim, turned):
+    kind = "index" if turned else "latent"
+    ape, norm = randn(4, 2 * dim, seed=3), randn(dim, seed=4)
+    freqs = norm_rope.rope_frequencies(160_000.0, 64)
+    pool, ring = empty_pool(64, kind, layout, dim), stale_ring(16 * PAGES + 1, C4_RING, 4 * dim)
+    ours, our_ring = there(pool), there(ring)
+    # A prompt in a long chunk, then in short steps, beside another.
+    for n, spans in enumerate([[(0, 21), (0, 3)], [(21, 1), (3, 1)], [(22, 3), (4, 4)], [(25, 40), (8, 1)]]):
+        meta = step(spans, pages=PAGES)
+        tokens = len(meta.positions)
+        u, g = randn(tokens, 2 * dim, seed=10 + n), randn(tokens, 2 * dim, seed=20 + n)
+        arguments = (freqs, 1e-6)
+        compress.compress_c4(u, g, ape, norm, ring, meta, *arguments, pool, turned)
+        device_compress.compress_c4(
+            there(u), there(g), there(ape), there(norm), our_ring, there(meta), there(freqs), 1e-6, ours, turned
+        )
+    assert torch.equal(our_ring.cpu().nan_to_num(7), ring.nan_to_num(7))
+    rows = (step([(0, 1), (0, 1)], pages=PAGES).page_table[:, :1].long() * 64 + torch.arange(16))[0]
+    got, expected = read_rows(replace(ours, data=ours.data.cpu()), rows), read_rows(pool, rows)
+    # Codes may differ by one where sums differ in their last bit.
+    assert (got != expected).float().mean() < (0.002 if layout == "v4" else 1)
+    assert torch.allclose(got, expected, rtol=0.13 if layout == "v4" else 0, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["v4", "exact"])
+def test_c128_rows_and_rings(step, layout):
+    dim = 512
+    ape, norm = randn(128, dim, seed=3), randn(dim, seed=4)
+    freqs = norm_rope.rope_frequencies(160_000.0, 64)
+    pool, ring = empty_pool(2, "latent", layout, dim), stale_ring(16 * PAGES + 1, C128_RING, 2 * dim)
+    ours, our_ring = there(pool), there(ring)
+    for n, spans in enumerate([[(0, 100), (0, 3)], [(100, 27), (3, 1)], [(127, 1), (4, 2)], [(128, 130), (6, 1)]]):
+        meta = step(spans, pages=PAGES)
+        tokens = len(meta.positions)
+        u, g = randn(tokens, dim, seed=10 + n), randn(tokens, dim, seed=20 + n)
+        compress.compress_c128(u, g, ape, norm, ring, meta, freqs, 1e-6, pool)
+        device_compress.compress_c128(
+            there(u), there(g), there(ape), there(norm), our_ring, there(meta), there(freqs), 1e-6, ours
+        )
+    assert torch.equal(our_ring.cpu().nan_to_num(7), ring.nan_to_num(7))
+    rows = (step([(0, 1), (0, 1)], pages=PAGES).page_table[:1, :1].long() * 2 + torch.arange(2))[0]
+    got, expected = read_rows(replace(ours, data=ours.data.cpu()), rows), read_rows(pool, rows)
+    assert torch.allclose(got, expected, rtol=0.13 if layout == "v4" else 0, atol=1e-4)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("layout", ["v4", "exact"])
+@pytest.mark.parametrize("ratio", [0, 4, 128])
+def test_attention(step, ratio, layout, half):
+    meta = step(SPANS if ON_GPU else [(254, 3), (700, 1)], pages=PAGES)
+    heads = 64 if ON_GPU else 3
+    window = poisoned(meta, filled_pool(256, "latent", layout, 512), meta.swa_table)
+    per = {0: 64, 4: 64, 128: 2}[ratio]
+    pool = poisoned(meta, filled_pool(per, "latent", layout, 512), meta.page_table) if ratio else None
+    q, sink = randn(len(meta.positions), heads, 512), randn(heads, seed=1)
+    sink[0], sink[1] = 30.0, -torch.inf
+    selected = None
+    if ratio == 4:
+        selected = torch.full((len(q), 70), -1, dtype=torch.int32)
+        for row, p in zip(selected, meta.positions.tolist(), strict=True):
+            best = torch.randperm((p + 1) // 4)[:70].sort().values
+            row[: len(best)] = best.int()
+    meta = replace(meta, oldest=torch.tensor([0, 200, 650, 0][: len(meta.starts)])) if ratio == 0 else meta
+    expected = sparse_attention(q, sink, meta, window, pool, ratio, selected, 512**-0.5)
+    got = device_attention.sparse_attention(
+        there(q), there(sink), there(meta), there(window), None if pool is None else there(pool), ratio,
+        None if selected is None else there(selected), 512**-0.5, half,
+    )  # fmt: skip
+    assert apart(got, expected) < (2e-5 if half else 1e-10)
+
+
+@pytest.mark.parametrize("layout", ["v4", "exact"])
+@pytest.mark.parametrize("heads", [4, 64])
+def test_indexer_scores_in_fp32(step, layout, heads):
+    meta = step([(300, 2), (1100, 3)], pages=PAGES)
+    pool = poisoned(meta, filled_pool(64, "index", layout, 128), meta.page_table)
+    q, w = randn(5, heads, 128), randn(5, heads, seed=1)
+    scores, maxima = device_index.scores_and_maxima(there(q), there(w), there(pool), there(meta), 32, half=False)
+    check_scores(meta, pool, q, w, scores, maxima, 1e-9)
+
+
+def test_indexer_scores_in_fp8_read_their_own_queries(step):
+    meta = step([(300, 2), (1100, 3), (1203, 1)], pages=PAGES)
+    pool = poisoned(meta, filled_pool(64, "index", "v4", 128), meta.page_table)
+    q, w = randn(6, 64, 128), randn(6, 64, seed=1)
+    codes, weights = device_index.quantise(there(q), there(w))
+    scores, maxima = device_index.scores_and_maxima(codes, weights, there(pool), there(meta), 32, half=True)
+    dequantised = codes.cpu().view(torch.float8_e4m3fn).float()
+    check_scores(meta, pool, dequantised, weights.cpu(), scores, maxima, 1e-7)
+
+
+def check_scores(meta, pool, q, w, scores, maxima, tolerance):
+    """Against the definition on the same operands; what lies behind a row's last page was not written."""
+    for token, (p, segment) in enumerate(zip(meta.positions.tolist(), meta.segment.tolist(), strict=True)):
+        seen = (p + 1) // 4
+        blocks = torch.arange(seen)
+        keys = read_rows(pool, meta.page_table[segment].long()[blocks // 64] * 64 + blocks % 64)
+        expected = (keys @ q[token].T).relu() @ w[token]
+        assert apart(scores[token, :seen], expected) < tolerance
+        padded = scores[token, : -(-seen // 64) * 64].cpu()
+        assert (padded[seen:] == -torch.inf).all()
+        assert torch.equal(maxima[token, : len(padded) // 64].cpu(), padded.unflatten(0, (-1, 64)).amax(dim=1))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the top-k is CUDA C++; test_topk_rows.py runs its source on the CPU")
+@pytest.mark.parametrize("layout", ["v4", "exact"])
+def test_the_indexer_chooses_as_the_cpu_does(step, layout):
+    meta = step(SPANS, pages=PAGES)
+    pool = poisoned(meta, filled_pool(64, "index", layout, 128), meta.page_table)
+    q, w = randn(len(meta.positions), 64, 128), randn(len(meta.positions), 64, seed=1)
+    expected = index_topk(q, w, pool, meta, 50)
+    for half, least in ((False, 0.999), (True, 0.96)):
+        got = device_index.index_topk(there(q), there(w), there(pool), there(meta), 50, half).cpu()
+        same = sum(len(set(a.tolist()) & set(b.tolist())) for a, b in zip(got, expected, strict=True))
+        assert same >= least * sum(len(set(row.tolist())) for row in expected)
+        assert (got.diff(dim=1)[got[:, 1:] >= 0] > 0).all()
+
+
+@pytest.mark.parametrize("size", [256, 1536])
+def test_hyper_connections(size):
+    streams, y = randn(5, 4, size), randn(5, size, seed=1)
+    fn, base, scale = randn(24, 4 * size, seed=2) * 0.1, randn(24, seed=3) * 0.5, randn(3, seed=4) * 0.2 + 1
+    site = hyper_connections.HyperSite(fn, base, scale)
+    x, post, comb = hyper_connections.mix_in(streams, site, 1e-6, 1e-6, 20)
+    norm = randn(size, seed=5)
+    found = device_hyper.mix_in(*map(there, (streams, fn, base, scale)), None, 1e-6, 1e-6, 20)
+    for got, expected in zip(found, (x, post, comb), strict=True):
+        assert torch.allclose(got.cpu(), expected, rtol=0, atol=1e-5)
+    normed, _, _ = device_hyper.mix_in(*map(there, (streams, fn, base, scale, norm)), 1e-6, 1e-6, 20)
+    assert torch.allclose(normed.cpu(), norm_rope.rms_norm(x, norm, 1e-6), rtol=0, atol=1e-4)
+    out = device_hyper.mix_out(*map(there, (y, streams, post, comb)))
+    assert torch.allclose(out.cpu(), hyper_connections.mix_out(y, streams, post, comb), rtol=0, atol=1e-5)
+    head = randn(4, 4 * size, seed=6) * 0.1, randn(4, seed=7), randn(1, seed=8)
+    got = device_hyper.collapse(there(streams), *map(there, head), 1e-6, 1e-6)
+    assert torch.allclose(got.cpu(), hyper_connections.collapse(streams, *head, 1e-6, 1e-6), rtol=0, atol=1e-5)
+
+
+def test_routes_by_score_and_by_table():
+    z = randn(40, 24) * 8
+    z[3] = -60.0  # all scores vanish
+    z[4, 5] = z[4, 9]  # equals: the lower expert
+    bias = randn(24, seed=1) * 0.2
+    bias[5] = bias[9]
+    scores = (z.double().relu() + torch.log1p(torch.exp(-z.double().abs()))).sqrt().float()
+    picks = (scores + bias).sort(dim=-1, descending=True, stable=True).indices[:, :6]
+    got, weights = device_experts.route(there(z), there(bias), None, None, 6, 1.5)
+    assert torch.equal(got.cpu(), picks.int())
+    expected = scores.gather(1, picks)
+    assert torch.allclose(weights.cpu(), expected / (expected.sum(1, keepdim=True) + 1e-20) * 1.5, rtol=2e-5, atol=0)
+    table, ids = torch.randint(24, (100, 6)), torch.randint(100, (40,))
+    got, weights = device_experts.route(there(z), None, there(table), there(ids), 6, 2.5)
+    assert torch.equal(got.cpu(), table[ids].int())
+    expected = scores.gather(1, table[ids])
+    assert torch.allclose(weights.cpu(), expected / (expected.sum(1, keepdim=True) + 1e-20) * 2.5, rtol=2e-5, atol=0)
+
+
+def work(members, owners, pairs, block):
+    """The pairs of each expert, in the order of the list."""
+    found: dict[int, list[int]] = {}
+    for owner, places in zip(owners.tolist(), members.view(-1, block).tolist(), strict=True):
+        assert owner >= 0 or all(p == pairs for p in places)
+        if owner >= 0:
+            found.setdefault(owner, []).extend(p for p in places if p != pairs)
+    return found
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 20, 100])
+def test_the_work_list_holds_every_pair_under_its_expert(tokens):
+    picks = torch.randint(5, (tokens, 6), generator=torch.Generator().manual_seed(0)).int()
+    expected = {e: (picks.flatten() == e).nonzero().flatten().tolist() for e in picks.unique().tolist()}
+    members, owners = device_experts.work_list(there(picks), 5, 16)
+    assert work(members, owners, picks.numel(), 16) == expected
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp4"])
+@pytest.mark.parametrize("tokens", [1, 5, 60])
+def test_experts(kind, tokens):
+    count, hidden, inner, limit = 4, 192, 128, 2.0
+    shapes = ((count, inner, hidden), (count, inner, hidden), (count, hidden, inner))
+    scales = (None, None, None)
+    if kind == "fp4":
+        codes = [torch.randint(256, (*s[:2], s[2] // 2), dtype=torch.uint8) for s in shapes]
+        scales = tuple(torch.randint(118, 125, (*s[:2], s[2] // 32), dtype=torch.uint8) for s in shapes)
+        values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        values = torch.cat([values, -values])
+        dense = [
+            torch.stack([values[(c & 15).long()], values[(c >> 4).long()]], dim=-1).flatten(2)
+            * torch.exp2(s.float() - 127).repeat_interleave(32, dim=2)
+            for c, s in zip(codes, scales, strict=True)
+        ]
+        stacks = codes
+    else:
+        dense = [(randn(*s, seed=i) * s[2] ** -0.5).bfloat16().float() for i, s in enumerate(shapes)]
+        stacks = [w.bfloat16() if kind == "bf16" else w for w in dense]
+    x, weights = randn(tokens, hidden), torch.rand(tokens, 3)
+    picks = torch.randint(count, (tokens, 3)).int()
+    expected = experts.routed_experts(x, picks, weights, experts.Experts.prepare(*dense), limit)
+    got = device_experts.routed_experts(
+        there(x), there(picks), there(weights), tuple(map(there, stacks)),
+        tuple(None if s is None else there(s) for s in scales), limit,
+    )  # fmt: skip
+    assert apart(got, expected) < (1e-10 if kind == "fp32" else 3e-5)
+
+
+def test_swiglu():
+    gate, up = randn(3, 100) * 20, randn(3, 100, seed=1) * 20
+    got = device_experts.swiglu(there(gate), there(up), 10.0)
+    assert torch.allclose(got.cpu(), experts.swiglu(gate, up, 10.0), rtol=1e-5, atol=1e-6)
+
+
+def test_checksums_are_those_of_the_cpu():
+    regions = [torch.randint(256, (9, size), dtype=torch.uint8) for size in (64, 40_000, 8)]
+    items = [8, 0, 3]
+    expected = item_checksums(regions, items)
+    sums = device_checksum.weighted_sums([there(r) for r in regions], items)
+    assert [s * 0x9E3779B97F4A7C15 % (1 << 64) for s in sums] == expected
+
+
+def test_a_matrix_on_the_device_gives_what_it_gives_on_the_cpu():
+    weight, x = randn(64, 128).bfloat16(), randn(3, 128).bfloat16().float()
+    got = device_linear.product(there(x), there(weight), None, 1)
+    assert math.isclose(apart(got, linear(x, Matrix.prepare(weight))), 0, abs_tol=1e-10)
