@@ -14,7 +14,7 @@ need_python = $(if $(PYTHON),,$(error Penumbra needs Python 3.11 or newer and no
 # One thread per process in tests: two cores are shared by whole clusters.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install install-dev up test test-long lint format stubs chaos bench bench-900k sbom clean
+.PHONY: help install install-dev up test test-gpu test-long lint format stubs chaos bench bench-900k sbom clean
 
 help:
 	@echo 'make up [ARGS="--prefill 2 --decode 2"]   install, then serve http://127.0.0.1:8000; Ctrl-C stops it'
@@ -37,6 +37,11 @@ test: lint
 test-long: install-dev
 	$(BIN)/python -m pytest -m "long and not gpu" --timeout=3600 --junitxml=build/test-long.xml $(ARGS); \
 	  code=$$?; $(BIN)/python -m bench.long_tests build/test-long.xml && exit $$code
+
+# Needs a GPU and the gpu extra; without a GPU these tests are not even collected.
+test-gpu:
+	@$(need_python)$(PYTHON) deploy/install.py dev gpu
+	$(BIN)/python -m pytest -m gpu tests/gpu tests/kernels --timeout=600 $(ARGS)
 
 lint: install-dev
 	$(BIN)/ruff check .

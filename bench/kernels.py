@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -29,21 +30,16 @@ COLD_BYTES = 160 << 20
 """Inputs that take turns add up to this much at least: over twice the L2."""
 
 
-def microseconds(calls: list[Callable[[], object]]) -> float:
-    """One call's time; `calls` take turns."""
-    for call in calls:
-        call()
+def microseconds(call: Callable[[Any], object], inputs: Sequence[Any]) -> float:
+    """One call's time; `inputs` take turns."""
+    for one in inputs:
+        call(one)
     torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
-    stream.synchronize()
     graph = torch.cuda.CUDAGraph()
-    count = max(CALLS, len(calls))
+    count = max(CALLS, len(inputs))
     with torch.cuda.graph(graph):
         for i in range(count):
-            calls[i % len(calls)]()
+            call(inputs[i % len(inputs)])
     times = []
     for _ in range(REPLAYS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -57,9 +53,16 @@ def microseconds(calls: list[Callable[[], object]]) -> float:
 
 def copy_bandwidth() -> float:
     """Bytes read plus written a second by a large copy."""
-    a, b = (torch.empty(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
-    b.fill_(1)
-    return 2 * a.numel() / (microseconds([lambda: a.copy_(b)]) * 1e-6)
+    a, b = (torch.ones(1 << 29, dtype=torch.float32, device="cuda") for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        a.copy_(b)
+        end.record()
+        end.synchronize()
+        best = min(best, begin.elapsed_time(end) * 1e-3)
+    return 2 * a.nbytes / best
 
 
 def turns(num_bytes: int) -> range:
@@ -117,11 +120,10 @@ def topk_cases(bandwidth: float) -> Cases:
         lengths = torch.full((rows,), n, device="cuda")
         positions = lengths - 1
         maxima = [scores.unflatten(1, (-1, 64)).amax(dim=-1) for scores in inputs]
-        ours = microseconds([lambda s=s: topk_rows(s, lengths, k) for s in inputs])  # type: ignore[misc]
-        known = microseconds(
-            [lambda s=s, m=m: choose(s, m, positions, 1, k) for s, m in zip(inputs, maxima, strict=True)]  # type: ignore[misc]
-        )
-        peer = microseconds([lambda s=s: torch.topk(s, k, sorted=False) for s in inputs])  # type: ignore[misc]
+        ours = microseconds(lambda s: topk_rows(s, lengths, k), inputs)
+        pairs = list(zip(inputs, maxima, strict=True))
+        known = microseconds(lambda pair: choose(pair[0], pair[1], positions, 1, k), pairs)
+        peer = microseconds(lambda s: torch.topk(s, k, sorted=False), inputs)
         floor = 4 * rows * n / bandwidth * 1e6
         yield Figure("top-k of scores", f"{k} of {n:,} x {rows}", ours, floor, "torch.topk", peer)
         yield Figure("top-k, maxima known", f"{k} of {n:,} x {rows}", known, floor, "torch.topk", peer)
@@ -134,10 +136,8 @@ def indexer_cases(bandwidth: float) -> Cases:
             pools = [random_pool(meta.page_table.shape[1] + 1, 64, "index") for _ in turns(length * 33)[:6]]
             q, w = torch.randn(tokens, 64, 128, device="cuda"), torch.rand(tokens, 64, device="cuda")
             codes, weights = index_topk.quantise(q, w)
-            us = microseconds(
-                [lambda p=p: index_topk.scores_and_maxima(codes, weights, p, meta, 512, True) for p in pools]  # type: ignore[misc]
-            )
-            both = microseconds([lambda p=p: index_topk.index_topk(q, w, p, meta, 512, True) for p in pools])  # type: ignore[misc]
+            us = microseconds(lambda p: index_topk.scores_and_maxima(codes, weights, p, meta, 512, True), pools)
+            both = microseconds(lambda p: index_topk.index_topk(q, w, p, meta, 512, True), pools)
             floor = length // 4 * (132 + 4 * tokens) / bandwidth * 1e6
             yield Figure("indexer logits", f"{length // 4:,} keys, {tokens} tokens", us, floor)
             yield Figure("indexer logits and top-k", f"{length // 4:,} keys, {tokens} tokens", both, floor)
@@ -156,10 +156,14 @@ def attention_cases(bandwidth: float) -> Cases:
                 if ratio == 4:
                     selected = torch.stack([torch.randperm(length // 4)[:512].sort().values for _ in range(tokens)])
                     selected = selected.int().cuda()
-                us = microseconds(
-                    [lambda p=p: sparse_attention.sparse_attention(  # type: ignore[misc]
-                        q, sink, meta, window, p if ratio else None, ratio, selected, 512**-0.5, True) for p in pools]
-                )  # fmt: skip
+
+                def ours(p: RowPool) -> Tensor:
+                    rows = p if ratio else None
+                    return sparse_attention.sparse_attention(
+                        q, sink, meta, window, rows, ratio, selected, 512**-0.5, True
+                    )
+
+                us = microseconds(ours, pools)
                 keys = 128 + {0: 0, 4: 512, 128: length // 128}[ratio]
                 name = {0: "window", 4: "C4", 128: "C128"}[ratio]
                 shape = f"{keys:,} keys, {tokens} tokens, {heads} heads"
@@ -197,10 +201,10 @@ def compressor_cases(bandwidth: float) -> Cases:
                 u, g = (part.unflatten(0, (-1, ratio)) for part in (x[:, :width], x[:, width:]))
                 return (torch.softmax(g + ape, dim=1) * u).sum(dim=1)
 
-            us = microseconds([lambda x=x: ours(x) for x in inputs])  # type: ignore[misc]
+            us = microseconds(lambda x: ours(x), inputs)
             peer = float("nan")
             if tokens >= 8_192:
-                peer = microseconds([lambda x=x: naive(x) for x in inputs])  # type: ignore[misc]
+                peer = microseconds(lambda x: naive(x), inputs)
             floor = tokens * (8 * width + (132 if dim == 128 else 584) / ratio) / bandwidth * 1e6
             name = f"compressor C{ratio}" + (" index" if dim == 128 else "")
             yield Figure(name, f"{tokens:,} tokens", us, floor, "torch softmax-sum alone", peer)
@@ -216,8 +220,8 @@ def linear_cases(bandwidth: float) -> Cases:
         for tokens in (1, 4, 16, 4096):
             x = torch.randn(tokens, groups * inputs, device="cuda")
             half = x[:, :inputs].bfloat16()
-            us = microseconds([lambda w=w: linear.product(x, w, scales, groups) for w in weights])  # type: ignore[misc]
-            peer = microseconds([lambda w=w: half @ w.T for w in wide])  # type: ignore[misc]
+            us = microseconds(lambda w: linear.product(x, w, scales, groups), weights)
+            peer = microseconds(lambda w: half @ w.T, wide)
             floor = outputs * inputs / bandwidth * 1e6
             shape = f"{outputs} x {inputs}, {tokens} tokens"
             yield Figure("fp8 linear", shape, us, floor, "bf16 cuBLAS, twice the bytes", peer)
@@ -226,15 +230,13 @@ def linear_cases(bandwidth: float) -> Cases:
 def expert_cases(bandwidth: float) -> Cases:
     count, hidden, inner, k = 64, 4096, 2048, 6
     shapes = ((count, inner, hidden), (count, inner, hidden), (count, hidden, inner))
-    stacks = tuple(torch.randint(256, (*s[:2], s[2] // 2), dtype=torch.uint8, device="cuda") for s in shapes)
-    scales = tuple(torch.randint(115, 122, (*s[:2], s[2] // 32), dtype=torch.uint8, device="cuda") for s in shapes)
+    w1, w3, w2 = (torch.randint(256, (*s[:2], s[2] // 2), dtype=torch.uint8, device="cuda") for s in shapes)
+    s1, s3, s2 = (torch.randint(115, 122, (*s[:2], s[2] // 32), dtype=torch.uint8, device="cuda") for s in shapes)
     for tokens in (1, 2, 4, 8, 32):
         x = torch.randn(tokens, hidden, device="cuda")
         picks = [torch.rand(tokens, count, device="cuda").topk(k).indices.int() for _ in range(8)]
         weights = torch.rand(tokens, k, device="cuda")
-        us = microseconds(
-            [lambda p=p: experts.routed_experts(x, p, weights, stacks, scales, 10.0) for p in picks]  # type: ignore[misc,arg-type]
-        )
+        us = microseconds(lambda p: experts.routed_experts(x, p, weights, (w1, w3, w2), (s1, s3, s2), 10.0), picks)
         hit = statistics.mean(len(p.unique()) for p in picks)
         floor = hit * 3 * hidden * inner * 17 / 32 / bandwidth * 1e6
         yield Figure("fp4 experts", f"{tokens} tokens, {hit:.1f} experts", us, floor)
@@ -248,10 +250,8 @@ def mixing_cases(bandwidth: float) -> Cases:
         streams = torch.randn(tokens, 4, size, device="cuda")
         y = torch.randn(tokens, size, device="cuda")
         _, post, comb = hyper_connections.mix_in(streams, fns[0], base, scale, norm, 1e-6, 1e-6, 20)
-        us = microseconds(
-            [lambda f=f: hyper_connections.mix_in(streams, f, base, scale, norm, 1e-6, 1e-6, 20) for f in fns]  # type: ignore[misc]
-        )
-        out = microseconds([lambda: hyper_connections.mix_out(y, streams, post, comb)])
+        us = microseconds(lambda f: hyper_connections.mix_in(streams, f, base, scale, norm, 1e-6, 1e-6, 20), fns)
+        out = microseconds(lambda y: hyper_connections.mix_out(y, streams, post, comb), [y])
         yield Figure("mHC in, normed", f"{tokens} tokens", us, 4 * 24 * 4 * size / bandwidth * 1e6)
         yield Figure("mHC out", f"{tokens} tokens", out, tokens * size * 36 / bandwidth * 1e6)
 

@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal
 
 from rich.console import Console
 
@@ -32,6 +33,7 @@ def run(
     threads: int = 2,
     layout: KvLayout = "v4",
     kv_memory_bytes: int = 1 << 30,
+    device: Literal["cpu", "cuda"] = "cpu",
     budget_minutes: float = 90.0,
     console: Console | None = None,
     save: bool = True,
@@ -63,10 +65,12 @@ def run(
             "kv_layout": layout,
             "load_1m": load(),
         }
+        if device != "cpu":
+            row |= {"device": gpu_name()}
         rows.append(row)
         console.print(", ".join(f"{name} {value}" for name, value in row.items() if value != ""), highlight=False)
         if save:
-            append_rows("long", [row])
+            append_rows("long" if device == "cpu" else "long-gpu", [row])
 
     def decode_steps() -> tuple[float, float]:
         """Count and seconds, as the worker counts them: a client on a busy machine sees tokens in bunches."""
@@ -92,8 +96,10 @@ def run(
         )
         return answer
 
-    console.print(f"{machine()}; {threads} threads; float32; kv_layout {layout}; commit {commit()}", highlight=False)
-    flags = ("--threads", str(threads), "--kv-layout", layout, "--kv-memory", str(kv_memory_bytes))
+    console.print(
+        f"{machine()}; {threads} threads; on {device}; kv_layout {layout}; commit {commit()}", highlight=False
+    )
+    flags = ("--device", device, "--threads", str(threads), "--kv-layout", layout, "--kv-memory", str(kv_memory_bytes))
     # The cluster goes first, and with it whatever is still being waited for.
     with ThreadPoolExecutor(1) as pool, cluster(*flags, "--max-requests", "8") as ours:
         ours.ask(prompt[-300:])  # connects the pair
@@ -105,6 +111,12 @@ def run(
     if resident > MEMORY_BOUND:
         raise PenumbraError(f"{resident:,} bytes were resident, more than {MEMORY_BOUND:,}.")
     return rows
+
+
+def gpu_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name()
 
 
 def _watch(ours: Cluster, tokens: int, budget_s: float, waiting: Future[Answer], keep: Callable[..., object]) -> None:

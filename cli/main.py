@@ -47,8 +47,11 @@ ServedName = Annotated[
     ),
 ]
 RedisUrl = Annotated[str, flag("redis", "URL of the Redis that is the registry, or @FILE with the URL in it.")]
-Device = Annotated[Literal["cpu"], flag("device", "Where the model runs.")]
-Dtype = Annotated[Literal["bfloat16", "float32"], flag("dtype", "Type of activations.")]
+Device = Annotated[Literal["cpu", "cuda"], flag("device", "Where the model runs.")]
+Dtype = Annotated[
+    Literal["auto", "bfloat16", "float32"],
+    flag("dtype", "Type of products' operands; auto: float32 on a CPU, bfloat16 on a GPU."),
+]
 KvLayout = Annotated[
     Literal["v4", "exact"], flag("kv-layout", "v4: production pages; exact: float32 rows, for parity tests.")
 ]
@@ -159,7 +162,7 @@ def up(
     sse_keepalive_s: SseKeepalive = 5.0,
     json_keepalive_s: JsonKeepalive = 30.0,
     device: Device = "cpu",
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     kv_layout: KvLayout = "v4",
     kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]
     prefix_cache: PrefixCache = True,
@@ -452,7 +455,7 @@ def prefill(
     http_port: WorkerHttpPort = 50052,
     advertise_host: AdvertiseHost = "",
     device: Device = "cpu",
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     kv_layout: KvLayout = "v4",
     kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]
     prefix_cache: PrefixCache = True,
@@ -513,7 +516,7 @@ def decode(
     http_port: WorkerHttpPort = 50052,
     advertise_host: AdvertiseHost = "",
     device: Device = "cpu",
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     kv_layout: KvLayout = "v4",
     kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]
     host_memory: HostMemory = "1GiB",  # type: ignore[assignment]
@@ -783,6 +786,7 @@ def bench_900k(
     threads: Threads = 2,
     kv_layout: KvLayout = "v4",
     kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]
+    device: Device = "cpu",
     config: ConfigFile = None,
 ) -> int:
     """One prompt of 900,000 tokens through a whole cluster, then a follow-up: tokens/s by depth, TTFT, memory."""
@@ -794,7 +798,45 @@ def bench_900k(
         threads=threads,
         layout=kv_layout,
         kv_memory_bytes=kv_memory,
+        device=device,
     )
+    return 0
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    only: Annotated[
+        str,
+        flag("only", "Groups of kernels, such as topk,indexer,attention,compressor,linear,experts,mixing; else all."),
+    ] = "",
+    config: ConfigFile = None,
+) -> int:
+    """GPU kernels: microseconds beside their floor and, where there is one, a peer in the same run."""
+    from bench.kernels import GROUPS, run
+
+    groups = tuple(filter(None, only.split(",")))
+    if unknown := [name for name in groups if name not in GROUPS]:
+        raise ConfigError(
+            f"--only is '{only}', but there are no kernels '{unknown[0]}'; choose from {', '.join(GROUPS)}."
+        )
+    run(groups)
+    return 0
+
+
+@bench_app.command("step")
+def bench_step(
+    shape: Annotated[Literal["flash"], flag("shape", "Which model's sizes.")] = "flash",
+    layers: Annotated[int, flag("layers", "Layers, the first ones of the model.", min=1, max=43)] = 43,
+    alias_experts: Annotated[
+        int,
+        flag("alias-experts", "Experts a layer holds at most, since all of them do not fit one GPU.", min=6, max=256),
+    ] = 224,
+    config: ConfigFile = None,
+) -> int:
+    """A decode step of full-size DeepSeek-V4-Flash on one GPU, as a CUDA graph, from 4K to 900K tokens of context."""
+    from bench.step import run
+
+    run(layers=layers, alias_experts=alias_experts)
     return 0
 
 

@@ -36,7 +36,9 @@ def run(config: DecodeConfig) -> int:
     # A life of this worker has a number of its own, so that nobody takes it for the one before.
     epoch = secrets.randbits(64)
     agent = f"{config.worker_id}-{epoch:016x}"
-    transport: Transport = NixlTransport(agent) if config.transport == "nixl" else LoopbackTransport(agent)
+    transport: Transport = (
+        NixlTransport(agent, memory=runner.pools.memory) if config.transport == "nixl" else LoopbackTransport(agent)
+    )
     try:
         transport.register(runner.pools.classes)
         return asyncio.run(_serve(config, runner, transport, epoch))

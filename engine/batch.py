@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections.abc
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -236,6 +236,13 @@ class StepMeta:
     slots: Tensor  # [B] int32    request slot
     write_table: Tensor | None = None  # [B, P] int32 where compressed rows go, if not all to page_table
     oldest: Tensor | None = None  # [B] int64    first position whose window row may be read, if not 0
+
+    def to(self, device: torch.device) -> StepMeta:
+        """The same addresses on the device that computes the step."""
+        if self.positions.device == device and (self.oldest is None or self.oldest.device == device):
+            return self
+        moved = {f.name: value.to(device) for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        return replace(self, **moved)
 
     @classmethod
     def at(

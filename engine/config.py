@@ -277,14 +277,21 @@ class EngineConfig:
     """How one worker runs the model.
 
     kv_memory_bytes covers every pool; max_requests bounds the sequences held at once (one request slot each).
+    dtype is that of products' operands: on a CPU float32, on a GPU the checkpoint's own formats times bfloat16, or
+    float32 to compare with a CPU.
     """
 
     model: Path
-    device: str = "cpu"
-    dtype: Literal["bfloat16", "float32"] = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     kv_layout: KvLayout = "v4"
     kv_memory_bytes: int = 1 << 30
     max_requests: int = 64
     max_context: int = 0  # 0: what the checkpoint allows
     threads: int = 1
     draft: bool = True  # run the draft layer of a checkpoint that has one
+
+    @property
+    def half(self) -> bool:
+        """Whether products take operands of 16 bits or less."""
+        return self.device == "cuda" and self.dtype != "float32"

@@ -28,7 +28,9 @@ def run(config: PrefillConfig) -> int:
     # before.
     epoch = secrets.randbits(64)
     agent = f"{config.worker_id}-{epoch:016x}"
-    transport: Transport = NixlTransport(agent) if config.transport == "nixl" else LoopbackTransport(agent)
+    transport: Transport = (
+        NixlTransport(agent, memory=runner.pools.memory) if config.transport == "nixl" else LoopbackTransport(agent)
+    )
     try:
         transport.register(runner.pools.classes)
         return asyncio.run(_serve(config, runner, transport, epoch))
@@ -44,6 +46,7 @@ async def _serve(config: PrefillConfig, runner: Runner, transport: Transport, ep
         transport=transport.name,
         agent=agent,
         metadata=metadata,
+        memory=runner.pools.memory,
         signature=runner.pools.signature,
         classes=runner.pools.classes,
     )

@@ -175,11 +175,13 @@ def plan_sizes(model: ModelConfig, config: EngineConfig) -> PoolSizes:
 class KvPools:
     """Every pool of one worker: allocators, tensors, and the regions a transport registers.
 
-    `classes` are those this model has bytes for: what a transport registers and what moves.
+    `classes` are those this model has bytes for: what a transport registers and what moves. `memory` is the kind they
+    lie in, as transports call it: DRAM or VRAM.
     """
 
     def __init__(self, model: ModelConfig, layout: KvLayout, sizes: PoolSizes, fingerprint: str, device: str) -> None:
         self.layout = layout
+        self.memory = "DRAM" if device == "cpu" else "VRAM"
         self.full = PageAllocator(sizes.full)
         self.swa = PageAllocator(sizes.swa)
         self.slots = PageAllocator(sizes.slots)

@@ -38,14 +38,20 @@ def item_checksums(regions: Sequence[Tensor], items: Sequence[int]) -> list[int]
             or region.dim() != 2
             or region.stride(1) != 1
             or region.shape[1] % 8
-            or not region.is_cpu
+            or region.device != regions[0].device
         ):
             raise ValueError(
-                f"a region is [num_items, item_bytes] uint8 on the CPU, with item_bytes a multiple of 8; "
+                f"a region is [num_items, item_bytes] uint8, all on one device, with item_bytes a multiple of 8; "
                 f"got {list(region.shape)} {region.dtype} on {region.device}, strides {region.stride()}"
             )
         if items and (min(items) < 0 or max(items) >= region.shape[0]):
             raise ValueError(f"items {min(items)} to {max(items)} of a region of {region.shape[0]} items")
+    if not items or not regions:
+        return [0] * len(items)
+    if regions[0].is_cuda:
+        from engine.kernels.device import checksum as device
+
+        return [total * _MULTIPLIER & _MASK for total in device.weighted_sums(regions, items)]
     twin = native.function("penumbra_item_checksums", *_CHECKSUMS)
     if twin is not None:
         many, wanted = ctypes.c_int64 * len(regions), ctypes.c_int64 * len(items)

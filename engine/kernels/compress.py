@@ -65,6 +65,11 @@ def compress_c4(
     """
     d = norm.shape[0]
     _check(u, g, ape, (C4_RATIO, 2 * d), ring, (C4_RING, 4 * d), meta)
+    if u.is_cuda:
+        from engine.kernels.device import compress as device
+
+        device.compress_c4(u, g, ape, norm, ring, meta, freqs, eps, out, rotate_keys)
+        return
     if _fits(d, freqs) and (twin := native.function("penumbra_compress_c4", *_C4)) is not None:
         u, g = fp32_rows(u), fp32_rows(g)
         segments, pages = meta.page_table.shape
@@ -129,6 +134,11 @@ def compress_c128(
     """
     d = norm.shape[0]
     _check(u, g, ape, (C128_RATIO, d), ring, (C128_RING, 2 * d), meta)
+    if u.is_cuda:
+        from engine.kernels.device import compress as device
+
+        device.compress_c128(u, g, ape, norm, ring, meta, freqs, eps, out)
+        return
     if _fits(d, freqs) and (twin := native.function("penumbra_compress_c128", *_C128)) is not None:
         u, g = fp32_rows(u), fp32_rows(g)
         segments, pages = meta.page_table.shape

@@ -28,6 +28,17 @@ _ROUTE = (
 
 
 @dataclass(frozen=True, slots=True)
+class Fp4Stack:
+    """One matrix of every expert [E, N, K] as the checkpoint holds them: for a GPU, which multiplies by them so."""
+
+    codes: Tensor  # [E, N, K / 2] uint8, two e2m1 codes a byte, the even input in the low half
+    scales: Tensor  # [E, N, K / 32] uint8, UE8M0
+
+    def to(self, device: str) -> Fp4Stack:
+        return Fp4Stack(self.codes.to(device), self.scales.to(device))
+
+
+@dataclass(frozen=True, slots=True)
 class Experts:
     """The routed experts of one layer, laid out for `routed_experts`."""
 
@@ -38,17 +49,29 @@ class Experts:
     up: Tensor
     down: Tensor
     packed: bool
+    scales: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (None, None, None)
 
     @classmethod
-    def prepare(cls, w1: Tensor, w3: Tensor, w2: Tensor) -> Experts:
-        """w1 (gate), w3 (up) [E, I, D] and w2 (down) [E, D, I], bf16 or fp32, all of one dtype."""
+    def prepare(cls, w1: Tensor | Fp4Stack, w3: Tensor | Fp4Stack, w2: Tensor | Fp4Stack) -> Experts:
+        """w1 (gate), w3 (up) [E, I, D] and w2 (down) [E, D, I], bf16 or fp32, all of one dtype; on a GPU also FP4."""
+        if isinstance(w1, Fp4Stack) and isinstance(w3, Fp4Stack) and isinstance(w2, Fp4Stack):
+            if not w1.codes.is_cuda:
+                raise ValueError("FP4 experts are multiplied by on a GPU alone. Dequantise them first.")
+            count, inner, hidden = *w1.codes.shape[:2], w2.codes.shape[1]
+            scales = (w1.scales, w3.scales, w2.scales)
+            return cls(count, hidden, inner, w1.codes, w3.codes, w2.codes, False, scales)
+        assert isinstance(w1, Tensor)
+        assert isinstance(w3, Tensor)
+        assert isinstance(w2, Tensor)
         count, inner, hidden = w1.shape
         if w3.shape != w1.shape or w2.shape != (count, hidden, inner) or not w1.dtype == w3.dtype == w2.dtype:
             raise ValueError(
                 f"w1 {list(w1.shape)}, w3 {list(w3.shape)} and w2 {list(w2.shape)} are not one set of "
                 f"experts: expected [E, I, D], [E, I, D] and [E, D, I] of one dtype"
             )
-        if w1.is_cpu and native.library() is not None:
+        if w1.is_cuda:
+            return cls(count, hidden, inner, w1.contiguous(), w3.contiguous(), w2.contiguous(), False)
+        if native.library() is not None:
             gate, up, down = (pack(w.detach()) for w in (w1, w3, w2))
             return cls(count, hidden, inner, gate, up, down, True)
         gate, up, down = (w.detach().to(torch.float32, copy=True).contiguous() for w in (w1, w3, w2))
@@ -80,6 +103,11 @@ def routed_experts(x: Tensor, picks: Tensor, weights: Tensor, experts: Experts, 
             f"x {list(x.shape)}, picks {list(picks.shape)} and weights {list(weights.shape)} do not belong "
             f"together for experts of hidden size {experts.hidden}"
         )
+    if x.is_cuda:
+        from engine.kernels.device import experts as device
+
+        stacks = (experts.gate, experts.up, experts.down)
+        return device.routed_experts(x, picks, weights, stacks, experts.scales, limit)
     if experts.packed and (twin := native.function("penumbra_routed_experts", *_EXPERTS)) is not None:
         x, picks, weights = fp32_rows(x), picks.int().contiguous(), fp32_rows(weights).contiguous()
         y, bad = x.new_empty(tokens, experts.hidden), ctypes.c_int64()
@@ -130,6 +158,10 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     Spelled out because torch's own fp32 silu rounds an element differently depending on where in the
     array it lies.
     """
+    if gate.is_cuda:
+        from engine.kernels.device import experts as device
+
+        return device.swiglu(gate, up, limit)
     gate = gate.clamp(max=limit)
     return gate / (1 + torch.exp(-gate)) * up.clamp(-limit, limit)
 
@@ -140,6 +172,10 @@ def route_scored(x: Tensor, gate: Matrix, bias: Tensor, k: int, scaling: float) 
     x [T, D] fp32, gate [E, D], bias [E] fp32 (it steers the choice, never the weight)
     -> picks [T, k] int32, best first; weights [T, k] fp32, summing to `scaling`
     """
+    if x.is_cuda:
+        from engine.kernels.device import experts as device
+
+        return device.route(linear(x, gate), bias, None, None, k, scaling)
     if gate.packed and (twin := native.function("penumbra_route", *_ROUTE)) is not None:
         picks = torch.empty(x.shape[0], k, dtype=torch.int32)
         return picks, _route(twin, x, gate, bias, picks, scaling)
@@ -154,6 +190,10 @@ def route_hashed(x: Tensor, gate: Matrix, table: Tensor, token_ids: Tensor, scal
     x [T, D] fp32, gate [E, D], table [V, k] int64, token_ids [T] int64
     -> picks [T, k] int32 in table order; weights [T, k] fp32, summing to `scaling`
     """
+    if x.is_cuda:
+        from engine.kernels.device import experts as device
+
+        return device.route(linear(x, gate), None, table, token_ids, table.shape[1], scaling)
     picks = table[token_ids]
     if gate.packed and (twin := native.function("penumbra_route", *_ROUTE)) is not None:
         picks = picks.int()

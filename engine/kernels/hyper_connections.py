@@ -41,7 +41,7 @@ class HyperSite:
                 f"got {list(fn.shape)}, {list(base.shape)}, {list(scale.shape)}"
             )
         self.width = fn.shape[1]
-        self.packed = self.width % (STREAMS * _LANES) == 0 and native.library() is not None
+        self.packed = fn.is_cpu and self.width % (STREAMS * _LANES) == 0 and native.library() is not None
         self.base, self.scale = (t.detach().float().contiguous() for t in (base, scale))
         fn = fn.detach().float()
         # The C++ twin reads [4D / 16, 24, 16]: sixteen inputs of every row side by side.
@@ -64,6 +64,10 @@ def mix_in(
     tokens, size = _shape(streams)
     if site.width != STREAMS * size:
         raise ValueError(f"a site of width {site.width} does not fit streams {list(streams.shape)}")
+    if streams.is_cuda:
+        from engine.kernels.device import hyper_connections as device
+
+        return device.mix_in(streams, site.fn, site.base, site.scale, None, rms_eps, hc_eps, iters)
     if site.packed and (twin := native.function("penumbra_mix_in", *_MIX_IN)) is not None:
         streams = fp32_rows(streams).contiguous()
         x, post = streams.new_empty(tokens, size), streams.new_empty(tokens, STREAMS)
@@ -97,6 +101,10 @@ def mix_out(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
             f"y {list(y.shape)}, streams {list(streams.shape)}, post {list(post.shape)} and comb "
             f"{list(comb.shape)} do not belong together"
         )
+    if streams.is_cuda:
+        from engine.kernels.device import hyper_connections as device
+
+        return device.mix_out(y, streams, post, comb)
     if size % _LANES == 0 and (twin := native.function("penumbra_mix_out", *_MIX_OUT)) is not None:
         y, streams, post, comb = (fp32_rows(t).contiguous() for t in (y, streams, post, comb))
         out = torch.empty_like(streams)
@@ -122,6 +130,10 @@ def collapse(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rms_eps: 
             f"fn {list(fn.shape)}, base {list(base.shape)} and scale {list(scale.shape)} do not collapse "
             f"streams {list(streams.shape)}: expected [4, 4D], [4] and [1]"
         )
+    if streams.is_cuda:
+        from engine.kernels.device import hyper_connections as device
+
+        return device.collapse(streams, fn, base, scale, rms_eps, hc_eps)
     if size % _LANES == 0 and (twin := native.function("penumbra_collapse", *_COLLAPSE)) is not None:
         streams, fn, base, scale = (fp32_rows(t).contiguous() for t in (streams, fn, base, scale))
         x = streams.new_empty(tokens, size)

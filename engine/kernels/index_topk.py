@@ -26,12 +26,13 @@ _SIGNATURE = (
 )
 
 
-def index_topk(q: Tensor, w: Tensor, pool: RowPool, meta: StepMeta, k: int) -> Tensor:
+def index_topk(q: Tensor, w: Tensor, pool: RowPool, meta: StepMeta, k: int, half: bool = False) -> Tensor:
     """The k best C4 rows of each token, as block numbers of its own sequence.
 
     q     [T, H, D] float32  rotated, and Hadamard-turned when the keys in the pool are
     w     [T, H] float32     signed head weights
     pool  index keys, 64 rows a page; block b of segment s is row page_table[s, b // 64] * 64 + b % 64
+    half  on a GPU, products take e4m3 queries (layout v4) or bf16 operands (exact)
     ->    [T, k] int32       ascending, then -1
 
     A token at position p sees the finished blocks b < (p + 1) // 4. Its score for block b is
@@ -40,6 +41,10 @@ def index_topk(q: Tensor, w: Tensor, pool: RowPool, meta: StepMeta, k: int) -> T
     The native engine's choice for a token does not depend on the other tokens of the step, nor on the threads.
     """
     num_tokens, num_heads, dim = q.shape
+    if q.is_cuda:
+        from engine.kernels.device import index_topk as device
+
+        return device.index_topk(q, w, pool, meta, k, half)
     native.check(q, "q", torch.float32, (len(meta.positions), num_heads, pool.dim))
     native.check(w, "w", torch.float32, (num_tokens, num_heads))
     if k < 1 or pool.rows_per_item % _UNIT_ROWS:

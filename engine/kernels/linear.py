@@ -28,27 +28,52 @@ _LINEAR = (
 
 
 @dataclass(frozen=True, slots=True)
+class Fp8Weight:
+    """A weight [N, K] as the checkpoint holds it: for a GPU, which multiplies by it as it is."""
+
+    codes: Tensor  # [N, K] uint8, e4m3
+    scales: Tensor  # [ceil(N / 128), ceil(K / 128)] fp32
+
+    def to(self, device: str) -> Fp8Weight:
+        return Fp8Weight(self.codes.to(device), self.scales.to(device))
+
+
+@dataclass(frozen=True, slots=True)
 class Matrix:
     """A weight [N, K] laid out for `linear`. Make one with `prepare`, once, when the checkpoint is loaded.
 
-    data is fp32 [N, K] for the reference, or what `pack` makes of the weight for the C++ product.
+    data is fp32 [N, K] for the reference, what `pack` makes of the weight for the C++ product, or on a GPU the weight
+    itself in fp32, bf16, or e4m3 codes with `scales`.
     """
 
     outputs: int
     inputs: int
     data: Tensor
     packed: bool
+    scales: Tensor | None = None
+
+    @property
+    def half(self) -> bool:
+        """Whether products take operands of 16 bits or less: on a GPU, unless the weight is fp32."""
+        return self.data.is_cuda and self.data.dtype != torch.float32
 
     @classmethod
-    def prepare(cls, weight: Tensor) -> Matrix:
-        """weight [N, K] bf16 or fp32, used as x @ weight.T; the result shares no memory with it."""
+    def prepare(cls, weight: Tensor | Fp8Weight) -> Matrix:
+        """weight [N, K] bf16 or fp32, used as x @ weight.T; the result shares no memory with it, except on a GPU."""
+        if isinstance(weight, Fp8Weight):
+            if not weight.codes.is_cuda:
+                raise ValueError("an e4m3 weight is multiplied by on a GPU alone. Dequantise it first.")
+            outputs, inputs = weight.codes.shape
+            return cls(outputs, inputs, weight.codes.contiguous(), False, weight.scales.contiguous())
         if weight.dim() != 2 or weight.dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(
                 f"A matrix is [outputs, inputs] in bfloat16 or float32; got {list(weight.shape)} "
                 f"{weight.dtype}. Dequantise FP8 and FP4 tensors first: both are exact in bfloat16."
             )
         outputs, inputs = weight.shape
-        if weight.is_cpu and native.library() is not None:
+        if weight.is_cuda:
+            return cls(outputs, inputs, weight.detach().contiguous(), False)
+        if native.library() is not None:
             return cls(outputs, inputs, pack(weight.detach()), True)
         return cls(outputs, inputs, weight.detach().to(torch.float32, copy=True).contiguous(), False)
 
@@ -79,6 +104,10 @@ def grouped_linear(x: Tensor, matrix: Matrix, groups: int) -> Tensor:
 
 def _product(x: Tensor, matrix: Matrix, groups: int) -> Tensor:
     """x [T, G*K], matrix [G*N, K] -> [T, G*N]."""
+    if x.is_cuda:
+        from engine.kernels.device import linear as device
+
+        return device.product(x, matrix.data, matrix.scales, groups)
     twin = native.function("penumbra_linear", *_LINEAR) if matrix.packed else None
     per_group = matrix.outputs // groups
     if twin is None:

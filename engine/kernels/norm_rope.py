@@ -82,6 +82,10 @@ def _norm_rotate(
         raise ValueError(f"rows of {size} values do not fit this weight or {rope_dim} rotated channels")
     if positions is not None and positions.shape != (x.shape[0],):
         raise ValueError(f"{list(positions.shape)} positions for {x.shape[0]} tokens")
+    if x.is_cuda:
+        from engine.kernels.device import norm_rope as device
+
+        return device.norm_rotate(x, weight, eps, positions, freqs, inverse)
     fits = size % _LANES == 0 and rope_dim % _LANES == 0 and rope_dim <= _MAX_ROPE_DIM
     twin = native.function("penumbra_norm_rotate", *_NORM_ROTATE) if fits else None
     if twin is None:
@@ -128,6 +132,10 @@ def hadamard(x: Tensor) -> Tensor:
     size = x.shape[-1]
     if size & (size - 1):
         raise ValueError(f"a Hadamard rotation needs a power of two, not {size} channels")
+    if x.is_cuda:
+        from engine.kernels.device import norm_rope as device
+
+        return device.hadamard(x)
     if size >= _LANES and (twin := native.function("penumbra_hadamard", *_HADAMARD)) is not None:
         x = fp32_rows(x).contiguous()
         y = torch.empty_like(x)

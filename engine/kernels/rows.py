@@ -128,7 +128,11 @@ def write_rows(pool: RowPool, rows: Tensor, values: Tensor) -> None:
         )
     if not len(rows):
         return
-    if twin := _native("penumbra_write_rows"):
+    if pool.data.is_cuda:
+        from engine.kernels.device import rows as device
+
+        device.write_rows(pool, rows, values)
+    elif twin := _native("penumbra_write_rows"):
         rows, values = rows.contiguous(), values.contiguous()
         twin(pool.address, rows.data_ptr(), values.data_ptr(), len(rows), native.threads())
     elif pool.layout == "exact":
@@ -148,9 +152,12 @@ def write_rows(pool: RowPool, rows: Tensor, values: Tensor) -> None:
 
 
 def read_rows(pool: RowPool, rows: Tensor) -> Tensor:
-    """Decode rows: [R] int64 flat row ids -> [R, dim] float32, exactly what the bytes say."""
+    """Decode rows: [R] int64 flat row ids -> [R, dim] float32, exactly what the bytes say.
+
+    No step on a GPU asks for it: its kernels decode rows as they attend to them. So the reference serves there.
+    """
     _check(pool, rows)
-    if twin := _native("penumbra_read_rows"):
+    if not pool.data.is_cuda and (twin := _native("penumbra_read_rows")):
         rows, values = rows.contiguous(), torch.empty(len(rows), pool.dim)
         twin(pool.address, rows.data_ptr(), values.data_ptr(), len(rows), native.threads())
         return values
@@ -194,7 +201,7 @@ def _flat(pool: RowPool) -> Tensor:
 
 
 def _gather(pool: RowPool, at: Tensor, num_bytes: int) -> Tensor:
-    return _flat(pool)[at[:, None] + torch.arange(num_bytes)]
+    return _flat(pool)[at[:, None] + torch.arange(num_bytes, device=at.device)]
 
 
 def _scatter(pool: RowPool, at: Tensor, data: Tensor) -> None:
@@ -206,7 +213,7 @@ def _native(name: str) -> Callable[..., None] | None:
 
 
 def _check(pool: RowPool, rows: Tensor) -> None:
-    if pool.data.device.type != "cpu":
-        raise ValueError(f"the pool is on {pool.data.device}, but row codecs run on the CPU alone")
+    if pool.data.device != rows.device:
+        raise ValueError(f"the pool is on {pool.data.device} and the row ids on {rows.device}; they must be together")
     if rows.dtype != torch.int64 or rows.dim() != 1:
         raise ValueError(f"row ids are {rows.dtype} {list(rows.shape)}; they must be int64 [R]")

@@ -36,6 +36,7 @@ def sparse_attention(
     ratio: int,
     selected: Tensor | None,
     scale: float,
+    half: bool = False,
 ) -> Tensor:
     """Every token attends to its window, to the compressed rows it may see, and to nothing else.
 
@@ -45,6 +46,7 @@ def sparse_attention(
     compressed  None (ratio 0); C4 rows, 64 a page (ratio 4); C128 rows, 2 a page (ratio 128)
     selected    [T, K] int32        ratio 4 only: block numbers, then -1 from the first unused column on
     scale       multiplies q . key, not the sink
+    half        on a GPU, products take bf16 operands
     ->          [T, H, D] float32   still rotated like the keys
 
     The keys of a token at position p are the window rows of [max(0, p - 127), p], from `meta.oldest` on, and the
@@ -54,6 +56,10 @@ def sparse_attention(
     """
     _check_ratio(ratio, compressed, selected)
     num_tokens, num_heads, dim = q.shape
+    if q.is_cuda:
+        from engine.kernels.device import sparse_attention as device
+
+        return device.sparse_attention(q, sink, meta, window, compressed, ratio, selected, scale, half)
     native.check(q, "q", torch.float32, (len(meta.positions), num_heads, window.dim))
     native.check(sink, "sink", torch.float32, (num_heads,))
     if selected is not None:

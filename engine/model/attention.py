@@ -8,7 +8,7 @@ and decode alike, so both see the same (quantised) values.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -24,9 +24,12 @@ from engine.kernels.sparse_attention import sparse_attention
 
 
 class LayerTensors(Protocol):
-    """The checkpoint's tensors of one layer, by official name below `layers.{n}.`."""
+    """The checkpoint's tensors of one layer, by official name below `layers.{n}.`.
 
-    def __call__(self, name: str) -> Tensor: ...
+    Matrices may come as the checkpoint quantised them (`Fp8Weight`, `Fp4Stack`), where a GPU is to multiply by them.
+    """
+
+    def __call__(self, name: str) -> Any: ...
 
 
 def layer_frequencies(config: ModelConfig, ratio: int) -> Tensor:
@@ -73,7 +76,7 @@ class Indexer:
             # Stored keys are rotated so that e4m3 spends its range evenly; queries must turn with them.
             q = hadamard(q)
         weights = linear(x, self.weights_proj) * self.weight_scale
-        return index_topk(q, weights, pools.index[layer], meta, self.topk)
+        return index_topk(q, weights, pools.index[layer], meta, self.topk, self.wq_b.half)
 
 
 class Attention:
@@ -81,13 +84,13 @@ class Attention:
         self.layer, self.ratio = layer, config.compress_ratios[layer]
         self.heads, self.head_dim, self.groups = config.num_heads, config.head_dim, config.o_groups
         self.eps = config.rms_norm_eps
-        self.freqs = layer_frequencies(config, self.ratio)
         self.wq_a = Matrix.prepare(tensors("attn.wq_a.weight"))
         self.q_norm = tensors("attn.q_norm.weight").float()
         self.wq_b = Matrix.prepare(tensors("attn.wq_b.weight"))
         self.wkv = Matrix.prepare(tensors("attn.wkv.weight"))
         self.kv_norm = tensors("attn.kv_norm.weight").float()
         self.sink = tensors("attn.attn_sink").float()
+        self.freqs = layer_frequencies(config, self.ratio).to(self.sink.device)
         self.wo_a = Matrix.prepare(tensors("attn.wo_a.weight"))
         self.wo_b = Matrix.prepare(tensors("attn.wo_b.weight"))
         self.compressor = Compressor.of(tensors, "attn.compressor") if self.ratio else None
@@ -110,7 +113,8 @@ class Attention:
             assert c is not None
             u, g = linear(x, c.wkv), linear(x, c.wgate)
             compress_c128(u, g, c.ape, c.norm, ring, writing, self.freqs, self.eps, compressed)
-        out = sparse_attention(q, self.sink, meta, window, compressed, self.ratio, selected, self.head_dim**-0.5)
+        scale, half = self.head_dim**-0.5, self.wq_b.half
+        out = sparse_attention(q, self.sink, meta, window, compressed, self.ratio, selected, scale, half)
         # The value carries its key's rotation; turning back by the query's position leaves the distance only.
         out = rotate(out, meta.positions, self.freqs, inverse=True)
         out = out.view(out.shape[0], self.groups, -1)

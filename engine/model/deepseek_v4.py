@@ -66,6 +66,7 @@ class DeepseekV4:
         """
         self.config = config
         self.embedding = tensors.pop("embed.weight")
+        self.device = self.embedding.device
         self.layers = []
         for n in range(config.num_layers):
             self.layers.append(Layer(config, n, partial(take, tensors, f"layers.{n}.")))
@@ -78,20 +79,21 @@ class DeepseekV4:
 
     @torch.inference_mode()
     def forward(self, token_ids: Tensor, meta: StepMeta, wanted: Tensor, pools: KvPools) -> Tensor:
-        """token_ids [T] int64, wanted [S] int64 token rows -> logits [S, V] float32.
+        """token_ids [T] int64, wanted [S] int64 token rows -> logits [S, V] float32, where the model is.
 
         `wanted` ascends and names no row twice. Row by row, the bits do not depend on the other rows, on where a
         prompt was cut into steps, or on threads.
         """
         if self.fused is not None and native.library() is not None:
             return self.fused.forward(token_ids, meta, wanted, pools)
-        return self.read_out(self.streams(token_ids, meta, pools)[wanted])
+        return self.read_out(self.streams(token_ids, meta, pools)[wanted.to(self.device)])
 
     @torch.inference_mode()
     def streams(self, token_ids: Tensor, meta: StepMeta, pools: KvPools) -> Tensor:
         """token_ids [T] int64 -> [T, 4, D], the residual streams behind the last layer: what a draft layer reads."""
         if self.fused is not None and native.library() is not None:
             return self.fused.streams(token_ids, meta, pools)
+        token_ids, meta = token_ids.to(self.device), meta.to(self.device)
         rows = window_rows(meta)
         streams = self.embedding[token_ids].float()[:, None, :].repeat(1, self.config.hc_mult, 1)
         for layer in self.layers:

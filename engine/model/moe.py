@@ -17,7 +17,9 @@ class MixtureOfExperts:
             config.routed_scaling_factor,
             config.swiglu_limit,
         )
-        self.gate = Matrix.prepare(tensors("ffn.gate.weight"))
+        gate = tensors("ffn.gate.weight")
+        # In fp32 on a GPU too: rounding its input would send near-ties to other experts than on a CPU.
+        self.gate = Matrix.prepare(gate.float() if gate.is_cuda else gate)
         hashed = layer < config.num_hash_layers
         self.table = tensors("ffn.gate.tid2eid").long() if hashed else None
         self.bias = None if hashed else tensors("ffn.gate.bias").float()

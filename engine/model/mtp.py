@@ -66,9 +66,10 @@ class DraftLayer:
         kept    [B] int64                        tokens of each segment, from its start, that stay; at least 1
         ->      streams [B, 4, D] behind each segment's last kept token, and `oldest` [B] int64
         """
+        token_ids, meta, kept = token_ids.to(streams.device), meta.to(streams.device), kept.to(streams.device)
         before, oldest = self._resume(streams, meta, pools)
         last = meta.offsets[:-1].long() + kept - 1
-        stays = torch.arange(len(token_ids)) <= last[meta.segment.long()]
+        stays = torch.arange(len(token_ids), device=streams.device) <= last[meta.segment.long()]
         rows = window_rows(meta)
         written = (stays & (meta.positions >= oldest[meta.segment.long()])).nonzero()[:, 0]
         if len(written):
@@ -79,7 +80,7 @@ class DraftLayer:
         ends = meta.positions % PAGE_TOKENS == PAGE_TOKENS - 1
         ends[last] = True
         told = (stays & ends & (rows >= PAGE_TOKENS)).nonzero()[:, 0]
-        header = torch.zeros(len(told), HEADER)
+        header = torch.zeros(len(told), HEADER, device=streams.device)
         header[:, 0] = meta.positions[told] + 1
         header[:, 1] = oldest[meta.segment[told].long()]
         pools.draft_state[rows[told] // PAGE_TOKENS] = torch.cat([header, streams[told].flatten(1)], dim=1)
@@ -105,6 +106,7 @@ class DraftLayer:
         ->        logits [T, V] of the token after, and this layer's streams [T, 4, D]
         """
         c = self.config
+        token_ids, meta = token_ids.to(before.device), meta.to(before.device)
         streams = self.layer(self._mix(token_ids, before), token_ids, meta, window_rows(meta), pools)
         hidden = collapse(streams, self.head_fn, self.head_base, self.head_scale, c.rms_norm_eps, c.hc_eps)
         return linear(rms_norm(hidden, self.norm, c.rms_norm_eps), self.head), streams

@@ -26,6 +26,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.config import ModelConfig
+from engine.kernels.experts import Fp4Stack
+from engine.kernels.linear import Fp8Weight
 from engine.model.survey import FP4_BLOCK, FP8_BLOCK, Survey, TensorSpec, loaded_bytes, survey, tensor_table
 from wire.errors import CheckpointError
 
@@ -34,6 +36,8 @@ log = logging.getLogger("penumbra.engine")
 WHOLE_DIGEST_BYTES = 256 << 20
 """Up to this size the fingerprint covers every byte of the weights; above it, samples (see `_fingerprint`)."""
 _STRIPS, _STRIP_BYTES = 64, 4096
+MAX_FP4_SCALE = 128
+"""Largest UE8M0 code of an FP4 group that GPU kernels take: they fold 2^126 into the scale. Weights are far below 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +46,18 @@ class Checkpoint:
 
     tensors      by official name, without the `.scale` siblings, which are already multiplied in. Routed experts
                  are stacked: `layers.{n}.ffn.experts.w1` and `.w3` [E, I, D], `.w2` [E, D, I]. Nobody else holds
-                 them: a consumer may pop what it has copied. With `mtp.0.*` if the draft layer was asked for.
+                 them: a consumer may pop what it has copied. With `mtp.0.*` if the draft layer was asked for. Loaded
+                 `quantised`, matrices in FP8 and FP4 are an `Fp8Weight` and an `Fp4Stack`, as a GPU multiplies them.
     fingerprint  hex; two workers with the same one hold the same weights and may exchange pages
     """
 
     config: ModelConfig
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Any]
     fingerprint: str
     tokenizer: Path
 
 
-def load_checkpoint(directory: Path, *, draft: bool = False) -> Checkpoint:
+def load_checkpoint(directory: Path, *, draft: bool = False, quantised: bool = False) -> Checkpoint:
     """Read a checkpoint in the official layout.
 
     With `draft`, the draft layer `mtp.0` too. One that is incomplete, and block drafters, which are another model, are
@@ -82,7 +87,7 @@ def load_checkpoint(directory: Path, *, draft: bool = False) -> Checkpoint:
     fingerprint = _fingerprint(found)
     with ExitStack() as files:
         reader = _Reader(found, files)
-        tensors = _read_all(reader, config, table)
+        tensors = _read_all(reader, config, table, quantised)
     return Checkpoint(config, tensors, fingerprint, found.tokenizer)
 
 
@@ -114,6 +119,11 @@ def dequantise_fp8(weight: Tensor, scale: Tensor) -> Tensor:
             fine = scale.double().repeat_interleave(FP8_BLOCK, dim=0)[:rows]
             _require_exact(out, weight.double() * fine.repeat_interleave(FP8_BLOCK, dim=1)[:, :columns])
     return out
+
+
+def keep_fp8(weight: Tensor, scale: Tensor) -> Fp8Weight:
+    """The same weight, not multiplied out."""
+    return Fp8Weight(weight.view(torch.uint8).clone(), scale.float())
 
 
 def dequantise_mxfp4(packed: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
@@ -180,8 +190,8 @@ class _Reader:
             raise self.refuse(name, "holds NaN or infinity; the file is damaged, download it again")
         return tensor
 
-    def scaled(self, name: str, dequantise: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """`name`.weight times `name`.scale."""
+    def scaled(self, name: str, combine: Callable[[Tensor, Tensor], Any]) -> Any:
+        """`name`.weight and `name`.scale, multiplied or held together by `combine`."""
         weight, scale = self.mapped(f"{name}.weight"), self.mapped(f"{name}.scale")
         if scale.dtype == torch.float32:
             if not torch.isfinite(scale).all():
@@ -191,31 +201,50 @@ class _Reader:
         if weight.dtype == torch.float8_e4m3fn and ((weight.view(torch.uint8) & 0x7F) == 0x7F).any():
             raise self.refuse(f"{name}.weight", "holds NaN; the file is damaged, download it again")
         try:
-            result = dequantise(weight, scale)
+            result = combine(weight, scale)
         except OverflowError:
             raise self.refuse(f"{name}.scale", "leaves the range in which bfloat16 is exact") from None
-        if result.dtype == torch.float32 and not torch.isfinite(result).all():
+        if isinstance(result, Tensor) and result.dtype == torch.float32 and not torch.isfinite(result).all():
             raise self.refuse(f"{name}.scale", "makes weights overflow float32")
         return result
 
 
-def _read_all(reader: _Reader, config: ModelConfig, table: dict[str, TensorSpec]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
+def _read_all(reader: _Reader, config: ModelConfig, table: dict[str, TensorSpec], quantised: bool) -> dict[str, Any]:
+    tensors: dict[str, Any] = {}
     for name, spec in table.items():
         base = name.removesuffix(".weight")
         if name.endswith(".scale") or ".ffn.experts." in name:
             continue
-        tensors[name] = (
-            reader.scaled(base, dequantise_fp8) if f"{base}.scale" in table and base != name else reader.plain(name)
-        )
+        if f"{base}.scale" in table and base != name:
+            # A scale covers 128 outputs. Where it would cover two groups, there is nothing to keep together.
+            whole = not base.endswith(".wo_a") or config.o_lora_rank % FP8_BLOCK == 0
+            tensors[name] = reader.scaled(base, keep_fp8 if quantised and whole else dequantise_fp8)
+        else:
+            tensors[name] = reader.plain(name)
         if spec.dtype == "I64" and not ((tensors[name] >= 0) & (tensors[name] < config.num_experts)).all():
             raise reader.refuse(name, f"names an expert outside 0 to {config.num_experts - 1}")
     blocks = [f"layers.{layer}" for layer in range(config.num_layers)]
     for block in blocks + ["mtp.0"] * ("mtp.0.norm.weight" in table):
         for matrix in ("w1", "w2", "w3"):
             at = f"{block}.ffn.experts"
-            tensors[f"{at}.{matrix}"] = _stack_experts(reader, at, matrix, config)
+            stack = _stack_fp4 if quantised and reader.found.formats.experts == "fp4" else _stack_experts
+            tensors[f"{at}.{matrix}"] = stack(reader, at, matrix, config)
     return tensors
+
+
+def _stack_fp4(reader: _Reader, at: str, matrix: str, config: ModelConfig) -> Fp4Stack:
+    inner, hidden = config.moe_intermediate_size, config.hidden_size
+    outputs, inputs = (hidden, inner) if matrix == "w2" else (inner, hidden)
+    codes = torch.empty(config.num_experts, outputs, inputs // 2, dtype=torch.uint8)
+    scales = torch.empty(config.num_experts, outputs, inputs // FP4_BLOCK, dtype=torch.uint8)
+    for expert in range(config.num_experts):
+        packed, scale = reader.scaled(f"{at}.{expert}.{matrix}", lambda weight, scale: (weight, scale))
+        codes[expert], scales[expert] = packed.view(torch.uint8), scale.view(torch.uint8)
+        if int(scales[expert].max()) > MAX_FP4_SCALE:
+            raise reader.refuse(
+                f"{at}.{expert}.{matrix}.scale", "holds a power of two above 2, which GPU kernels refuse"
+            )
+    return Fp4Stack(codes, scales)
 
 
 def _stack_experts(reader: _Reader, at: str, matrix: str, config: ModelConfig) -> Tensor:

@@ -43,7 +43,7 @@ class Judged:
         assert scores.max() - scores.min() < TIE_MARGIN, f"layer {layer} position {position}: {scores}"
         self.ties += 1
 
-    def index_topk(self, q: Tensor, w: Tensor, pool: RowPool, meta: StepMeta, k: int) -> Tensor:
+    def index_topk(self, q: Tensor, w: Tensor, pool: RowPool, meta: StepMeta, k: int, half: bool) -> Tensor:
         ours = index_topk_module.index_topk(q, w, pool, meta, k)
         layer = next(n for n, p in self.paged.pools.index.items() if p is pool)
         judged = ours.clone()
@@ -188,7 +188,7 @@ def check_against_dense(monkeypatch: pytest.MonkeyPatch, seed: int, pattern: str
     prompt = torch.randint(config.vocab_size, (n,), generator=torch.Generator().manual_seed(seed))
     picks: dict[int, list[Tensor]] = {}
 
-    def recording(q: Tensor, w: Tensor, pool: RowPool, meta: StepMeta, k: int) -> Tensor:
+    def recording(q: Tensor, w: Tensor, pool: RowPool, meta: StepMeta, k: int, half: bool) -> Tensor:
         chosen = index_topk_module.index_topk(q, w, pool, meta, k)
         layer = next(n for n, p in paged.pools.index.items() if p is pool)
         picks.setdefault(layer, []).append(chosen)

@@ -18,10 +18,6 @@ from engine.batch import StepMeta
 from engine.config import C4_RING, C128_RING
 from engine.kernels import compress, experts, hyper_connections, norm_rope
 from engine.kernels.checksum import item_checksums
-from engine.kernels.index_topk import index_topk
-from engine.kernels.linear import Matrix, linear
-from engine.kernels.rows import RowPool, read_rows, write_rows
-from engine.kernels.sparse_attention import sparse_attention
 
 # Triton decides on import, so this comes last.
 from engine.kernels.device import checksum as device_checksum
@@ -33,6 +29,10 @@ from engine.kernels.device import linear as device_linear
 from engine.kernels.device import norm_rope as device_norm
 from engine.kernels.device import rows as device_rows
 from engine.kernels.device import sparse_attention as device_attention
+from engine.kernels.index_topk import index_topk
+from engine.kernels.linear import Matrix, linear
+from engine.kernels.rows import RowPool, read_rows, write_rows
+from engine.kernels.sparse_attention import sparse_attention
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
@@ -85,7 +85,9 @@ def test_norms_and_rotations(size):
     x, weight, positions = randn(3, size), randn(size, seed=1), torch.tensor([0, 77_777, 1_048_575])
     freqs = norm_rope.rope_frequencies(160_000.0, 64)
     turns = (positions, freqs) if size & (size - 1) == 0 else (None, None)
-    got = device_norm.norm_rotate(there(x), there(weight), 1e-6, *(None if t is None else there(t) for t in turns), False)
+    got = device_norm.norm_rotate(
+        there(x), there(weight), 1e-6, *(None if t is None else there(t) for t in turns), False
+    )
     expected = norm_rope.rms_norm(x, weight, 1e-6)
     expected = expected if turns[0] is None else norm_rope.rotate(expected, positions, freqs)
     assert torch.allclose(got.cpu(), expected, rtol=0, atol=2e-5)
@@ -106,7 +108,9 @@ def test_the_hadamard_turn_adds_in_the_references_order():
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "fp8"])
-@pytest.mark.parametrize(("tokens", "outputs", "inputs", "groups"), [(1, 40, 96, 1), (3, 256, 2048, 1), (70, 256, 384, 2)])
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "inputs", "groups"), [(1, 40, 96, 1), (3, 256, 2048, 1), (70, 256, 384, 2)]
+)
 def test_products(kind, tokens, outputs, inputs, groups):
     x, scales = randn(tokens, groups * inputs), None
     weight = randn(outputs, inputs, seed=1) * inputs**-0.5
@@ -123,7 +127,11 @@ def test_products(kind, tokens, outputs, inputs, groups):
     rounded = x if kind == "fp32" else x.bfloat16().float()
     per_group = outputs // groups
     expected = torch.cat(
-        [rounded[:, g * inputs : (g + 1) * inputs] @ dense[g * per_group : (g + 1) * per_group].T for g in range(groups)], 1
+        [
+            rounded[:, g * inputs : (g + 1) * inputs] @ dense[g * per_group : (g + 1) * per_group].T
+            for g in range(groups)
+        ],
+        1,
     )
     got = device_linear.product(there(x), there(weight), None if scales is None else there(scales), groups)
     assert apart(got, expected) < (1e-10 if kind == "fp32" else 1e-9)

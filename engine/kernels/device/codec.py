@@ -49,7 +49,7 @@ def power_of_two(exponent):
 
 @triton.jit
 def scale_exponent(amax):
-    """The smallest e with max(amax, 1e-4) <= 448 * 2^e, to fp32's rounding of the quotient; 128 for what is not finite."""
+    """The smallest e with max(amax, 1e-4) <= 448 * 2^e, as fp32 rounds the quotient; 128 if not finite."""
     bits = tl.maximum(amax, 1e-4).to(tl.int32, bitcast=True)
     # 448 is 1.75 * 2^8: a larger mantissa needs one power more.
     exponent = (bits >> 23) - 127 - 8 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
@@ -99,7 +99,5 @@ def rotated(row, position, freqs, SIZE: tl.constexpr, PAIRS: tl.constexpr, sign)
     turning = pair >= 0
     angle = position.to(tl.float32) * tl.load(freqs + pair, mask=turning, other=0.0)
     cos, sin = tl.cos(angle), tl.sin(angle) * sign
-    turned = tl.join(
-        tl.where(turning, even * cos - odd * sin, even), tl.where(turning, even * sin + odd * cos, odd)
-    )
+    turned = tl.join(tl.where(turning, even * cos - odd * sin, even), tl.where(turning, even * sin + odd * cos, odd))
     return tl.reshape(turned, (SIZE,))

@@ -1,8 +1,8 @@
 """Flash Compressor: pool, norm, rotate, quantise and store a compressed row in one pass, and keep the rings.
 
 A program owns whole rows, so nothing of a row ever lies in memory in fp32. Every input is read once: the first half of
-a token's C4 channels by the block behind it, the second by its own. Rings are written by the same launch where a step is
-too short for a write to meet a read of it, else by a second one.
+a token's C4 channels by the block behind it, the second by its own. Rings are written by the same launch where a step
+is too short for a write to meet a read of it, else by a second one.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ SHORT_STEP = 8
 
 
 @triton.jit
-def _remember_c4(
-    u, g, u_row, g_row, ape, ring, t, position, seg, offsets, starts, swa_table, pages, D: tl.constexpr
-):
+def _remember_c4(u, g, u_row, g_row, ape, ring, t, position, seg, offsets, starts, swa_table, pages, D: tl.constexpr):
     """Keep token t's [u | g + ape] in the ring of its SWA page, if it is among the last 16 of the step or page."""
     end = tl.load(starts + seg) + tl.load(offsets + seg + 1) - tl.load(offsets + seg)
     if (position >= end - _C4_RING) | (position % _PAGE >= _PAGE - _C4_RING):
@@ -76,17 +74,13 @@ def _c4(
                     pooled = hadamard_row(pooled, D, STEPS) * scale
                 block = position // _C4
                 item = tl.load(page_table + seg * pages + block // (_PAGE // _C4)).to(tl.int64)
-                store_row(
-                    pool, item_stride, item * per_item + block % (_PAGE // _C4), pooled, per_item, D, CODEC
-                )
+                store_row(pool, item_stride, item * per_item + block % (_PAGE // _C4), pooled, per_item, D, CODEC)
             if REMEMBER:
                 _remember_c4(u, g, u_row, g_row, ape, ring, t, position, seg, offsets, starts, swa_table, pages, D)
 
 
 @triton.jit
-def _ring_c4(
-    u, g, u_row, g_row, ape, ring, positions, segment, offsets, starts, swa_table, pages, D: tl.constexpr
-):
+def _ring_c4(u, g, u_row, g_row, ape, ring, positions, segment, offsets, starts, swa_table, pages, D: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     position, seg = tl.load(positions + t), tl.load(segment + t)
     _remember_c4(u, g, u_row, g_row, ape, ring, t, position, seg, offsets, starts, swa_table, pages, D)
@@ -146,9 +140,7 @@ def _c128(
                 pooled = rotated(pooled, position - (_C128 - 1), freqs, D, PAIRS, 1.0)
                 block = position // _C128
                 item = tl.load(page_table + seg * pages + block // (_PAGE // _C128)).to(tl.int64)
-                store_row(
-                    pool, item_stride, item * per_item + block % (_PAGE // _C128), pooled, per_item, D, CODEC
-                )
+                store_row(pool, item_stride, item * per_item + block % (_PAGE // _C128), pooled, per_item, D, CODEC)
             if REMEMBER:
                 _remember_c128(u, g, u_row, g_row, ape, ring, t, position, seg, offsets, starts, slots, D)
 

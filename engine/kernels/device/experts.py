@@ -118,9 +118,13 @@ def _half_product(
     """total [OUT, TOK] plus weight[out, start : start + STEP] times x of these rows."""
     if KIND == FP4:
         half = start // 2 + tl.arange(0, STEP // 2)
-        packed = tl.load(weight + out[:, None] * (inputs // 2) + half[None, :], mask=mine[:, None], other=0).to(tl.int32)
+        packed = tl.load(weight + out[:, None] * (inputs // 2) + half[None, :], mask=mine[:, None], other=0).to(
+            tl.int32
+        )
         group = start // 32 + tl.arange(0, STEP // 32)
-        code = tl.load(scales + out[:, None] * (inputs // 32) + group[None, :], mask=mine[:, None], other=0).to(tl.int32)
+        code = tl.load(scales + out[:, None] * (inputs // 32) + group[None, :], mask=mine[:, None], other=0).to(
+            tl.int32
+        )
         # 2^(code - 127) * 2^126, for codes up to MAX_SCALE_CODE.
         scale = ((code + 126) << 23).to(tl.float32, bitcast=True)
         wide = tl.reshape(tl.broadcast_to(scale[:, :, None], (OUT, STEP // 32, 16)), (OUT, STEP // 2))
@@ -275,16 +279,17 @@ def routed_experts(
     blocks = owners.shape[0]
     _gate_up[(triton.cdiv(inner, out), blocks)](
         x, gate, scales[0], up, scales[1], members, owners, h, pairs, k, hidden, inner, limit,
-        KIND=kind, OUT=out, TOK=tok, STEP=_step(hidden), num_warps=4, num_stages=3,
+        KIND=kind, OUT=out, TOK=tok, STEP=_step(hidden, kind), num_warps=4, num_stages=3,
     )  # fmt: skip
     _down[(triton.cdiv(hidden, out), blocks)](
         h, down, scales[2], weights, members, owners, parts, pairs, hidden, inner,
-        KIND=kind, OUT=out, TOK=tok, STEP=_step(inner), num_warps=4, num_stages=3,
+        KIND=kind, OUT=out, TOK=tok, STEP=_step(inner, kind), num_warps=4, num_stages=3,
     )  # fmt: skip
     y = torch.empty_like(x)
     _sum_picks[(tokens, triton.cdiv(hidden, 1024))](parts, y, hidden, K=k, BLOCK=1024)
     return y
 
 
-def _step(inputs: int) -> int:
-    return 128 if inputs % 128 == 0 else 64
+def _step(inputs: int, kind: int) -> int:
+    """Inputs of a step; three steps of both matrices and of the tokens share a multiprocessor's memory."""
+    return 32 if kind == 0 else 128 if inputs % 128 == 0 else 64

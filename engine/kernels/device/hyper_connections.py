@@ -28,7 +28,9 @@ def _partial(x, fn, parts, tokens, width, rows, PER_SPLIT: tl.constexpr, TOK: tl
     for start in tl.range(split * PER_SPLIT, tl.minimum(split * PER_SPLIT + PER_SPLIT, width), STEP):
         k = start + tl.arange(0, STEP)
         inside = k < width
-        xs = tl.load(x + token.to(tl.int64)[:, None] * width + k[None, :], mask=here[:, None] & inside[None, :], other=0.0)
+        xs = tl.load(
+            x + token.to(tl.int64)[:, None] * width + k[None, :], mask=here[:, None] & inside[None, :], other=0.0
+        )
         ws = tl.load(fn + row[None, :] * width + k[:, None], mask=(row < rows)[None, :] & inside[:, None], other=0.0)
         total = tl.dot(xs, ws, total, input_precision="tf32x3")
         squares += tl.sum(xs * xs, axis=1)
@@ -94,9 +96,7 @@ def _finish(
 
 
 @triton.jit
-def _collapse(
-    parts, streams, base, scale, x, tokens, size, rms_eps, hc_eps, SPLITS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _collapse(parts, streams, base, scale, x, tokens, size, rms_eps, hc_eps, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     row = tl.arange(0, _ROWS)
     mix = _mixes(parts, token, tokens, 4 * size, rms_eps, SPLITS)

@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.batch import StepMeta
 from engine.config import C4_RATIO
 from engine.kernels.device import INTERPRETED
-from engine.kernels.device.codec import e4m3_value, exact, operand, power_of_two, quantised, scale_exponent
+from engine.kernels.device.codec import e4m3_value, operand, power_of_two, quantised, scale_exponent
 from engine.kernels.device.topk_rows import choose
 from engine.kernels.rows import INDEX_DIM, RowPool
 

@@ -55,7 +55,11 @@ def _product(
             total = tl.dot(exact(w.to(tl.float32), HALF), operand(xs, HALF), total)
         else:
             total = tl.dot(w, xs, total, input_precision="tf32x3")
-    y = parts + split.to(tl.int64) * part_stride + token.to(tl.int64)[None, :] * (per_group * (tl.num_programs(0) // tiles))
+    y = (
+        parts
+        + split.to(tl.int64) * part_stride
+        + token.to(tl.int64)[None, :] * (per_group * (tl.num_programs(0) // tiles))
+    )
     tl.store(y + out[:, None], total, mask=mine[:, None] & here[None, :])
 
 
@@ -112,8 +116,8 @@ def product(x: Tensor, weight: Tensor, scales: Tensor | None, groups: int) -> Te
         return y
     parts = y if splits == 1 else torch.empty(splits, tokens, outputs, dtype=torch.float32, device=x.device)
     _product[(groups * tiles, triton.cdiv(tokens, tok), splits)](
-        x, weight, scales, parts, tokens, x.stride(0), per_group, tiles, inputs, 0 if scales is None else scales.shape[1],
-        tokens * outputs, OUT=tile, TOK=tok, STEP=step, PER_SPLIT=per_split,
+        x, weight, scales, parts, tokens, x.stride(0), per_group, tiles, inputs,
+        0 if scales is None else scales.shape[1], tokens * outputs, OUT=tile, TOK=tok, STEP=step, PER_SPLIT=per_split,
         HALF=weight.dtype != torch.float32, FP8=fp8, RAGGED=bool(per_group % tile or inputs % step),
         num_warps=warps if few else 8, num_stages=4 if few else 3,
     )  # fmt: skip

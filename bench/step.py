@@ -1,0 +1,235 @@
+"""One decode step of full-size DeepSeek-V4-Flash on one GPU, as a CUDA graph: forward pass and head, no sampling.
+
+All of Flash does not fit one GPU, so a layer holds fewer experts than the 256 of the checkpoint, and the router chooses
+among those: as many are read per token, from as much memory as the L2 can not hold. Weights are random, made where they
+are used, in the checkpoint's formats. Contexts are not prefilled: their rows are random, which costs a step the same.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import statistics
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bench.kernels import copy_bandwidth
+from bench.record import append_rows, commit
+from engine.batch import StepMeta
+from engine.cache.pools import KvPools, PoolSizes
+from engine.config import C4_RATIO, C128_RATIO, ModelConfig
+from engine.kernels.device import require
+from engine.kernels.experts import Fp4Stack
+from engine.kernels.linear import Fp8Weight
+from engine.kernels.rows import RowPool
+from engine.model.deepseek_v4 import DeepseekV4
+from wire.types import PAGE_TOKENS
+
+REPLAYS = 20
+FLASH_EXPERTS = 256
+RESERVE_BYTES = 12 << 30
+"""For pools, workspaces and the graph."""
+CELLS = (
+    (1, 1, 4_096), (1, 1, 65_536), (1, 1, 262_144), (1, 1, 900_000),
+    (1, 4, 4_096), (1, 4, 65_536), (1, 4, 262_144), (1, 4, 900_000),
+    (8, 1, 4_096), (8, 1, 65_536), (32, 1, 4_096),
+)  # fmt: skip
+"""(sequences, tokens of each, context)"""
+
+
+def flash(layers: int, experts: int) -> ModelConfig:
+    """V4-Flash's shape with its first `layers` layers."""
+    pattern = (0, 0, *((C4_RATIO, C128_RATIO) * layers))[:layers]
+    return ModelConfig(
+        vocab_size=129_280, hidden_size=4096, compress_ratios=pattern, num_heads=64, head_dim=512, rope_dim=64,
+        q_lora_rank=1024, o_groups=8, o_lora_rank=1024, num_hash_layers=min(3, layers), index_heads=64,
+        index_head_dim=128, index_topk=512, num_experts=experts, experts_per_token=6, moe_intermediate_size=2048,
+        routed_scaling_factor=1.5, swiglu_limit=10.0, hc_mult=4, hc_sinkhorn_iters=20, hc_eps=1e-6, rms_norm_eps=1e-6,
+        rope_theta=10_000.0, compress_rope_theta=160_000.0, rope_factor=16.0, rope_original_positions=65_536,
+        rope_beta_fast=32.0, rope_beta_slow=1.0, max_positions=1_048_576, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+
+
+def random_tensors(c: ModelConfig) -> dict[str, object]:
+    """Weights by official name on the GPU: FP8, FP4, bf16 and fp32 as in the checkpoint."""
+
+    def fp8(outputs: int, inputs: int) -> Fp8Weight:
+        codes = torch.randint(256, (outputs, inputs), dtype=torch.uint8, device="cuda")
+        codes &= 0xBF  # magnitudes below 2
+        scales = torch.full((-(-outputs // 128), -(-inputs // 128)), 0.02 * inputs**-0.5, device="cuda")
+        return Fp8Weight(codes, scales)
+
+    def fp4(outputs: int, inputs: int) -> Fp4Stack:
+        shape = (c.num_experts, outputs, inputs // 2)
+        scale = 127 - 2 - (inputs.bit_length() - 1) // 2
+        scales = torch.full((c.num_experts, outputs, inputs // 32), scale, dtype=torch.uint8, device="cuda")
+        return Fp4Stack(torch.randint(256, shape, dtype=torch.uint8, device="cuda"), scales)
+
+    def bf16(outputs: int, inputs: int) -> Tensor:
+        return torch.randn(outputs, inputs, dtype=torch.bfloat16, device="cuda") * inputs**-0.5
+
+    def fp32(*shape: int, spread: float = 1.0, mean: float = 0.0) -> Tensor:
+        return torch.randn(*shape, device="cuda") * spread + mean
+
+    d, i = c.hidden_size, c.moe_intermediate_size
+    tensors: dict[str, object] = {
+        "embed.weight": torch.randn(c.vocab_size, d, dtype=torch.bfloat16, device="cuda"),
+        "head.weight": bf16(c.vocab_size, d),
+        "norm.weight": fp32(d, mean=1, spread=0.1),
+        "hc_head_fn": fp32(4, 4 * d, spread=0.01), "hc_head_base": fp32(4), "hc_head_scale": fp32(1, mean=1, spread=0),
+    }  # fmt: skip
+    for n, ratio in enumerate(c.compress_ratios):
+        p = f"layers.{n}."
+        for site in ("attn", "ffn"):
+            tensors |= {
+                f"{p}hc_{site}_fn": fp32(24, 4 * d, spread=0.01), f"{p}hc_{site}_base": fp32(24),
+                f"{p}hc_{site}_scale": fp32(3, mean=1, spread=0), f"{p}{site}_norm.weight": fp32(d, mean=1, spread=0.1),
+            }  # fmt: skip
+        a = p + "attn."
+        tensors |= {
+            a + "wq_a.weight": fp8(c.q_lora_rank, d), a + "q_norm.weight": fp32(c.q_lora_rank, mean=1, spread=0.1),
+            a + "wq_b.weight": fp8(c.num_heads * c.head_dim, c.q_lora_rank), a + "wkv.weight": fp8(c.head_dim, d),
+            a + "kv_norm.weight": fp32(c.head_dim, mean=1, spread=0.1), a + "attn_sink": fp32(c.num_heads),
+            a + "wo_a.weight": fp8(c.o_groups * c.o_lora_rank, c.num_heads * c.head_dim // c.o_groups),
+            a + "wo_b.weight": fp8(d, c.o_groups * c.o_lora_rank),
+        }  # fmt: skip
+
+        def compressor(prefix: str, dim: int, ratio: int) -> dict[str, Tensor]:
+            width = dim * (2 if ratio == C4_RATIO else 1)
+            return {
+                prefix + "wkv.weight": bf16(width, d), prefix + "wgate.weight": bf16(width, d),
+                prefix + "ape": fp32(ratio, width), prefix + "norm.weight": fp32(dim, mean=1, spread=0.1),
+            }  # fmt: skip
+
+        if ratio:
+            tensors |= compressor(a + "compressor.", c.head_dim, ratio)
+        if ratio == C4_RATIO:
+            tensors |= compressor(a + "indexer.compressor.", c.index_head_dim, ratio)
+            tensors[a + "indexer.wq_b.weight"] = fp8(c.index_heads * c.index_head_dim, c.q_lora_rank)
+            tensors[a + "indexer.weights_proj.weight"] = bf16(c.index_heads, d)
+        f = p + "ffn."
+        tensors[f + "gate.weight"] = bf16(c.num_experts, d)
+        if n < c.num_hash_layers:
+            table = torch.randint(c.num_experts, (c.vocab_size, c.experts_per_token), device="cuda")
+            tensors[f + "gate.tid2eid"] = table
+        else:
+            tensors[f + "gate.bias"] = fp32(c.num_experts, spread=0.1)
+        for name, outputs, inputs in (("w1", i, d), ("w3", i, d), ("w2", d, i)):
+            tensors[f"{f}experts.{name}"] = fp4(outputs, inputs)
+            tensors[f"{f}shared_experts.{name}.weight"] = fp8(outputs, inputs)
+    return tensors
+
+
+def fill(pool: RowPool) -> None:
+    """Any finite codes, scales of 1."""
+    n, data = pool.rows_per_item, pool.data
+    codes = n * (576 if pool.kind == "latent" else 128)
+    for items in data.split(256):
+        items[:, :codes] = torch.randint(0x30, 0x40, (len(items), codes), dtype=torch.uint8, device="cuda")
+        if pool.kind == "latent":
+            items[:, codes : codes + 8 * n] = 127
+        else:
+            items[:, codes:] = torch.ones(len(items), n, device="cuda").view(torch.uint8)
+
+
+def step(pools: KvPools, batch: int, tokens: int, context: int) -> StepMeta:
+    """`tokens` tokens behind `context` ones of each of `batch` sequences, over pages of their own."""
+    width = -(-(context + tokens) // PAGE_TOKENS)
+    pages = torch.arange(1, batch * width + 1).view(batch, width).int()
+    swa = torch.arange(1, 3 * batch + 1).view(batch, 3).int()
+    swa_table = torch.zeros(batch, width, dtype=torch.int32)
+    last = min(3, width)
+    swa_table[:, width - last :] = swa[:, :last]
+    counts = torch.full((batch,), tokens)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    return StepMeta(
+        positions=(context + torch.arange(tokens)).repeat(batch).cuda(),
+        segment=torch.arange(batch).repeat_interleave(tokens).int().cuda(),
+        offsets=offsets.int().cuda(),
+        starts=torch.full((batch,), context).cuda(),
+        page_table=pages.cuda(),
+        swa_table=swa_table.cuda(),
+        slots=torch.arange(1, batch + 1).int().cuda(),
+    )
+
+
+def run(
+    *, layers: int = 43, alias_experts: int = 224, console: Console | None = None, save: bool = True
+) -> list[dict[str, object]]:
+    """Measure every cell, print a table and append rows to bench/results/step.csv."""
+    require("cuda")
+    console = console or Console()
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth()
+    per_expert = 3 * 4096 * 2048 * 17 / 32
+    free, _ = torch.cuda.mem_get_info()
+    rest = 2 * 129_280 * 4096 * 2 + layers * 180e6
+    experts = min(alias_experts, int((free - RESERVE_BYTES - rest) / per_expert / layers))
+    if experts < 6:
+        raise MemoryError(f"{layers} layers do not fit into {free / 1e9:.0f} GB with 6 experts each; give fewer layers")
+    config = flash(layers, experts)
+    model = DeepseekV4(config, random_tensors(config))  # type: ignore[arg-type]
+    most = max(batch * -(-(context + tokens) // PAGE_TOKENS) for batch, tokens, context in CELLS) + 1
+    pools = KvPools(config, "v4", PoolSizes(full=most, swa=3 * 32 + 2, slots=34), "bench", "cuda")
+    for kind in (pools.window, pools.c4, pools.index, pools.c128):
+        for pool in kind.values():
+            fill(pool)
+    versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "triton"))
+    rows: list[dict[str, object]] = []
+    table = Table("batch", "tokens", "context", "ms", "least ms", "kernels a layer")
+    for batch, tokens, context in CELLS:
+        meta = step(pools, batch, tokens, context)
+        ids = torch.randint(config.vocab_size, (batch * tokens,), device="cuda")
+        wanted = torch.arange(batch * tokens, device="cuda")
+        for _ in range(2):
+            model.forward(ids, meta, wanted, pools)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model.forward(ids, meta, wanted, pools)
+        times = []
+        for _ in range(REPLAYS):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            graph.replay()
+            torch.cuda.synchronize()
+        kernels = sum(1 for event in profile.events() or () if event.device_type.name == "CUDA")
+        row: dict[str, object] = {
+            "device": torch.cuda.get_device_name(),
+            "versions": versions,
+            "copy_tb_s": round(bandwidth / 1e12, 3),
+            "layers": layers,
+            "experts_of_256": experts,
+            "batch": batch,
+            "tokens": tokens,
+            "context": context,
+            "step_ms": round(statistics.median(times), 3),
+            "least_ms": round(min(times), 3),
+            "kernels_a_layer": round(kernels / layers, 1),
+            "finite": bool(torch.isfinite(logits).all()),
+        }
+        rows.append(row)
+        table.add_row(
+            *(str(row[name]) for name in ("batch", "tokens", "context", "step_ms", "least_ms", "kernels_a_layer"))
+        )
+        del graph
+    console.print(table)
+    aliased = (
+        f"{experts} of {FLASH_EXPERTS} experts a layer are there (aliased)"
+        if experts < FLASH_EXPERTS
+        else "all experts"
+    )
+    console.print(
+        f"{torch.cuda.get_device_name()}; {versions}; {layers} layers; {aliased}; forward and head, no sampling; "
+        f"copies at {bandwidth / 1e12:.2f} TB/s; commit {commit()}"
+    )
+    if save:
+        console.print(f"rows added to {append_rows('step', rows)}")
+    return rows
