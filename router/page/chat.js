@@ -124,7 +124,10 @@ export class Chat {
       return_timeline: true,
     };
     if (get("effort").value) body.reasoning_effort = get("effort").value;
-    if (tools) body.tools = tools;
+    if (tools) {
+      body.tools = tools;
+      body.tool_choice = get("tool-choice").value;
+    }
     return body;
   }
 
@@ -335,7 +338,7 @@ class AnswerView {
       const { prompt_tokens: prompt, completion_tokens: tokens } = usage;
       const cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
       const thought = usage.completion_tokens_details?.reasoning_tokens ?? 0;
-      if (tokens > 1) fact("per token", ms((this._last - this._first) / (tokens - 1)));
+      if (tokens > 1) fact("per token", ms((usage.timeline?.tokens_ms ?? this._last - this._first) / (tokens - 1)));
       fact("answer", `${count(tokens)} tokens${thought ? `, ${count(thought)} of them reasoning` : ""}`);
       fact("prompt", `${count(prompt)} tokens, ${count(cached)} cached`);
     }

@@ -55,6 +55,40 @@ def test_a_long_prompt_shows_its_progress_and_ends_at_once_with_escape(browser: 
         )
 
 
+def test_a_tool_call_is_shown_and_its_result_goes_back(browser: Browser, cluster: LocalCluster) -> None:
+    with opened(browser, cluster.url) as page:
+        page.locator("#options summary").click()
+        page.click("#example-tool")
+        page.select_option("#tool-choice", "required")  # the grammar lets the model write nothing else
+        page.fill("#max-tokens", "900")
+        page.fill("#message", "What is the weather?")
+        page.keyboard.press("Enter")
+        call = page.locator(".said.assistant .tool")
+        expect(call.locator(".call")).to_have_text("calls weather", timeout=WAIT_MS)
+        expect(page.locator("#send")).to_have_text("Send", timeout=WAIT_MS * 2)
+        shoot(page, "tool-call")
+        call.get_by_role("textbox").fill('{"sky": "dark"}')
+        page.select_option("#tool-choice", "none")
+        page.fill("#max-tokens", "8")
+        call.get_by_role("button").click()
+        expect(page.locator(".said.assistant")).to_have_count(2, timeout=WAIT_MS)
+        facts = page.locator(".said.assistant").nth(1).locator(".facts")
+        expect(facts).to_contain_text(re.compile(r"answer \d+ tokens"), timeout=WAIT_MS)
+
+
+def test_reasoning_is_shown_apart_from_the_answer(browser: Browser, cluster: LocalCluster) -> None:
+    with opened(browser, cluster.url) as page:
+        page.locator("#options summary").click()
+        page.select_option("#thinking", "enabled")
+        page.fill("#max-tokens", "60")
+        page.fill("#message", "Think about it.")
+        page.keyboard.press("Enter")
+        thought = page.locator(".said.assistant .reasoning")
+        expect(thought.locator("div")).not_to_be_empty(timeout=WAIT_MS)
+        expect(page.locator(".said.assistant .facts")).to_contain_text("of them reasoning", timeout=WAIT_MS)
+        shoot(page, "reasoning")
+
+
 def test_a_broken_tool_list_is_said_before_anything_is_sent(browser: Browser, cluster: LocalCluster) -> None:
     with opened(browser, cluster.url) as page:
         page.locator("#options summary").click()
