@@ -338,22 +338,40 @@ def key(config: ConfigFile = None) -> int:
 @app.command()
 def scale(
     wanted: Annotated[list[str], typer.Argument(help="Such as prefill=3 decode=2.", show_default=False)],
+    on: Annotated[
+        Literal["local", "kubernetes"],
+        flag("on", "What runs the cluster; on Kubernetes any pool of the release scales."),
+    ] = "local",
     cluster: Cluster = "default",
     home: Home = None,
+    release: Annotated[str, flag("release", "Helm release on Kubernetes.")] = "penumbra",
+    namespace: Annotated[str, flag("namespace", "Its namespace.")] = "default",
+    kube_context: Annotated[
+        str | None, flag("kube-context", "Context of the kubeconfig; else its current one.")
+    ] = None,
     timeout_s: Annotated[float, flag("timeout-s", "Give up when not there by then.", min=1)] = 300.0,
     config: ConfigFile = None,
 ) -> int:
     """Have more or fewer workers in a running cluster. New ones join when ready; those that go finish or hand over."""
-    from deploy import local
-
     counts: dict[str, int] = {}
     for word in wanted:
-        role, _, count = word.partition("=")
-        if role not in ("prefill", "decode") or not count.isdecimal() or int(count) < 1:
-            raise typer.BadParameter(f"'{word}' is not prefill=N or decode=N with N of 1 or more")
-        counts[role] = int(count)
-    local.scale(local.cluster_folder(home, cluster), cluster, counts, timeout_s=timeout_s)
-    print(" ".join(f"{role}={count}" for role, count in counts.items()))
+        pool, _, count = word.partition("=")
+        if not pool or not count.isdecimal() or int(count) < 1:
+            raise typer.BadParameter(f"'{word}' is not POOL=N with N of 1 or more, such as decode=2")
+        counts[pool] = int(count)
+    if on == "kubernetes":
+        from deploy import kubernetes
+
+        kubernetes.Release(kubernetes.connect(kube_context), release=release, namespace=namespace).scale(
+            counts, timeout_s=timeout_s
+        )
+    else:
+        if unknown := sorted(set(counts) - {"prefill", "decode"}):
+            raise typer.BadParameter(f"a cluster on this machine has no pool {unknown[0]}, only prefill and decode")
+        from deploy import local
+
+        local.scale(local.cluster_folder(home, cluster), cluster, counts, timeout_s=timeout_s)
+    print(" ".join(f"{pool}={count}" for pool, count in counts.items()))
     return 0
 
 
