@@ -480,6 +480,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         metrics.running.set(load.running)
         metrics.reading_bytes.set(self._links.reading_bytes)
         metrics.waiting.set(load.waiting)
+        metrics.queued_tokens.set(load.queued_tokens)
         metrics.quarantined.inc(load.quarantined_total - self._quarantined_total)
         self._quarantined_total = load.quarantined_total
         metrics.preemptions.inc(load.preemptions_total - self._preemptions_total)

@@ -384,6 +384,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
         load, metrics = self._engine.load, self._metrics
         metrics.running.set(load.running)
         metrics.waiting.set(load.waiting)
+        metrics.queued_tokens.set(load.queued_tokens)
         metrics.claims.set(self._table.counts().open_claims)
         for page_class, counts in load.pages.items():
             metrics.set_pages(

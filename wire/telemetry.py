@@ -274,6 +274,9 @@ class WorkerMetrics:
         )
         self.running = Gauge("penumbra_num_requests_running", "Requests in the current batch", registry=registry)
         self.waiting = Gauge("penumbra_num_requests_waiting", "Requests not yet computed on", registry=registry)
+        self.queued_tokens = Gauge(
+            "penumbra_queued_tokens", "Prompt tokens not yet computed (prefill) or fetched (decode)", registry=registry
+        )
         self.kv_cache_usage = Gauge(
             "penumbra_kv_cache_usage_perc", "Share of full pages in use, 0 to 1", registry=registry
         )

@@ -11,6 +11,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry
 
 from tests.helm.chart import (
     CHART,
@@ -26,6 +27,7 @@ from tests.helm.chart import (
     run_helm,
     text_of,
 )
+from wire.telemetry import WorkerMetrics
 
 KUBERNETES = ("1.31", "1.34", "1.37")
 GOLDEN = Path(__file__).parent / "golden"
@@ -307,3 +309,19 @@ def test_config_keys_are_flags_of_the_commands_that_read_them(values: str) -> No
             names = [one["name"] for one in container.get("env", []) if one["name"].startswith("PENUMBRA_")]
             unknown = [n for n in names if n.removeprefix("PENUMBRA_").lower() not in flags.get(command, set())]
             assert not unknown, f"{where}: {unknown} would be read by nobody"
+
+
+def test_pools_scale_by_metrics_that_workers_have() -> None:
+    registry = CollectorRegistry()
+    WorkerMetrics(registry)
+    known = {sample.name for metric in registry.collect() for sample in metric.samples} | {
+        m.name for m in registry.collect()
+    }
+    asked = {
+        name
+        for one in of_kind(manifests("multinode"), "ScaledObject")
+        for trigger in one["spec"]["triggers"]
+        for name in re.findall(r"penumbra_[a-z_]+", trigger["metadata"]["query"])
+    }
+    assert len(asked) == 3
+    assert {name.removesuffix("_bucket") for name in asked} <= known
