@@ -13,11 +13,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from router.fleet import FleetSnapshot, WorkerView
-from router.placement import compatible
+from router.fleet import FleetSnapshot
+from router.placement import kind_of
 from wire.errors import Overloaded, PenumbraError, QueueTimeout, RateLimited, WouldWait
 
 UNMEASURED_BACKLOG_TOKENS = 65_536
@@ -80,11 +79,12 @@ class Room:
 
 def room_of(fleet: FleetSnapshot) -> Room:
     """The room on workers that have a partner."""
-
-    def paired(worker: WorkerView, others: Iterable[WorkerView]) -> bool:
-        return worker.usable and any(other.usable and compatible(worker.info, other.info) for other in others)
-
-    prefill = [worker for worker in fleet.prefill if paired(worker, fleet.decode)]
+    sides = [{kind_of(worker.info) for worker in workers if worker.usable} for workers in (fleet.prefill, fleet.decode)]
+    both = sides[0] & sides[1]
+    prefill, decode = (
+        [worker for worker in workers if worker.usable and kind_of(worker.info) in both]
+        for workers in (fleet.prefill, fleet.decode)
+    )
     costs = [worker.info.prefill_token_ns for worker in prefill]
     return Room(
         desks=tuple(
@@ -93,8 +93,7 @@ def room_of(fleet: FleetSnapshot) -> Room:
                 total_tokens=worker.info.total_tokens,
                 idle=worker.num_requests == 0,
             )
-            for worker in fleet.decode
-            if paired(worker, fleet.prefill)
+            for worker in decode
         ),
         num_prefill=len(prefill),
         prefill_tokens_per_s=sum(1e9 / cost for cost in costs) if all(costs) else 0.0,

@@ -11,7 +11,7 @@ time than prefill and a transfer would, it computes them itself, and where no pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -103,10 +103,15 @@ def choose(
     have to leave first count as cost. Ties go to the lower worker ids.
     """
     request = _Request(fleet, prompt_tokens, max_tokens, resident)
-    pairs = [
-        (prefill, decode)
-        for prefill, decode in _pairs(fleet, exclude)
-        if _holds(prefill, prompt_tokens) and _holds(decode, prompt_tokens + max_tokens)
+    groups = [
+        group
+        for prefills, decodes in _groups(fleet, exclude)
+        if all(
+            group := (
+                [worker for worker in prefills if _holds(worker, prompt_tokens)],
+                [worker for worker in decodes if _holds(worker, prompt_tokens + max_tokens)],
+            )
+        )
     ]
     alone = [
         decode
@@ -116,11 +121,11 @@ def choose(
         and decode.info.local_prefill
         and _holds(decode, prompt_tokens + max_tokens)
     ]
-    if not pairs:
+    if not groups:
         if rules.on_no_prefill == "reject" or not alone or any(view.usable for view in fleet.prefill):
             return None
         return request.local(min(alone, key=request.local_cost), Reason.NO_PREFILL)
-    pair = _POLICIES[rules.policy](request, pairs, turn)
+    pair = _POLICIES[rules.policy](request, groups, turn)
     if not rules.local_prefill_tokens or not alone:
         return request.pair(pair, Reason.POLICY)
     decode = min(alone, key=request.local_cost)
@@ -133,8 +138,11 @@ def choose(
     return request.local(decode, Reason.CACHED if 2 * request.held(decode) >= prompt_tokens else Reason.SHORT)
 
 
+Group = tuple[list[WorkerView], list[WorkerView]]
+"""Prefill and decode workers any two of which can serve a request together."""
+
 Pair = tuple[WorkerView, WorkerView]
-Cost = tuple[float, str, str]
+Cost = tuple[float, str, str]  # in seconds, and then by ids
 
 
 class _Request:
@@ -154,8 +162,13 @@ class _Request:
 
     def pair_cost(self, pair: Pair) -> Cost:
         prefill, decode = pair
-        seconds = self._prefill_s(prefill) + self._transfer_s(decode) + self._shared_s(decode)
-        return seconds, prefill.info.worker_id, decode.info.worker_id
+        return self.prefill_cost(prefill)[0] + self.decode_cost(decode)[0], *_ids(pair)
+
+    def prefill_cost(self, prefill: WorkerView) -> tuple[float, str]:
+        return self._prefill_s(prefill), prefill.info.worker_id
+
+    def decode_cost(self, decode: WorkerView) -> tuple[float, str]:
+        return self._transfer_s(decode) + self._shared_s(decode), decode.info.worker_id
 
     def local_cost(self, decode: WorkerView) -> Cost:
         """Everybody in the batch waits while the chunks of this prompt are computed, so their time counts as well."""
@@ -212,39 +225,56 @@ class _Request:
         return tokens * each
 
 
-def _least_ttft(request: _Request, pairs: list[Pair], turn: int) -> Pair:
-    return min(pairs, key=request.pair_cost)
+def _least_ttft(request: _Request, groups: list[Group], turn: int) -> Pair:
+    # A pair costs what its two workers cost, so each side is looked through once and not with each of the other.
+    best = [
+        (min(prefills, key=request.prefill_cost), min(decodes, key=request.decode_cost)) for prefills, decodes in groups
+    ]
+    return min(best, key=request.pair_cost)
 
 
-def _round_robin(request: _Request, pairs: list[Pair], turn: int) -> Pair:
+def _round_robin(request: _Request, groups: list[Group], turn: int) -> Pair:
     """Every worker in its turn, whatever it holds or has to do."""
-    ordered = sorted(pairs, key=_ids)
-    prefills = sorted({prefill.info.worker_id for prefill, _ in ordered})
-    mine = [pair for pair in ordered if pair[0].info.worker_id == prefills[turn % len(prefills)]]
-    return mine[turn // len(prefills) % len(mine)] if len(mine) > 1 else mine[0]
+    ordered = sorted(
+        ((prefill, decodes) for prefills, decodes in groups for prefill in prefills),
+        key=lambda one: one[0].info.worker_id,
+    )
+    prefill, decodes = ordered[turn % len(ordered)]
+    return prefill, sorted(decodes, key=_id)[turn // len(ordered) % len(decodes)]
 
 
-def _power_of_two(request: _Request, pairs: list[Pair], turn: int) -> Pair:
-    """The cheaper of two pairs taken as if by chance: nearly as even as the best of all, without a herd."""
-    ordered = sorted(pairs, key=_ids)
+def _power_of_two(request: _Request, groups: list[Group], turn: int) -> Pair:
+    """On each side the cheaper of two taken as if by chance: nearly as even as the best of all, without a herd."""
     # Knuth's multiplicative hash: turns that follow each other land far apart.
     draw = turn * 2_654_435_761 % (1 << 32)
-    first = draw % len(ordered)
-    second = (first + 1 + (draw >> 16) % max(1, len(ordered) - 1)) % len(ordered)
-    return min((ordered[first], ordered[second]), key=request.pair_cost)
+    prefills, decodes = groups[draw % len(groups)]
+    return (
+        min(_two_of(prefills, draw // len(groups)), key=request.prefill_cost),
+        min(_two_of(decodes, (draw >> 8) ^ draw), key=request.decode_cost),
+    )
 
 
-def _least_tokens(request: _Request, pairs: list[Pair], turn: int) -> Pair:
+def _two_of(workers: list[WorkerView], draw: int) -> list[WorkerView]:
+    """Two different ones, if there are two."""
+    ordered, n = sorted(workers, key=_id), len(workers)
+    first = draw % n
+    return [ordered[first], ordered[(first + 1 + (draw >> 16) % max(1, n - 1)) % n]]
+
+
+def _least_tokens(request: _Request, groups: list[Group], turn: int) -> Pair:
     """The fewest tokens in front of the prompt, and then in the answer's batch; what workers hold does not count."""
 
-    def load(pair: Pair) -> tuple[int, int, str, str]:
-        prefill, decode = pair
-        return prefill.pending_tokens, decode.info.total_tokens - decode.free_tokens, *_ids(pair)
+    def waiting(prefill: WorkerView) -> tuple[int, str]:
+        return prefill.pending_tokens, _id(prefill)
 
-    return min(pairs, key=load)
+    def used(decode: WorkerView) -> tuple[int, str]:
+        return decode.info.total_tokens - decode.free_tokens, _id(decode)
+
+    best = [(min(prefills, key=waiting), min(decodes, key=used)) for prefills, decodes in groups]
+    return min(best, key=lambda pair: (waiting(pair[0])[0], used(pair[1])[0], *_ids(pair)))
 
 
-_POLICIES: dict[Policy, Callable[[_Request, list[Pair], int], Pair]] = {
+_POLICIES: dict[Policy, Callable[[_Request, list[Group], int], Pair]] = {
     "expected_ttft": _least_ttft,
     "round_robin": _round_robin,
     "power_of_two": _power_of_two,
@@ -252,8 +282,12 @@ _POLICIES: dict[Policy, Callable[[_Request, list[Pair], int], Pair]] = {
 }
 
 
+def _id(worker: WorkerView) -> str:
+    return worker.info.worker_id
+
+
 def _ids(pair: Pair) -> tuple[str, str]:
-    return pair[0].info.worker_id, pair[1].info.worker_id
+    return _id(pair[0]), _id(pair[1])
 
 
 def why_not(fleet: FleetSnapshot, prompt_tokens: int, max_tokens: int) -> PenumbraError:
@@ -262,12 +296,13 @@ def why_not(fleet: FleetSnapshot, prompt_tokens: int, max_tokens: int) -> Penumb
         if not any(view.usable for view in workers):
             known = f"{len(workers)} known, none of them serving" if workers else "none is known"
             return NoWorkers(f"No {role} worker can take this request: {known}. Retry in a moment.")
-    if not any(_pairs(fleet, ())):
+    groups = _groups(fleet, ())
+    if not groups:
         return LayoutMismatch(
             "No prefill and decode worker hold the same model in the same page layout, so no pair can serve this "
             "request. Start both pools from one checkpoint with one kv-layout."
         )
-    prompt_room = max(_size(prefill) for prefill, _ in _pairs(fleet, ()))
+    prompt_room = max(_size(prefill) for prefills, _ in groups for prefill in prefills)
     return InvalidRequest(
         f"The prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}, together "
         f"{prompt_tokens + max_tokens}; the workers hold prompts of at most {prompt_room} tokens and requests of at "
@@ -281,32 +316,29 @@ def capacity(fleet: FleetSnapshot) -> int | None:
 
     A prefill worker holds the prompt only, so it does not count here; `choose` looks at it.
     """
-    return max((_size(decode) for _, decode in _pairs(fleet, ())), default=None)
+    return max((_size(decode) for _, decodes in _groups(fleet, ()) for decode in decodes), default=None)
 
 
-def _pairs(fleet: FleetSnapshot, exclude: Collection[str]) -> Iterator[Pair]:
-    for prefill in fleet.prefill:
-        for decode in fleet.decode:
-            if (
-                prefill.usable
-                and decode.usable
-                and prefill.info.worker_id not in exclude
-                and decode.info.worker_id not in exclude
-                and compatible(prefill.info, decode.info)
-            ):
-                yield prefill, decode
+def _groups(fleet: FleetSnapshot, exclude: Collection[str]) -> list[Group]:
+    """The usable workers by what they may be paired with, where there is somebody on both sides."""
+    found: dict[tuple[str, str, int], Group] = {}
+    for side, workers in enumerate((fleet.prefill, fleet.decode)):
+        for worker in workers:
+            if worker.usable and worker.info.worker_id not in exclude:
+                found.setdefault(kind_of(worker.info), ([], []))[side].append(worker)
+    return [group for _, group in sorted(found.items()) if all(group)]
 
 
-def compatible(prefill: WorkerInfo, decode: WorkerInfo) -> bool:
-    """Whether pages of one mean the same on the other: one model, one layout, one protocol."""
-    return (prefill.model, prefill.signature, prefill.protocol) == (decode.model, decode.signature, decode.protocol)
+def kind_of(worker: WorkerInfo) -> tuple[str, str, int]:
+    """Workers of one kind may be paired: pages of one mean the same on the other, by model, layout and protocol."""
+    return worker.model, worker.signature, worker.protocol
 
 
 def pair_states(fleet: FleetSnapshot) -> dict[str, dict[str, str]]:
     """Prefill worker -> decode worker -> "usable", or why no request goes to the two of them."""
 
     def state(prefill: WorkerView, decode: WorkerView) -> str:
-        if not compatible(prefill.info, decode.info):
+        if kind_of(prefill.info) != kind_of(decode.info):
             return "incompatible"
         for view in (prefill, decode):
             if not view.usable:
