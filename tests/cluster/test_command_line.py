@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.local_cluster import ROOT, LocalCluster
+from tests.cluster.local_cluster import ROOT, LocalCluster, local_cluster
 
 
 def penumbra(*arguments: str, typed: str = "") -> subprocess.CompletedProcess[str]:
@@ -94,3 +94,17 @@ def test_an_url_that_is_none_is_a_configuration_error(tmp_path: Path) -> None:
     result = penumbra("status", "--url", "nonsense://x", "--home", str(tmp_path))
     assert result.returncode == 78
     assert "--url" in result.stderr
+
+
+@pytest.mark.long
+def test_doctor_tells_tcp_from_memory_by_what_the_kernel_counted(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UCX_TLS", "tcp")  # on one machine pages would go through shared memory
+    with local_cluster(tmp_path, model) as slow:
+        fine = penumbra("doctor", "--url", slow.url)
+        assert fine.returncode == 0, fine.stdout + fine.stderr
+        assert re.search(r"prefill-0 +decode-0 +TCP \w+", fine.stdout)
+        faulty = penumbra("doctor", "--url", slow.url, "--expect", "rdma")
+        assert faulty.returncode == 1
+        assert re.search(r"pages moved over TCP \w+ where RDMA was expected", faulty.stdout)
