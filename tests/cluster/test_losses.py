@@ -190,6 +190,7 @@ def test_an_answer_survives_any_worker_that_dies_freezes_or_leaves(model: Path, 
         assert moved >= 3
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_cluster_grows_and_shrinks_while_it_answers(model: Path, tmp_path: Path) -> None:
     with local_cluster(tmp_path / "home", model) as cluster, ThreadPoolExecutor(3) as clients:
