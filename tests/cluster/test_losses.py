@@ -172,18 +172,27 @@ def test_an_answer_survives_any_worker_that_dies_freezes_or_leaves(model: Path, 
         ):
             cluster.wait_until_whole()
             hit: list[str] = []
+            struck: list[int] = []
 
-            def strike(count: int, role: str = role, number: int = number, hit: list[str] = hit) -> None:
+            def strike(
+                count: int, role: str = role, number: int = number, hit: list[str] = hit, struck: list[int] = struck
+            ) -> None:
                 if count >= 20 and not hit:
                     hit.append(cluster.busiest(role))
-                    os.kill(cluster.pid(hit[0]), number)
+                    struck.append(cluster.pid(hit[0]))
+                    os.kill(struck[0], number)
 
             try:
                 assert stream_ids(cluster, model, 200, strike) == undisturbed, f"{number.name} of {role}"
                 assert hit, "nobody was hit while the stream ran"
             finally:
                 if hit and number is signal.SIGSTOP:
-                    os.kill(cluster.pid(hit[0]), signal.SIGCONT)
+                    os.kill(struck[0], signal.SIGCONT)
+            if number is not signal.SIGSTOP:
+                deadline = time.monotonic() + 120
+                while cluster.pid(hit[0]) == struck[0]:  # it has not been started again
+                    assert time.monotonic() < deadline, cluster.logs()
+                    time.sleep(0.2)
         cluster.wait_until_whole()
         settle(cluster)
         moved = sum(n for name, n in cluster.metrics().items() if name.startswith("penumbra_request_retries_total{"))
