@@ -7,17 +7,22 @@ long. "chunked" ones are fresh: a window every second page, so a node for every 
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import statistics
+import subprocess
 import time
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from bench.record import append_rows, commit, machine
+from bench.record import append_rows, commit, load, machine
 from engine.cache.pools import PageAllocator
 from engine.cache.shadow_radix import Lease, ShadowRadix
+from wire.errors import PenumbraError
+from wire.prefix import pack_tokens, packed_page_hashes
 from wire.types import PAGE_TOKENS, PageClass
 
 LONGEST_TOKENS = 900_000
@@ -25,8 +30,11 @@ CHUNK_PAGES = 2
 WINDOWS = 8192
 
 
-def run(tree_pages: int = 1_000_000, repeats: int = 9) -> list[dict[str, object]]:
-    """Measure, print a table, append a row per case to bench/results/cache.csv, and return the rows."""
+def run(tree_pages: int = 1_000_000, repeats: int = 9, sglang: Path | None = None) -> list[dict[str, object]]:
+    """Measure, print a table, append a row per case to bench/results/cache.csv, and return the rows.
+
+    sglang  a Python that can import sglang; its cache is then measured too and both go to bench/results/cache_peer.csv
+    """
     longest = LONGEST_TOKENS // PAGE_TOKENS
     full, swa = PageAllocator(tree_pages + 2 * longest + 1), PageAllocator(WINDOWS + 1)
     cache = ShadowRadix(full, swa)
@@ -64,7 +72,42 @@ def run(tree_pages: int = 1_000_000, repeats: int = 9) -> list[dict[str, object]
             )
     _print(rows, filled_s)
     append_rows("cache", rows)
+    if sglang is not None:
+        joined = [row for row in rows if row["shape"] == "joined"]
+        append_rows("cache_peer", _beside(sglang, joined, repeats))
     return rows
+
+
+def _beside(python: Path, rows: list[dict[str, object]], repeats: int) -> list[dict[str, object]]:
+    """Rows with SGLang's milliseconds, and what hashing takes us: SGLang compares tokens instead."""
+    lengths = [int(str(row["prompt_tokens"])) for row in rows]
+    wanted = ",".join(str(length // PAGE_TOKENS) for length in lengths)
+    command = [str(python), str(Path(__file__).with_name("sglang_radix.py")), str(rows[0]["tree_pages"]), wanted]
+    ran = subprocess.run([*command, str(repeats)], capture_output=True, text=True, timeout=1800)
+    if ran.returncode:
+        raise PenumbraError(f"{python} did not measure SGLang's cache: {ran.stderr.strip().splitlines()[-1]}")
+    theirs = json.loads(ran.stdout.splitlines()[-1])
+    beside: list[dict[str, object]] = []
+    table = Table("prompt tokens", "ours ms", "and hashing ms", "SGLang ms")
+    for row, length in zip(rows, lengths, strict=True):
+        packed = pack_tokens(random.choices(range(100_000), k=length))
+        began = time.perf_counter()
+        packed_page_hashes(packed, b"")
+        hashing_ms = round(1e3 * (time.perf_counter() - began), 3)
+        sglang_ms = round(theirs[str(length // PAGE_TOKENS)], 3)
+        table.add_row(f"{length:,}", str(row["total_ms"]), str(hashing_ms), str(sglang_ms))
+        beside.append(
+            {
+                "prompt_tokens": length,
+                "tree_pages": row["tree_pages"],
+                "penumbra_ms": row["total_ms"],
+                "penumbra_hashing_ms": hashing_ms,
+                "sglang_ms": sglang_ms,
+                "load_1m": load(),
+            }
+        )
+    Console().print(table)
+    return beside
 
 
 def _digests(pages: int) -> list[bytes]:

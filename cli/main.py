@@ -752,12 +752,15 @@ def bench_prefix(
 @bench_app.command("cache")
 def bench_cache(
     pages: Annotated[int, flag("pages", "Pages in the tree.", min=10_000)] = 1_000_000,
+    sglang: Annotated[
+        Path | None, flag("sglang", "A Python that can import sglang, whose cache is then measured too.")
+    ] = None,
     config: ConfigFile = None,
 ) -> int:
     """What the prefix tree takes to find, hold and take over a prompt."""
     from bench.cache import run
 
-    run(pages)
+    run(pages, sglang=sglang)
     return 0
 
 
