@@ -15,6 +15,7 @@ from router.answers import Answer, Json
 from router.config import ModelFacts, RouterConfig
 from router.fleet import Fleet
 from router.placement import capacity
+from router.quarantine import fingerprint
 from router.relay import RelayRequest
 from router.tenants import ANYONE, Tenant
 from router.text import ChatPrompt, Text
@@ -126,6 +127,7 @@ class Intake:
             sampling=sampling,
             vocab_size=self.facts.vocab_size,
             packed=packed,
+            alike=fingerprint(packed, sampling.grammar),
             cache_salt=salt,
             tenant=self.tenant.tenant_id,
             # As a rule there is one model; there are two while a fleet changes from one to the next.

@@ -103,6 +103,9 @@ class RelayRequest:
     sampling: SamplingParams
     vocab_size: int
     packed: bytes | None = field(default=None, repr=False)  # the prompt as it travels, if it is packed already
+    alike: bytes = field(
+        default=b"", repr=False
+    )  # `quarantine.fingerprint`, if it is known: it reads all of the prompt
     cache_salt: str = field(default="", repr=False)
     tenant: str = DEFAULT_TENANT
     keep_s: int = 0  # how long the decode worker keeps the answer when nobody reads it any more
@@ -624,7 +627,7 @@ async def relay(
     feed = Relay()
     quarantine = quarantine or Quarantine()
     packed = pack_tokens(request.prompt) if request.packed is None else request.packed
-    alike = fingerprint(packed, request.sampling.grammar)
+    alike = request.alike or fingerprint(packed, request.sampling.grammar)
     quarantine.check(time.monotonic(), alike)
 
     def failed(error: PenumbraError) -> None:
