@@ -103,9 +103,7 @@ class RelayRequest:
     sampling: SamplingParams
     vocab_size: int
     packed: bytes | None = field(default=None, repr=False)  # the prompt as it travels, if it is packed already
-    alike: bytes = field(
-        default=b"", repr=False
-    )  # `quarantine.fingerprint`, if it is known: it reads all of the prompt
+    alike: bytes = field(default=b"", repr=False)  # `quarantine.fingerprint`, where it is known
     cache_salt: str = field(default="", repr=False)
     tenant: str = DEFAULT_TENANT
     keep_s: int = 0  # how long the decode worker keeps the answer when nobody reads it any more
