@@ -49,6 +49,8 @@ ANSWERS: Mapping[str, Json] = {
     )
     | {"additionalProperties": False},
     "AnthropicError": shape(type={"const": "error"}, error=shape(type=TEXT, message=TEXT)),
+    # One event of a stream; its data is JSON, or [DONE].
+    "Event": shape("event", "id", data=TEXT, event=TEXT, id=TEXT),
     "Usage": shape(
         prompt_tokens=COUNT,
         completion_tokens=COUNT,
@@ -249,7 +251,7 @@ def _operation(path: str, operation: Operation) -> Json:
     for status, name in operation.gives.items():
         kinds: dict[str, Json] = {operation.media: {} if name is None else ref(name)}
         if operation.streams:
-            kinds["text/event-stream"] = TEXT
+            kinds["text/event-stream"] = ref("Event")
         answers[str(status)] = {"description": operation.does, "content": _content(kinds)}
     described: Json = {
         "summary": operation.does,

@@ -21,6 +21,8 @@ import pytest_asyncio
 
 from router.connection import MAX_HEADER_BYTES
 from router.grammar import KEPT_VERDICTS, MAX_SOURCE_CHARS, GrammarChecker
+from router.openapi import OPERATIONS
+from tests.router import test_router_admission
 from tests.router.conftest import BOS, EOS, MAX_CONTEXT, MODEL, VOCAB_SIZE, RouterStarter, byte_ids
 from tests.router.scripted_worker import ScriptedWorker
 from tests.router.test_router_stream import cluster, for_ever, saying, until
@@ -985,10 +987,40 @@ async def test_h64_trace(served: Served):
     assert answer.headers["allow"] == "GET"
 
 
-ELSEWHERE: dict[str, str] = {}
-"""Rows whose test is in another file."""
+# Keys
+
+
+async def test_h29_no_route_is_open_without_a_key_but_health(
+    start_router: RouterStarter, redis_url: str, tmp_path: Path
+):
+    keys = test_router_admission.Keys(tmp_path, ops="admin = true")
+    async with test_router_admission.guarded(start_router, redis_url, "closed", keys) as (client, _, _):
+        for path in OPERATIONS.keys() - set(test_router_admission.OPEN) - {"/metrics"}:
+            for method in ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"):
+                answer = await client.request(method, path.replace("{name}", MODEL))
+                assert answer.status_code == 401, (method, path)
+
+
+async def test_h63_a_body_without_a_key_is_not_asked_for(start_router: RouterStarter, redis_url: str, tmp_path: Path):
+    keys = test_router_admission.Keys(tmp_path, ops="admin = true")
+    async with test_router_admission.guarded(start_router, redis_url, "expect", keys) as (client, _, _):
+        lines = ("content-type: application/json", "content-length: 99", "expect: 100-continue", "connection: close")
+        answer = await say(client, head(COMPLETIONS, *lines), eof=True)
+        assert b"100 Continue" not in answer
+        assert parse_raw(answer).json()["error"]["code"] == "invalid_api_key"
+        assert parse_raw(answer).status_code == 401
+
+
+ELSEWHERE = {
+    "h27": test_router_admission.test_a_wrong_key_is_answered_like_none,
+    "h28": test_router_admission.test_tenants_see_their_models_and_nothing_of_the_fleet,
+    "h59": test_router_admission.test_over_its_limit_a_tenant_is_told_when_to_come_again_and_others_are_served,
+    "h60": test_router_admission.test_streams_of_one_key_are_capped_and_free_again_when_their_client_leaves,
+}
+"""Rows about keys and limits, which have a file of their own. H56's part of other tenants' salts is there too."""
 
 
 async def test_every_row_has_its_test():
     own = set(re.findall(r"test_(h\d\d)_", " ".join(vars(sys.modules[__name__]))))
-    assert own | ELSEWHERE.keys() == {f"h{row:02d}" for row in range(1, 65)}
+    # H30 and H58 are about requests that are asked for again by their id or their Idempotency-Key.
+    assert own | ELSEWHERE.keys() | {"h30", "h58"} == {f"h{row:02d}" for row in range(1, 65)}
