@@ -6,7 +6,16 @@ import json
 import re
 from typing import Annotated, Any, NoReturn, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from wire.errors import InvalidRequest
@@ -132,8 +141,23 @@ def kind_of(value: object) -> str:
 
 TYPES_OF_UNIONS = ("str", "list[dict[str,any]]", "dict[str,any]", "[key]")
 
-TOKEN_IDS: Any = {"type": "array", "items": {"type": "integer", "minimum": 0}}
-"""How fields that `token_ids` checks are documented."""
+TEXT: Json = {"type": "string"}
+
+
+def an_object(*optional: str, **fields: Json) -> Json:
+    """The schema of an object of `fields`; it may have more."""
+    return {"type": "object", "properties": fields, "required": [name for name in fields if name not in optional]}
+
+
+def text_or(part: Json) -> Json:
+    """The schema of a string, or an array of parts of a message."""
+    return {"anyOf": [TEXT, {"type": "array", "items": part}]}
+
+
+# Fields that something else checks, as they are documented.
+TokenIds = Annotated[Any, WithJsonSchema({"type": "array", "items": {"type": "integer", "minimum": 0}})]
+EFFORT: Json = {"enum": ["none", "minimal", "low", "medium", "high", "xhigh", "max"]}
+Effort = Annotated[str, WithJsonSchema(EFFORT)]
 
 Label = Annotated[str, Field(max_length=512, pattern=r"^[^\x00-\x1f\x7f]*$")]
 """Words that are only taken note of: short, and safe to show."""

@@ -6,16 +6,80 @@ from dataclasses import replace
 from typing import Annotated
 
 import deepseek_recipe as recipe
-from pydantic import Field, model_validator
+from pydantic import Field, WithJsonSchema, model_validator
 
 from router.answers import Header, Json, progress_chunk
 from router.intake import Intake, Prepared
 from router.protocols.parsed import Parsed
-from router.schema import MAX_TOP_LOGPROBS, Choices, Label, characters, kind_of, only, parse_body
+from router.schema import (
+    MAX_TOP_LOGPROBS,
+    TEXT,
+    Choices,
+    Effort,
+    Label,
+    an_object,
+    characters,
+    kind_of,
+    only,
+    parse_body,
+    text_or,
+)
 from router.text import ChatPrompt, Text
 from wire.errors import InvalidRequest
 
 ROLES = ("system", "user", "assistant", "tool", "latest_reminder", "developer")
+
+CALL = an_object(id=TEXT, type={"const": "function"}, function=an_object(name=TEXT, arguments=TEXT))
+Message = Annotated[
+    Json,
+    WithJsonSchema(
+        an_object(
+            *("name", "tool_calls", "tool_call_id", "reasoning_content", "prefix"),
+            role={"enum": [*ROLES]},
+            content={"anyOf": [text_or(an_object(type={"const": "text"}, text=TEXT)), {"type": "null"}]},
+            name=TEXT,
+            reasoning_content=TEXT,
+            tool_calls={"type": "array", "items": CALL},
+            tool_call_id=TEXT,
+            prefix={"type": "boolean"},
+        )
+    ),
+]
+FUNCTION = an_object(
+    *("description", "parameters", "strict"),
+    name=TEXT,
+    description=TEXT,
+    parameters={"type": "object"},
+    strict={"type": "boolean"},
+)
+Tool = Annotated[Json, WithJsonSchema(an_object(type={"const": "function"}, function=FUNCTION))]
+ToolChoice = Annotated[
+    str | Json,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": ["none", "auto", "required"]},
+                an_object(type={"const": "function"}, function=an_object(name=TEXT)),
+            ]
+        }
+    ),
+]
+ResponseFormat = Annotated[
+    Json,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                an_object(type={"enum": ["text", "json_object"]}),
+                an_object(
+                    type={"const": "json_schema"},
+                    json_schema=an_object("strict", name=TEXT, schema={"type": "object"}, strict={"type": "boolean"}),
+                ),
+                an_object(type={"const": "regex"}, regex=TEXT),
+            ]
+        }
+    ),
+]
+Thinking = Annotated[Json, WithJsonSchema(an_object(type={"enum": ["enabled", "disabled"]}))]
 
 RECIPE_FIELDS = (
     *("model", "max_tokens", "temperature", "top_p", "stop", "logprobs", "top_logprobs"),
@@ -26,15 +90,15 @@ RECIPE_FIELDS = (
 class ChatBody(Choices):
     """`messages`, tools and the like are checked by deepseek-recipe, which also renders them."""
 
-    messages: list[Json] = Field(min_length=1, max_length=10_000)
+    messages: list[Message] = Field(min_length=1, max_length=10_000)
     max_completion_tokens: int | None = Field(default=None, gt=0, lt=1 << 31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    tools: list[Json] | None = Field(default=None, max_length=512)
-    tool_choice: str | Json | None = None
-    response_format: Json | None = None
-    thinking: Json | None = None
-    reasoning_effort: str | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=512)
+    tool_choice: ToolChoice | None = None
+    response_format: ResponseFormat | None = None
+    thinking: Thinking | None = None
+    reasoning_effort: Effort | None = None
     parallel_tool_calls: bool | None = None
     modalities: Annotated[list[str] | None, *only(["text"])] = None
     verbosity: Label | None = None

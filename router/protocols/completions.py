@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from router.answers import Header, Json, Usage, progress_chunk
 from router.intake import Intake, Prepared, fit
-from router.schema import MAX_TOP_LOGPROBS, TOKEN_IDS, Choices, only, parse_body, token_ids
+from router.schema import MAX_TOP_LOGPROBS, Choices, only, parse_body, token_ids
 from router.text import Vocabulary, draw_seed
 from wire.errors import InvalidRequest
 from wire.types import FinishReason, PromptScores, SamplingParams, TokenEvent
@@ -23,9 +23,16 @@ DEFAULT_MAX_TOKENS = 16
 """What OpenAI generates for a completion that does not say."""
 
 
+Prompt = Annotated[
+    Any,
+    WithJsonSchema(
+        {"anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "items": {"type": "integer", "minimum": 0}}]}
+    ),
+]
+
+
 class CompletionBody(Choices):
-    # `one_prompt` checks it: a million ids are too many for a model's field.
-    prompt: Any = Field(json_schema_extra={"anyOf": [{"type": "string", "minLength": 1}, TOKEN_IDS]})
+    prompt: Prompt  # `one_prompt` checks it: a million ids are too many for a model's field
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     add_special_tokens: bool = True
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)

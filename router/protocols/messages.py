@@ -5,12 +5,25 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import deepseek_recipe as recipe
-from pydantic import Field, field_validator
+from pydantic import Field, WithJsonSchema, field_validator
 
 from router.answers import Header, Json, Usage
 from router.intake import Intake, Prepared
 from router.protocols.parsed import Parsed
-from router.schema import Label, Sampled, Strict, characters, kind_of, only, parse_body, stop_strings
+from router.schema import (
+    TEXT,
+    Effort,
+    Label,
+    Sampled,
+    Strict,
+    an_object,
+    characters,
+    kind_of,
+    only,
+    parse_body,
+    stop_strings,
+    text_or,
+)
 from router.text import ChatPrompt, Text
 from wire.errors import InvalidRequest
 
@@ -25,12 +38,52 @@ BLOCKS = {
 """Content blocks that each role may hold. deepseek-recipe would turn others into a note or nothing."""
 
 
+BLOCK = {
+    "anyOf": [
+        an_object(type={"const": "text"}, text=TEXT),
+        an_object("signature", type={"const": "thinking"}, thinking=TEXT, signature=TEXT),
+        an_object(type={"const": "tool_use"}, id=TEXT, name=TEXT, input={"type": "object"}),
+        an_object(
+            "content",
+            type={"const": "tool_result"},
+            tool_use_id=TEXT,
+            content=text_or(an_object(type={"const": "text"}, text=TEXT)),
+        ),
+    ]
+}
+Turn = Annotated[Json, WithJsonSchema(an_object(role={"enum": ["user", "assistant"]}, content=text_or(BLOCK)))]
+TextBlock = Annotated[Json, WithJsonSchema(an_object(type={"const": "text"}, text=TEXT))]
+Tool = Annotated[
+    Json,
+    WithJsonSchema(an_object("description", name=TEXT, description=TEXT, input_schema={"type": "object"})),
+]
+ToolChoice = Annotated[
+    Json,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                an_object(type={"enum": ["auto", "any", "none"]}),
+                an_object(type={"const": "tool"}, name=TEXT),
+            ]
+        }
+    ),
+]
+Thinking = Annotated[
+    Json,
+    WithJsonSchema(
+        an_object(
+            "budget_tokens", type={"enum": ["enabled", "disabled", "adaptive"]}, budget_tokens={"type": "integer"}
+        )
+    ),
+]
+
+
 class Metadata(Strict):
     user_id: Label | None = None
 
 
 class OutputConfig(Strict):
-    effort: str | None = None
+    effort: Effort | None = None
     format: OutputFormat | None = None
 
 
@@ -43,11 +96,11 @@ class CountTokensBody(Strict):
     """What makes up the prompt. Everything in it that only a converter can check, deepseek-recipe checks."""
 
     model: str = Field(min_length=1, max_length=512)
-    messages: list[Json] = Field(min_length=1, max_length=10_000)
-    system: str | list[Json] | None = None
-    tools: list[Json] | None = Field(default=None, max_length=512)
-    tool_choice: Json | None = None
-    thinking: Json | None = None
+    messages: list[Turn] = Field(min_length=1, max_length=10_000)
+    system: str | list[TextBlock] | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=512)
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     cache_control: Json | None = None  # prefixes are cached without being asked
     mcp_servers: Annotated[list[Json] | None, *only([])] = None

@@ -5,12 +5,24 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import deepseek_recipe as recipe
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from router.answers import Header, Json
 from router.intake import Intake, Prepared
 from router.protocols.parsed import Parsed
-from router.schema import MAX_TOP_LOGPROBS, Label, OpenAI, characters, kind_of, only, parse_body
+from router.schema import (
+    EFFORT,
+    MAX_TOP_LOGPROBS,
+    TEXT,
+    Label,
+    OpenAI,
+    an_object,
+    characters,
+    kind_of,
+    only,
+    parse_body,
+    text_or,
+)
 from router.text import ChatPrompt, Text
 from wire.errors import InvalidRequest
 
@@ -30,18 +42,71 @@ TOOLS = ("function", "custom", "namespace", "web_search", "web_search_2025_08_26
 INCLUDABLE = ("reasoning.encrypted_content", "message.output_text.logprobs")
 
 
+PART = an_object(type={"enum": [*TEXTS]}, text=TEXT)
+Item = Annotated[
+    Json,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                an_object("type", type={"const": "message"}, role={"enum": [*ROLES]}, content=text_or(PART)),
+                an_object(
+                    *("id", "summary", "content"),
+                    type={"const": "reasoning"},
+                    id=TEXT,
+                    summary={"type": "array"},
+                    content={"type": "array", "items": an_object(type={"const": "reasoning_text"}, text=TEXT)},
+                ),
+                an_object(type={"const": "function_call"}, call_id=TEXT, name=TEXT, arguments=TEXT),
+                an_object(type={"const": "function_call_output"}, call_id=TEXT, output=text_or(PART)),
+                an_object(type={"const": "custom_tool_call"}, call_id=TEXT, name=TEXT, input=TEXT),
+                an_object(type={"const": "custom_tool_call_output"}, call_id=TEXT, output=text_or(PART)),
+            ]
+        }
+    ),
+]
+Tool = Annotated[
+    Json,
+    WithJsonSchema(
+        an_object(
+            *("name", "description", "parameters", "strict"),
+            type={"enum": [*TOOLS]},
+            name=TEXT,
+            description=TEXT,
+            parameters={"type": "object"},
+            strict={"type": "boolean"},
+        )
+    ),
+]
+ToolChoice = Annotated[
+    str | Json,
+    WithJsonSchema(
+        {"anyOf": [{"enum": ["none", "auto", "required"]}, an_object(type={"const": "function"}, name=TEXT)]}
+    ),
+]
+Format = {
+    "anyOf": [
+        an_object(type={"enum": ["text", "json_object"]}),
+        an_object("strict", type={"const": "json_schema"}, name=TEXT, schema={"type": "object"}, strict={}),
+    ]
+}
+TextOptions = Annotated[Json, WithJsonSchema(an_object("format", "verbosity", format=Format, verbosity=TEXT))]
+Reasoning = Annotated[
+    Json, WithJsonSchema(an_object("effort", "summary", effort=EFFORT, summary={"type": ["string", "null"]}))
+]
+
+
 class ResponsesBody(OpenAI):
     """Everything in it that only a converter can check, deepseek-recipe checks."""
 
-    input: str | list[Json] = Field(min_length=1, max_length=64 << 20)
+    input: str | list[Item] = Field(min_length=1, max_length=64 << 20)
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, gt=0, lt=1 << 31)
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    tools: list[Json] | None = Field(default=None, max_length=512)
-    tool_choice: str | Json | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=512)
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    text: Json | None = None
-    reasoning: Json | None = None
+    text: TextOptions | None = None
+    reasoning: Reasoning | None = None
     include: list[str] | None = Field(default=None, max_length=16)
 
     previous_response_id: Annotated[str | None, *only(None)] = None

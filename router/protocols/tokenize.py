@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import deepseek_recipe as recipe
 from pydantic import Field, model_validator
 
 from router.answers import Json
 from router.intake import Intake
-from router.protocols.chat import checked_messages
-from router.schema import TOKEN_IDS, Strict, parse_body, token_ids
+from router.protocols.chat import Message, Tool, checked_messages
+from router.schema import Strict, TokenIds, parse_body, token_ids
 
 
 class TokenizeBody(Strict):
@@ -18,8 +16,8 @@ class TokenizeBody(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Json] | None = Field(default=None, min_length=1, max_length=10_000)
-    tools: list[Json] | None = Field(default=None, max_length=512)
+    messages: list[Message] | None = Field(default=None, min_length=1, max_length=10_000)
+    tools: list[Tool] | None = Field(default=None, max_length=512)
     add_special_tokens: bool = True
 
     @model_validator(mode="after")
@@ -35,7 +33,7 @@ class TokenizeBody(Strict):
 
 class DetokenizeBody(Strict):
     model: str | None = None
-    tokens: Any = Field(json_schema_extra=TOKEN_IDS)
+    tokens: TokenIds
     skip_special_tokens: bool = False
 
 
