@@ -139,7 +139,7 @@ def kind_of(value: object) -> str:
 
 # Models
 
-TYPES_OF_UNIONS = ("str", "list[dict[str,any]]", "dict[str,any]", "[key]")
+TYPES_OF_UNIONS = ("str", "constrained-str", "list[dict[str,any]]", "dict[str,any]", "[key]")
 
 TEXT: Json = {"type": "string"}
 
@@ -316,7 +316,10 @@ def parse_body(kind: type[Body], raw: bytes) -> Body:
 
 
 def _refusal(error: ValidationError) -> InvalidRequest:
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    # Of a field that takes several types: what is wrong with the type it has, not what is wrong with its type.
+    same = [found for found in errors if found["loc"][:1] == errors[0]["loc"][:1]]
+    first = next((found for found in same if not found["type"].endswith("_type")), errors[0])
     param = ""
     for part in first["loc"]:
         if part in TYPES_OF_UNIONS:  # what pydantic puts behind a field that takes several

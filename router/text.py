@@ -139,7 +139,7 @@ class Text:
         """A body as deepseek-recipe understands its protocol. Raises InvalidRequest with what it says is wrong."""
         try:
             return kind(body)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:  # the latter of an integer beyond 64 bits
             reason = str(error).removeprefix("invalid request body: ")
             raise InvalidRequest(f"The conversation can not be read: {reason}.") from error
 

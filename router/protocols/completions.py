@@ -51,7 +51,7 @@ def one_prompt(value: Any, vocab_size: int) -> str | tuple[int, ...]:
                 "The prompt is empty. Send at least one character.", param="prompt", code="empty_prompt"
             )
         return value
-    if isinstance(value, list) and value and all(isinstance(part, str | list) for part in value[:2]):
+    if isinstance(value, list) and len(value) > 1 and all(isinstance(part, str | list) for part in value[:2]):
         raise InvalidRequest(
             f"prompt holds {len(value)} prompts; one request takes one. Send one request for each.",
             param="prompt",

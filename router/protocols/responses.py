@@ -98,7 +98,7 @@ Reasoning = Annotated[
 class ResponsesBody(OpenAI):
     """Everything in it that only a converter can check, deepseek-recipe checks."""
 
-    input: str | list[Item] = Field(min_length=1, max_length=64 << 20)
+    input: Annotated[str, Field(min_length=1)] | Annotated[list[Item], Field(min_length=1, max_length=10_000)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, gt=0, lt=1 << 31)
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)

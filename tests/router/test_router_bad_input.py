@@ -22,7 +22,7 @@ import pytest_asyncio
 from router.connection import MAX_HEADER_BYTES
 from router.grammar import KEPT_VERDICTS, MAX_SOURCE_CHARS, GrammarChecker
 from router.openapi import OPERATIONS
-from tests.router import test_router_admission
+from tests.router import test_router_admission, test_router_streams
 from tests.router.conftest import BOS, EOS, MAX_CONTEXT, MODEL, VOCAB_SIZE, RouterStarter, byte_ids
 from tests.router.scripted_worker import ScriptedWorker
 from tests.router.test_router_stream import cluster, for_ever, saying, until
@@ -186,6 +186,13 @@ async def test_h04_json_nested_without_end(served: Served, path: str, body: byte
 async def test_h05_numbers_that_are_none(served: Served, path: str, number: bytes):
     body = b'{"model":"nano","temperature":' + number + b"}"
     await refused(served, path, 400, "invalid_number", content=body, headers=JSON)
+
+
+async def test_h06_an_integer_that_is_no_number_elsewhere(served: Served):
+    for number in (2**64, -(2**63) - 1, 10**300):
+        for path in (CHAT, MESSAGES):
+            turn = {"role": "user", "content": "hi", "extra": number}
+            await refused(served, path, 400, "invalid_request", json=GOOD[path] | {"messages": [turn]})
 
 
 @pytest.mark.parametrize("number", [b"1" * 10_000, b"-" + b"9" * 500_000], ids=["10,000", "500,000"])
@@ -995,10 +1002,26 @@ async def test_h29_no_route_is_open_without_a_key_but_health(
 ):
     keys = test_router_admission.Keys(tmp_path, ops="admin = true")
     async with test_router_admission.guarded(start_router, redis_url, "closed", keys) as (client, _, _):
-        for path in OPERATIONS.keys() - set(test_router_admission.OPEN) - {"/metrics"}:
+        open_ = {*test_router_admission.OPEN, "/metrics", "/", "/page/{name}"}
+        for path in OPERATIONS.keys() - open_:
             for method in ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"):
-                answer = await client.request(method, path.replace("{name}", MODEL))
+                answer = await client.request(method, re.sub(r"\{.*\}", MODEL, path))
                 assert answer.status_code == 401, (method, path)
+
+
+async def test_h30_another_tenants_request_is_not_there(start_router: RouterStarter, redis_url: str, tmp_path: Path):
+    keys = test_router_admission.Keys(tmp_path, ops="admin = true", a="", b="")
+    async with test_router_admission.guarded(start_router, redis_url, "tenants", keys) as (client, _, _):
+        asked = {"x-penumbra-resume": "60", "idempotency-key": "k", **keys.headers("a")}
+        answer = await client.post(COMPLETIONS, json=GOOD[COMPLETIONS] | {"stream": True}, headers=asked)
+        name = re.findall(r"^id: (\S+)", answer.text, re.MULTILINE)[0]
+        nobodys = await client.get("/v1/streams/nobodys", headers=keys.headers("b"))
+        anothers = await client.get(f"/v1/streams/{name}", headers=keys.headers("b"))
+        assert nobodys.status_code == anothers.status_code == 404
+        assert nobodys.json()["error"]["code"] == anothers.json()["error"]["code"] == "stream_gone"
+        # The same Idempotency-Key of another tenant is another key.
+        mine = {**keys.headers("b"), "idempotency-key": "k"}
+        assert (await client.post(COMPLETIONS, json=GOOD[COMPLETIONS] | {"n": 2}, headers=mine)).status_code == 200
 
 
 async def test_h63_a_body_without_a_key_is_not_asked_for(start_router: RouterStarter, redis_url: str, tmp_path: Path):
@@ -1013,14 +1036,15 @@ async def test_h63_a_body_without_a_key_is_not_asked_for(start_router: RouterSta
 
 ELSEWHERE = {
     "h27": test_router_admission.test_a_wrong_key_is_answered_like_none,
+    "h30": test_router_streams.test_nobody_else_makes_one_and_no_tenant_reads_anothers,
     "h28": test_router_admission.test_tenants_see_their_models_and_nothing_of_the_fleet,
+    "h58": (test_router_streams.test_the_same_key_with_another_request_is_refused_and_with_the_same_is_answered_again),
     "h59": test_router_admission.test_over_its_limit_a_tenant_is_told_when_to_come_again_and_others_are_served,
     "h60": test_router_admission.test_streams_of_one_key_are_capped_and_free_again_when_their_client_leaves,
 }
-"""Rows about keys and limits, which have a file of their own. H56's part of other tenants' salts is there too."""
+"""Rows about keys, limits and kept answers, which have files of their own, as has what H56 says of other tenants."""
 
 
 async def test_every_row_has_its_test():
     own = set(re.findall(r"test_(h\d\d)_", " ".join(vars(sys.modules[__name__]))))
-    # H30 and H58 are about requests that are asked for again by their id or their Idempotency-Key.
-    assert own | ELSEWHERE.keys() | {"h30", "h58"} == {f"h{row:02d}" for row in range(1, 65)}
+    assert own | ELSEWHERE.keys() == {f"h{row:02d}" for row in range(1, 65)}

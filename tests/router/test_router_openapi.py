@@ -38,8 +38,9 @@ async def test_the_document_tells_of_every_route_and_of_no_other(client: httpx.A
     for path, method in told:
         if path in ENDLESS:
             continue
+        path = path.replace("/page/{name}", "/page/main.js").replace("{name}", MODEL).replace("{stream_id}", "x")
         for other in ("GET", "POST", "PUT", "DELETE"):
-            answer = await client.request(other, path.replace("/page/{name}", "/page/main.js").replace("{name}", MODEL))
+            answer = await client.request(other, path)
             assert (answer.status_code == 405) == (other.lower() != method), (other, path)
 
 
@@ -63,7 +64,7 @@ async def check_fuzzed(client: httpx.AsyncClient, num_cases: int) -> None:
     print(f"{sum(seen.values())} cases: {dict(sorted(Counter(status for _, status in seen.elements()).items()))}")
     assert sum(seen.values()) >= num_cases
     for path, operation in OPERATIONS.items():
-        if path not in ENDLESS and "{name}" not in path:
+        if path not in ENDLESS and "{" not in path:
             assert seen[path, 200] > 0, f"nothing good was asked of {path}"
         if operation.takes is not None:
             assert seen[path, 400] > 0, f"nothing bad was asked of {path}"
