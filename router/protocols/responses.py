@@ -194,7 +194,7 @@ class ResponseItems(Parsed):
             recipe.ResponsesResponse(header.answer_id, header.model, header.created, 0, 0),
         )
         # What was asked, where deepseek-recipe reports what it takes for granted.
-        self._asked: Json = {"metadata": body.metadata or {}}
+        self._asked: Json = {"created_at": header.created, "metadata": body.metadata or {}}
         if body.parallel_tool_calls is not None:
             self._asked["parallel_tool_calls"] = body.parallel_tool_calls
 
