@@ -697,6 +697,18 @@ def bench_engine(
     return 0
 
 
+@bench_app.command("decode")
+def bench_decode(
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the engine.")] = 2,
+    steps: Annotated[int, typer.Option(min=8, help="Steps measured in each case.")] = 40,
+    save: Annotated[bool, typer.Option(help="Add rows to bench/results/decode.csv.")] = True,
+) -> None:
+    """Tokens/s, tokens a step and step time with 0 to 3 drafts, at batch 1, 8 and 32."""
+    from bench.decode import run
+
+    run(threads, steps, save)
+
+
 @bench_app.command("sampling")
 def bench_sampling(
     repeats: Annotated[int, flag("repeats", "Times each figure is taken.", min=3)] = 40,

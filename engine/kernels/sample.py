@@ -24,7 +24,7 @@ S rows, V tokens in the vocabulary, K candidates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -43,7 +43,9 @@ BLOCK_LOGITS = 1 << 16
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 F64 = NDArray[np.float64]
+Floats = NDArray[np.float32] | F64
 Ids = NDArray[np.int64]
+Top = Callable[[Floats], tuple[Ids, F64, bool]]
 
 
 class History:
@@ -125,10 +127,11 @@ def _sample(logits: NDArray[np.float32], rows: Sequence[Row]) -> list[Sampled]:
         chosen[greedy] = logits[greedy].argmax(axis=-1)
         chosen[greedy & shaped] = values[greedy[shaped]].argmax(axis=-1)
     drawn = finite & (temperatures != 0)
-    if drawn.any():
-        scores = logits[drawn] / temperatures[drawn, None]
-        scores[shaped[drawn]] = values[drawn[shaped]] / temperatures[drawn & shaped, None]
-        chosen[drawn] = _draw(scores, [rows[int(i)] for i in np.flatnonzero(drawn)])
+    # Shaped rows have twice the digits, and are few as a rule.
+    for part, which, scores in ((drawn & shaped, drawn[shaped], values), (drawn & ~shaped, drawn & ~shaped, logits)):
+        if part.any():
+            several = [rows[int(i)] for i in np.flatnonzero(part)]
+            chosen[part] = _draw(scores if which.all() else scores[which], several)
     answers = [
         Sampled(token_id=int(token), logprob=0.0, ok=ok, problem=row.problem)
         for token, ok, row in zip(chosen, finite.tolist(), rows, strict=True)
@@ -207,52 +210,60 @@ def _penalise(shaped: F64, rows: Sequence[Row], penalised: list[int]) -> None:
 # 5 to 8: what is drawn from
 
 
-def _draw(scores: F64, rows: list[Row]) -> Ids:
-    """scores [S, V], logits over temperature -> [S] tokens."""
+def _draw(scores: Floats, rows: list[Row]) -> Ids:
+    """scores [S, V], logits before temperature -> [S] tokens."""
     chosen = np.zeros(len(rows), dtype=np.int64)
     keys = _keys([row.params for row in rows], [row.position for row in rows])
     filtered = np.array([row.params.top_k > 0 or row.params.top_p < 1 or row.params.min_p > 0 for row in rows])
     free = np.flatnonzero(~filtered)
     if len(free):
-        chosen[free] = (scores[free] + _gumbel(keys[free, None], np.arange(scores.shape[-1]))).argmax(axis=-1)
+        noise = _gumbel(keys[free, None], np.arange(scores.shape[-1]))
+        noise += scores[free] / _column([rows[int(i)] for i in free], "temperature")[:, None]
+        chosen[free] = noise.argmax(axis=-1)
     left = np.flatnonzero(filtered)
-    if len(left):
-        kept, ids = np.nonzero(_keep(scores[left], [rows[int(i)] for i in left]))
-        noisy = scores[left[kept], ids] + _gumbel(keys[left[kept]], ids)
-        first = np.searchsorted(kept, np.arange(len(left)))
-        best = np.flatnonzero(noisy == np.maximum.reduceat(noisy, first)[kept])
-        chosen[left] = ids[best[np.searchsorted(kept[best], np.arange(len(left)))]]
-    return chosen
-
-
-def _keep(scores: F64, rows: list[Row]) -> NDArray[np.bool_]:
-    """[S, V] tokens that the filters leave; at least the most likely one of each row."""
-    keep = np.zeros(scores.shape, dtype=bool)
-    left = np.arange(len(rows))
     for top in (_head, _all):
         if not len(left):
             break
-        part = scores[left]
-        values, whole = top(part)
-        counts, least = _count_kept(part, values, [rows[int(i)] for i in left])
-        # Had they kept the last candidate, they might keep one that we have not seen.
-        sure = (counts < np.isfinite(values).sum(axis=-1)) | whole
-        part, counts, least = part[sure], counts[sure], least[sure, None]
-        kept = part >= least
-        for i in np.flatnonzero(kept.sum(axis=-1) > counts):
-            equals = np.flatnonzero(part[i] == least[i])
-            kept[i, equals[counts[i] - np.count_nonzero(part[i] > least[i]) :]] = False
-        keep[left[sure]] = kept
+        several = [rows[int(i)] for i in left]
+        ids, values, kept, sure = _keep(scores[left], several, top)
+        row, place = np.nonzero(kept & sure[:, None])
+        ids = ids[row, place]
+        noisy = values[row, place] + _gumbel(keys[left[row]], ids)
+        first = np.flatnonzero(np.diff(row, prepend=-1))
+        best = np.flatnonzero(noisy == np.repeat(np.maximum.reduceat(noisy, first), np.diff(first, append=len(row))))
+        # Ids ascend within a row, so the first of equals is the lowest.
+        winners = best[np.flatnonzero(np.diff(row[best], prepend=-1))]
+        chosen[left[row[winners]]] = ids[winners]
         left = left[~sure]
-    return keep
+    return chosen
 
 
-def _all(scores: F64) -> tuple[F64, bool]:
-    return np.sort(scores, axis=-1)[:, ::-1], True
+def _keep(scores: Floats, rows: list[Row], top: Top) -> tuple[Ids, F64, NDArray[np.bool_], NDArray[np.bool_]]:
+    """([S, K] candidates, [S, K] their scores over temperature, [S, K] which of them the filters leave, at least the
+    most likely one; [S] whether more candidates could not change that).
+    """
+    ids, values, whole = top(scores)
+    temperatures = _column(rows, "temperature")[:, None]
+    values = values / temperatures
+    ranked = np.sort(values, axis=-1)[:, ::-1]
+    counts, least = _count_kept(scores, temperatures, ranked, rows)
+    # Had they kept the last candidate, they might keep one that we have not seen.
+    sure = (counts < np.isfinite(values).sum(axis=-1)) | whole
+    kept = values >= least[:, None]
+    for i in np.flatnonzero(kept.sum(axis=-1) > counts):
+        equals = np.flatnonzero(values[i] == least[i])
+        kept[i, equals[counts[i] - np.count_nonzero(values[i] > least[i]) :]] = False
+    return ids, values, kept, sure
 
 
-def _head(scores: F64) -> tuple[F64, bool]:
-    """([S, K] the highest scores of each row, highest first, rows of fewer padded with -inf; whether these are all).
+def _all(scores: Floats) -> tuple[Ids, F64, bool]:
+    ids = np.broadcast_to(np.arange(scores.shape[-1]), scores.shape)
+    return ids, scores.astype(np.float64), True
+
+
+def _head(scores: Floats) -> tuple[Ids, F64, bool]:
+    """([S, K] ids of the highest scores of each row, ascending, [S, K] these scores, rows of fewer padded with -inf;
+    whether these are all).
 
     At least CANDIDATES blocks of a row have a maximum of `least` or more, so as many scores do: two passes over
     the row find them, where selecting them would take many.
@@ -262,19 +273,21 @@ def _head(scores: F64) -> tuple[F64, bool]:
     if block < 2:
         return _all(scores)
     num_blocks = size // block
-    maxima = scores[:, : num_blocks * block].reshape(len(scores), num_blocks, block).max(axis=-1)
+    # A block is every num_blocks-th score: maxima of neighbours would be taken a few at a time.
+    maxima = scores[:, : num_blocks * block].reshape(len(scores), block, num_blocks).max(axis=1)
     least = np.partition(maxima, num_blocks - CANDIDATES, axis=-1)[:, num_blocks - CANDIDATES, None]
-    row, ids = np.nonzero(scores >= least)
+    row, found = np.divmod(np.flatnonzero(scores >= least), size)
     lengths = np.bincount(row, minlength=len(scores))
     place = np.arange(len(row)) - (np.cumsum(lengths) - lengths)[row]
-    values = np.full((len(scores), int(lengths.max())), -np.inf)
-    values[row, place] = scores[row, ids]
-    return np.sort(values, axis=-1)[:, ::-1], False
+    ids = np.zeros((len(scores), int(lengths.max())), dtype=np.int64)
+    values = np.full(ids.shape, -np.inf)
+    ids[row, place], values[row, place] = found, scores[row, found]
+    return ids, values, False
 
 
-def _count_kept(scores: F64, values: F64, rows: list[Row]) -> tuple[Ids, F64]:
-    """([S] how many tokens the filters leave, the most likely first; [S] the score of the last of them), as far as the
-    most likely ones, `values` [S, K], tell.
+def _count_kept(scores: Floats, temperatures: F64, values: F64, rows: list[Row]) -> tuple[Ids, F64]:
+    """([S] how many tokens the filters leave, the most likely first; [S] the score over temperature of the last of
+    them), as far as the most likely ones, whose scores over temperature are `values` [S, K], tell.
     """
     size = scores.shape[-1]
     rank = np.arange(values.shape[-1])
@@ -289,7 +302,9 @@ def _count_kept(scores: F64, values: F64, rows: list[Row]) -> tuple[Ids, F64]:
         total = reached[:, -1]
         # Summed over the whole row where top_k leaves it whole, in one order whatever the width.
         if (whole := np.flatnonzero(top_k[nucleus] == size)).size:
-            total[whole] = np.exp(scores[nucleus[whole]] - values[nucleus[whole], :1]).sum(axis=-1)
+            every = scores[nucleus[whole]] / temperatures[nucleus[whole]]
+            every -= values[nucleus[whole], :1]
+            total[whole] = np.exp(every, out=every).sum(axis=-1)
         keep[nucleus] &= reached - within < top_p[nucleus, None] * total[:, None]
     keep[:, 0] = True
     # Each condition holds up to some rank and then no more, so a count says it all.
@@ -297,16 +312,15 @@ def _count_kept(scores: F64, values: F64, rows: list[Row]) -> tuple[Ids, F64]:
     return counts, np.take_along_axis(values, counts[:, None] - 1, axis=-1)[:, 0]
 
 
-def _most_likely(scores: F64, width: int) -> Ids:
+def _most_likely(scores: Floats, width: int) -> Ids:
     """[S, K] ids of the `width` highest scores of each row, highest first, the lower id first among equals."""
-    size = scores.shape[-1]
-    values, _ = _head(scores) if width <= CANDIDATES else _all(scores)
-    least = values[:, min(width, size) - 1]
-    ids = np.zeros((len(scores), width), dtype=np.int64)
-    for i, row in enumerate(scores):
+    ids, values, _ = _head(scores) if width <= CANDIDATES else _all(scores)
+    least = np.partition(values, values.shape[-1] - width, axis=-1)[:, values.shape[-1] - width]
+    found = np.zeros((len(scores), width), dtype=np.int64)
+    for i, row in enumerate(values):
         among = np.flatnonzero(row >= least[i])
-        ids[i] = among[np.argsort(-row[among], kind="stable")][:width]
-    return ids
+        found[i] = ids[i, among[np.argsort(-row[among], kind="stable")][:width]]
+    return found
 
 
 # Noise
@@ -345,18 +359,18 @@ def _gumbel(keys: NDArray[np.uint64], ids: Ids) -> F64:
 
 def score(logits: NDArray[np.float32], tokens: Sequence[int], width: int) -> list[Sampled]:
     """Log probabilities of these tokens, one for each row of logits [S, V], and of the `width` most likely ones."""
-    scores = logits.astype(np.float64)
-    shifted = scores - scores.max(axis=-1, keepdims=True)
-    logprobs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    total = np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     width = min(width, logits.shape[-1])
     tops: list[tuple[tuple[int, float], ...]] = [()] * len(tokens)
     if width:
         # By logit, as ranks of equal logits must not depend on how a logarithm rounds.
-        ids = _most_likely(scores, width)
-        values = np.take_along_axis(logprobs, ids, axis=-1).astype(np.float32)
+        ids = _most_likely(logits, width)
+        values = (np.take_along_axis(shifted, ids, axis=-1) - total).astype(np.float32)
         tops = [tuple(zip(ids[i].tolist(), values[i].tolist(), strict=True)) for i in range(len(tokens))]
     chosen = np.array(tokens, dtype=np.int64)
-    own = np.take_along_axis(logprobs, chosen[:, None], axis=-1)[:, 0].astype(np.float32)
+    own = (np.take_along_axis(shifted, chosen[:, None], axis=-1) - total)[:, 0].astype(np.float32)
     return [
         Sampled(token_id=int(token), logprob=float(logprob), top=top)
         for token, logprob, top in zip(chosen, own, tops, strict=True)

@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -200,6 +200,7 @@ def test_many_drafted_pairs_follow_the_distribution_that_an_option_defines(name:
     assert statistic < limit(freedom)
 
 
+@settings(deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**32))
 def test_each_draw_is_the_one_its_definition_gives(data: st.DataObject, seed: int) -> None:
     rng = np.random.default_rng(seed)
