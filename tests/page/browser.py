@@ -18,8 +18,9 @@ SHOTS = os.environ.get("PENUMBRA_TEST_SCREENSHOTS")
 WAIT_MS = 30_000
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """For one module, none of whose tests is async: while it lives, playwright runs an event loop on this thread."""
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if found is None:
         pytest.skip("there is no Chromium on PATH; `apt-get install chromium` brings one")
