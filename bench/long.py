@@ -70,7 +70,7 @@ def run(
         rows.append(row)
         console.print(", ".join(f"{name} {value}" for name, value in row.items() if value != ""), highlight=False)
         if save:
-            append_rows("long" if device == "cpu" else "long-gpu", [row])
+            append_rows("long" if device == "cpu" else "long-gpu-bands", [row])
 
     def decode_steps() -> tuple[float, float]:
         """Count and seconds, as the worker counts them: a client on a busy machine sees tokens in bunches."""

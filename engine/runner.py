@@ -25,6 +25,10 @@ SCORED_ROWS = 64
 """Rows of logits made at once where a prompt's log probabilities are asked for: 32 MiB of a vocabulary of 129,280."""
 
 
+WARM_UP_TOKENS = (1, 2, 4, 12, 40, 200)
+"""Steps of one token, of a few, of up to 16, up to 64 and more run different kernels on a GPU."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A step that is ready to run: as much of it as could be known while the one before was running."""
@@ -82,7 +86,27 @@ class Runner:
         draft = DraftLayer(model, checkpoint.tensors) if config.draft and model_config.draft_layer else None
         check_row_independence(model, config.kv_layout, config.device)
         pools = KvPools(model_config, config.kv_layout, sizes, checkpoint.fingerprint, config.device)
-        return cls(config, model, pools, checkpoint.fingerprint, draft)
+        runner = cls(config, model, pools, checkpoint.fingerprint, draft)
+        if config.device == "cuda":
+            runner.warm_up()
+        return runner
+
+    def warm_up(self) -> None:
+        """Run steps of every kind of size, so that no request waits for kernels to be compiled."""
+        greedy = SamplingParams(max_tokens=1, seed=0, temperature=0)
+        pools = self.pools
+        sequence = Sequence(
+            request_id="warm-up",
+            sampling=greedy,
+            slot=pools.slots.allocate(1)[0],
+            pages=pools.full.allocate(1),
+            swa_pages=pools.swa.allocate(1),
+        )
+        for tokens in WARM_UP_TOKENS:
+            self.step([Segment(sequence=sequence, start=0, tokens=[3] * tokens, sample=True, guesses=2)])
+        pools.full.release(sequence.pages)
+        pools.swa.release(sequence.swa_pages)
+        pools.slots.release([sequence.slot])
 
     @property
     def max_context(self) -> int:

@@ -3,6 +3,9 @@
 A door of `engine/kernels/<op>.py` that is handed CUDA tensors calls `engine/kernels/device/<op>.py`, and nothing else:
 what the device path does not take raises, it never falls back to a slower one in silence. Only then is Triton imported.
 
+Kernels are compiled when first called with arguments of a kind. Counts of tokens, pages and splits are kept out of
+that, and `Runner.load` runs steps of every kind before anybody waits for one.
+
 No kernel here waits for the host, and none decides its grid by values that only the device knows, so a whole step can
 be captured as a CUDA graph. None uses atomics on floats: the same inputs give the same bits, run after run.
 

@@ -36,7 +36,7 @@ def _remember_c4(u, g, u_row, g_row, ape, ring, t, position, seg, offsets, start
         tl.store(into + 2 * D + at, tl.load(g + t * g_row + at) + tl.load(ape + position % _C4 * (2 * D) + at))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages", "tokens"])
 def _c4(
     u, g, u_row, g_row, ape, norm, ring, positions, segment, offsets, starts, page_table, swa_table, pages, freqs, eps,
     pool, item_stride, per_item, tokens, scale,
@@ -79,7 +79,7 @@ def _c4(
                 _remember_c4(u, g, u_row, g_row, ape, ring, t, position, seg, offsets, starts, swa_table, pages, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages"])
 def _ring_c4(u, g, u_row, g_row, ape, ring, positions, segment, offsets, starts, swa_table, pages, D: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     position, seg = tl.load(positions + t), tl.load(segment + t)
@@ -97,7 +97,7 @@ def _remember_c128(u, g, u_row, g_row, ape, ring, t, position, seg, offsets, sta
         tl.store(into + D + at, tl.load(g + t * g_row + at) + tl.load(ape + position % _C128 * D + at))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages", "tokens"])
 def _c128(
     u, g, u_row, g_row, ape, norm, ring, positions, segment, offsets, starts, page_table, slots, pages, freqs, eps,
     pool, item_stride, per_item, tokens,

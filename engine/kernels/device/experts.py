@@ -26,7 +26,7 @@ def _swiglu(gate, up, limit):
     return gate / (1 + tl.exp(-gate)) * tl.minimum(tl.maximum(up, -limit), limit)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _swiglu_rows(gate, up, y, count, limit, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
@@ -81,7 +81,7 @@ def _route(
             tl.store(weights + token * K + j, weight / (total + 1e-20) * scaling)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "blocks"])
 def _work_list(picks, members, owners, pairs, blocks, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
     """For few pairs, all in one program: pair i goes behind those of lower experts and behind earlier ones of its own.
 
@@ -144,7 +144,7 @@ def _half_product(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _gate_up(
     x, gate, gate_scales, up, up_scales, members, owners, y, pairs, picks_per_token, hidden, inner, limit,
     KIND: tl.constexpr, OUT: tl.constexpr, TOK: tl.constexpr, STEP: tl.constexpr,
@@ -167,7 +167,7 @@ def _gate_up(
         tl.store(y + at, _swiglu(a, b, limit), mask=here[None, :] & mine[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _down(
     x, down, scales, weights, members, owners, y, pairs, hidden, inner,
     KIND: tl.constexpr, OUT: tl.constexpr, TOK: tl.constexpr, STEP: tl.constexpr,
@@ -235,8 +235,7 @@ def work_list(picks: Tensor, experts: int, block: int) -> tuple[Tensor, Tensor]:
     members = torch.full((blocks * block,), pairs, dtype=torch.int32, device=picks.device)
     owners = torch.full((blocks,), -1, dtype=torch.int32, device=picks.device)
     if pairs <= FEW_PAIRS:
-        padded = max(16, triton.next_power_of_2(pairs))
-        _work_list[(1,)](picks, members, owners, pairs, blocks, PAIRS=padded, BLOCK=block, num_warps=4)
+        _work_list[(1,)](picks, members, owners, pairs, blocks, PAIRS=FEW_PAIRS, BLOCK=block, num_warps=4)
         return members, owners
     flat = picks.reshape(-1).long()
     order = torch.argsort(flat, stable=True)

@@ -16,7 +16,7 @@ _ROWS = tl.constexpr(32)
 _SQUARES = tl.constexpr(24)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _partial(x, fn, parts, tokens, width, rows, PER_SPLIT: tl.constexpr, TOK: tl.constexpr, STEP: tl.constexpr):
     """x [T, W], fn [rows, W] -> parts [S, T, 32]."""
     split = tl.program_id(1)
@@ -58,7 +58,7 @@ def _sigmoid(x):
     return 1 / (1 + tl.exp(-x))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _finish(
     parts, streams, base, scale, norm, x, post, comb, tokens, size, rms_eps, hc_eps, ITERS: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
@@ -95,7 +95,7 @@ def _finish(
     tl.store(comb + token * 16 + 4 * j[:, None] + k[None, :], cells)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _collapse(parts, streams, base, scale, x, tokens, size, rms_eps, hc_eps, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     row = tl.arange(0, _ROWS)

@@ -41,7 +41,7 @@ def _quantise(q, w, codes, weights, heads, D: tl.constexpr):
     tl.store(weights + row, tl.load(w + row) * power_of_two(exponent))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages", "first", "last"])
 def _scores(
     q, w, positions, segment, page_table, pages, pool, item_stride, scores, maxima, first, last, heads, k,
     D: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, STRIP: tl.constexpr, KIND: tl.constexpr,

@@ -21,7 +21,7 @@ _DECODE_TOKENS = 16
 """Up to this many tokens a step is bound by reading weights."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "part_stride"])
 def _product(
     x, weight, scales, parts, tokens, x_row, per_group, tiles, inputs, scale_columns, part_stride,
     OUT: tl.constexpr, TOK: tl.constexpr, STEP: tl.constexpr, PER_SPLIT: tl.constexpr,
@@ -63,7 +63,7 @@ def _product(
     tl.store(y + out[:, None], total, mask=mine[:, None] & here[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "part_stride"])
 def _add_parts(parts, y, count, part_stride, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count

@@ -27,6 +27,7 @@ _DATA, _SCALES = tl.constexpr(LATENT_BYTES), tl.constexpr(LATENT_SCALE_BYTES)
 _NO_RATIO, _RATIO_4, _RATIO_128 = (tl.constexpr(ratio) for ratio in (0, 4, 128))
 PROGRAMS = 264
 """Programs to aim at in a short step: two for each of Hopper's 132 multiprocessors."""
+MAX_SPLITS = triton.next_power_of_2(PROGRAMS)
 LONG_STEP = 64
 """From this many tokens on there are programs enough without splitting keys, and partial results would be large."""
 
@@ -81,7 +82,7 @@ def _attend(q, keys, valid, top, total, acc, scale, HALF: tl.constexpr, V4: tl.c
     return higher, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages"])
 def _partial(
     q, sink, positions, segment, page_table, swa_table, oldest, pages,
     window, window_stride, window_rows, pool, item_stride, per_item, selected, picks,
@@ -148,7 +149,7 @@ def _partial(
             tl.store(out + at[:, None] * D + channel[None, :], acc, mask=mine[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _merge(parts, tops, totals, sink, out, heads, splits, D: tl.constexpr, SPLITS: tl.constexpr):
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     split = tl.arange(0, SPLITS)
@@ -211,6 +212,6 @@ def sparse_attention(
     )  # fmt: skip
     if not whole:
         _merge[(tokens, heads)](
-            parts, tops, totals, sink, out, heads, splits, D=dim, SPLITS=triton.next_power_of_2(splits), num_warps=4,
+            parts, tops, totals, sink, out, heads, splits, D=dim, SPLITS=MAX_SPLITS, num_warps=4,
         )  # fmt: skip
     return out

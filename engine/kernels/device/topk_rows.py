@@ -18,7 +18,7 @@ MAX_PICKS = 2048
 _TILE = tl.constexpr(TILE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _maxima(scores, lengths, maxima, score_row, tiles, TILES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
