@@ -163,7 +163,7 @@ def settle(cluster: LocalCluster) -> None:
 def test_an_answer_survives_any_worker_that_dies_freezes_or_leaves(model: Path, tmp_path: Path) -> None:
     """Workers come and go under one client after another; every answer is the same."""
     with local_cluster(tmp_path / "home", model, "--decode", "2") as cluster:
-        undisturbed = stream_ids(cluster, model, 200)
+        undisturbed = stream_ids(cluster, model, 500)
         for role, number in (
             ("decode", signal.SIGKILL),
             ("prefill", signal.SIGKILL),
@@ -183,7 +183,7 @@ def test_an_answer_survives_any_worker_that_dies_freezes_or_leaves(model: Path, 
                     os.kill(struck[0], number)
 
             try:
-                assert stream_ids(cluster, model, 200, strike) == undisturbed, f"{number.name} of {role}"
+                assert stream_ids(cluster, model, 500, strike) == undisturbed, f"{number.name} of {role}"
                 assert hit, "nobody was hit while the stream ran"
             finally:
                 if hit and number is signal.SIGSTOP:
@@ -196,7 +196,7 @@ def test_an_answer_survives_any_worker_that_dies_freezes_or_leaves(model: Path, 
         cluster.wait_until_whole()
         settle(cluster)
         moved = sum(n for name, n in cluster.metrics().items() if name.startswith("penumbra_request_retries_total{"))
-        assert moved >= 3
+        assert moved >= 2  # who drains may be done before the answer has to move
 
 
 @pytest.mark.long
