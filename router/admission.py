@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 
 from router.config import RouterConfig
-from router.fleet import Fleet, FleetSnapshot
+from router.fleet import FleetSnapshot
 from router.gate import Admit, Arrived, Ask, Computed, GateAction, GateCore, GateEvent, Left, Looked, Placed, room_of
 from router.mirror import PrefixMirror
 from router.placement import GROWTH_TOKENS
@@ -47,10 +47,13 @@ class Turn:
 class Admission:
     """The gate, the count of running requests and its limit. `draining` refuses new work."""
 
-    def __init__(self, config: RouterConfig, metrics: RouterMetrics, fleet: Fleet, mirror: PrefixMirror) -> None:
+    def __init__(
+        self, config: RouterConfig, metrics: RouterMetrics, look: Callable[[], FleetSnapshot], mirror: PrefixMirror
+    ) -> None:
+        """`look` takes a snapshot of the fleet."""
         self._most = config.max_concurrent_requests
         self._metrics = metrics
-        self._fleet = fleet
+        self._look = look
         self._mirror = mirror
         self._gate = GateCore(config.gate)
         self._answers: dict[str, asyncio.Future[None]] = {}  # of those that wait
@@ -86,8 +89,9 @@ class Admission:
         for it then.
         """
         request_id, began = request.request_id, time.monotonic()
-        fleet = self._fleet.snapshot()
-        self._gate.step(began, Looked(room_of(fleet)))
+        fleet = self._look()
+        # Whoever waits may be let in by this look, and must hear of it: the gate says so only once.
+        self.tell(Looked(room_of(fleet)))
         answer = self._answers[request_id] = asyncio.get_running_loop().create_future()
         try:
             self.tell(Arrived(self._ask(request, tenant, wishes, fleet)))
@@ -107,7 +111,7 @@ class Admission:
             await self._wanted.wait()
             while self._gate.num_waiting:
                 await asyncio.sleep(LOOK_S)
-                self.tell(Looked(room_of(self._fleet.snapshot())))
+                self.tell(Looked(room_of(self._look())))
             self._wanted.clear()
 
     def _ask(self, request: RelayRequest, tenant: Tenant, wishes: Wishes, fleet: FleetSnapshot) -> Ask:

@@ -112,7 +112,7 @@ class Front:
         self._config = config
         self._intake = Intake(config, facts, text, fleet)
         self.keyring = None if config.keys_file is None else Keyring(config.keys_file)
-        self.admission = Admission(config, metrics, fleet, mirror)
+        self.admission = Admission(config, metrics, fleet.snapshot, mirror)
         self._quotas = Quotas(replicas)
         self._idempotency = Idempotency(replicas)
         self._signer = Signer(config.stream_key_file)
