@@ -150,13 +150,13 @@ def converse(layout: KvLayout, seed: int, num_prompts: int) -> None:
         if rng.random() < 0.2:
             warm.drop(open_runs.pop(rng.randrange(len(open_runs)))[0])
         while len(open_runs) > 2:
-            run, prompt = open_runs[0]
-            if run in warm.first:
-                open_runs.pop(0)
-                warm.drop(run)
-                assert warm.first[run] == cold.answer(prompt)
-            else:
-                assert warm.turn()
+            if open_runs[0][0] not in warm.first and warm.turn():
+                continue
+            # Whoever waits for pages may wait for those of a later one, which is done and still held.
+            run, prompt = next(one for one in open_runs if one[0] in warm.first)
+            open_runs.remove((run, prompt))
+            warm.drop(run)
+            assert warm.first[run] == cold.answer(prompt)
         if rng.random() < 0.1:
             warm.core.cache.evict(PageClass.SWA, rng.randrange(1, 5))
             warm.check()
