@@ -135,6 +135,7 @@ class Generation(Response):
         self._sent_at = time.monotonic()  # when we last wrote to the client
         self._writing = False  # and whether that write still waits for it
         self._progressed = asyncio.Event()  # the prompt has, and the client wants to know
+        self._prompt_there = asyncio.Event()  # on a decode worker: the first choice has its first token
         self._failure: BaseException | None = None
         self.background = None
 
@@ -253,6 +254,9 @@ class Generation(Response):
 
         with serving.requests.follow(request, timeline) as live:
             async with contextlib.AsyncExitStack() as held:
+                if choice is not self._choices[0]:
+                    # The prompt's pages travel once: by then they are shared, and this choice finds them.
+                    await self._prompt_there.wait()
                 turn = await held.enter_async_context(serving.admission.turn(request, self._stay.tenant, self._wishes))
                 timeline.ended("queue", time.monotonic())
                 tokens = await held.enter_async_context(
@@ -272,6 +276,7 @@ class Generation(Response):
                 live.feed = self._feed = tokens
                 async for batch in tokens:
                     turn.computed()
+                    self._prompt_there.set()
                     live.generated_tokens += len(batch)
                     opening: list[Json] = []
                     if self._measure(choice, batch):

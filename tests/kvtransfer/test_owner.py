@@ -431,7 +431,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.freed(self.table.expire(self.now))
         self.table.expire(self.now + 60.0)
         assert not self.held
-        assert self.table.counts() == TableCounts(runs=0, early_claims=0, open_claims=0, tombstones=0)
+        assert self.table.counts() == TableCounts(runs=0, early_claims=0, open_claims=0, tombstones=0, held=0)
 
 
 TestAnyOrder = AnyOrder.TestCase

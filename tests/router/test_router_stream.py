@@ -363,10 +363,13 @@ def saying_its_choice() -> Callable[[StartRequest], AsyncIterator[StartEvent]]:
 
     async def script(request: StartRequest) -> AsyncIterator[StartEvent]:
         choice = request.sampling.choice
+        # The first brings the prompt; the others, which share it, start when it has said something.
+        assert began or choice == 0
         began.add(choice)
-        await until(lambda: began == {0, 1, 2})
         async for event in saying(str(choice) * (choice + 1), per_message=1)(request):
             yield event
+            if isinstance(event, Tokens):
+                await until(lambda: began == {0, 1, 2})
 
     return script
 
@@ -447,6 +450,8 @@ async def test_when_one_choice_fails_the_request_fails_and_the_others_are_droppe
     async def script(request: StartRequest) -> AsyncIterator[StartEvent]:
         yield Admitted(resident_prefix=0, secret=SECRET)
         await prefilled(request)
+        if request.sampling.choice == 0:
+            yield tokens(request, *byte_ids("a"))
         if request.sampling.choice == 1:
             yield Failed(code="numerical_error", message="not finite", retryable=False)
         await for_ever()
