@@ -641,7 +641,7 @@ async def relay(
         except Exception as error:
             failure = error  # raised below as itself; leaving the group with it would wrap it
         finally:
-            shell.drop_all()
+            shell.close()
     if failure is not None:
         raise failure
 
@@ -704,11 +704,14 @@ class _Shell:
         self._timer_at = 0.0
         self._placing: asyncio.Task[None] | None = None
         self._attempts: dict[int, _Attempt] = {}
+        self._closed = False
 
     def take(self, event: RelayEvent) -> None:
         """Take the event to the core, and do what it asks for, there and then: a token that comes costs no switch of
         tasks on its way to the one that waits for it.
         """
+        if self._closed:
+            return  # what was on its way when the request ended must not start it again
         self._events.append(event)
         if len(self._events) > 1:
             return  # of what is being done for an earlier one, further up the stack
@@ -742,7 +745,9 @@ class _Shell:
     async def _tick(self) -> None:
         self.take(Ticked())
 
-    def drop_all(self) -> None:
+    def close(self) -> None:
+        """End everything that runs for the request, and take no more events."""
+        self._closed = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
