@@ -114,6 +114,18 @@ def test_a_wrong_value_is_refused_in_words_that_name_it(setting: str, complaint:
     assert complaint in done.stderr
 
 
+def test_helm_test_shows_a_key_where_one_is_asked_for() -> None:
+    (pod,) = of_kind(manifests("8xh200", "auth.testKeySecret=probe"), "Pod")
+    (container,) = pod["spec"]["containers"]
+    (volume,) = pod["spec"]["volumes"]
+    assert volume["secret"]["secretName"] == "probe"
+    (mount,) = container["volumeMounts"]
+    assert (mount["name"], mount["readOnly"]) == (volume["name"], True)
+    assert f'open("{mount["mountPath"]}/key")' in container["args"][0]
+    (bare,) = of_kind(manifests("cpu"), "Pod")
+    assert "authorization" not in json.dumps(bare)
+
+
 def test_without_a_word_on_keys_nothing_is_installed() -> None:
     done = run_helm(HELMS[-1], "template", "r", str(CHART), "--set", "model.source.pvc=models")
     assert done.returncode != 0
