@@ -1,7 +1,7 @@
 """`penumbra`: every command, its flags, and how it ends.
 
-A flag is declared once below and means the same on every command that has it. What a command needs is imported when
-it runs, so that `penumbra --help` costs no torch. Errors a user can mend end in one line and exit code 78.
+Flags that several commands have are in cli/flags.py, the benchmarks in cli/bench.py. What a command needs is imported
+when it runs, so that `penumbra --help` costs no torch. Errors a user can mend end in one line and exit code 78.
 """
 
 from __future__ import annotations
@@ -12,7 +12,50 @@ from typing import Annotated, Literal
 
 import typer
 
-from cli.settings import config_flag, dump, effective, flag, parse_bytes, read_secret, variable
+from cli import bench
+from cli.flags import (
+    AdvertiseHost,
+    ApiKey,
+    ChunkTokens,
+    Cluster,
+    ConfigFile,
+    Device,
+    DraftTokens,
+    Dtype,
+    Grace,
+    GrpcPort,
+    Home,
+    Host,
+    HostMemory,
+    HttpPort,
+    Insecure,
+    JsonKeepalive,
+    Keys,
+    KvLayout,
+    KvMemory,
+    LocalPrefillTokens,
+    LogLevel,
+    MaxContext,
+    MaxRequests,
+    MigrationLimit,
+    Model,
+    OnNoPrefill,
+    Policy,
+    PrefixCache,
+    QueueSize,
+    QueueTimeout,
+    RedisUrl,
+    RetainedMemory,
+    RouterUrl,
+    ServedName,
+    SseKeepalive,
+    Threads,
+    TracesEndpoint,
+    Transport,
+    WorkerHttpPort,
+    WorkerId,
+)
+from cli.settings import dump, effective, flag, integers, parse_bytes, read_secret, variable
 from wire.errors import ConfigError, PenumbraError
 
 app = typer.Typer(
@@ -24,119 +67,9 @@ app = typer.Typer(
 )
 model_app = typer.Typer(no_args_is_help=True, help="Checkpoints: write a small random one, look into one.")
 config_app = typer.Typer(no_args_is_help=True, help="What the flags, the environment and the config file add up to.")
-bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks; each prints its machine, commit and units.")
 app.add_typer(model_app, name="model")
 app.add_typer(config_app, name="config")
-app.add_typer(bench_app, name="bench")
-
-# Flags.
-
-ConfigFile = Annotated[Path | None, config_flag()]
-Cluster = Annotated[str, flag("cluster", "Name of the cluster, where several run on one machine.")]
-Home = Annotated[
-    Path | None, flag("home", "Folder for models, logs and state, instead of ~/.cache and ~/.local/state.")
-]
-Host = Annotated[str, flag("host", "Address to listen on.")]
-Model = Annotated[Path, flag("model", "Checkpoint folder in the official DeepSeek-V4 layout.")]
-ServedName = Annotated[
-    str | None,
-    flag(
-        "served-model-name",
-        "The model's name in the API, or several with commas between; else its folder's name.",
-        metavar="NAME[,NAME...]",
-    ),
-]
-RedisUrl = Annotated[str, flag("redis", "URL of the Redis that is the registry, or @FILE with the URL in it.")]
-Device = Annotated[Literal["cpu", "cuda"], flag("device", "Where the model runs.")]
-Dtype = Annotated[
-    Literal["auto", "bfloat16", "float32"],
-    flag("dtype", "Type of products' operands; auto: float32 on a CPU, bfloat16 on a GPU."),
-]
-KvLayout = Annotated[
-    Literal["v4", "exact"], flag("kv-layout", "v4: production pages; exact: float32 rows, for parity tests.")
-]
-KvMemory = Annotated[
-    int, flag("kv-memory", "Memory for KV pages of one worker, such as 512MiB.", parser=parse_bytes, metavar="BYTES")
-]
-HostMemory = Annotated[
-    int,
-    flag(
-        "host-memory",
-        "Memory for requests that made room for others on a decode worker, such as 2GiB.",
-        parser=parse_bytes,
-        metavar="BYTES",
-    ),
-]
-PrefixCache = Annotated[
-    bool, flag("prefix-cache", "Keep prompts and answers for requests that begin with them.", switch=True)
-]
-DraftTokens = Annotated[
-    Literal["auto", "0", "1", "2", "3"],
-    flag("draft-tokens", "Tokens the checkpoint's draft layer guesses a step, if it has one; auto: as many as pay."),
-]
-MaxRequests = Annotated[int, flag("max-requests", "Requests one worker holds at once.", min=1)]
-MaxContext = Annotated[int, flag("max-context", "Longest request in tokens; 0: what the checkpoint allows.", min=0)]
-Threads = Annotated[int, flag("threads", "Compute threads of one worker.", min=1)]
-Transport = Annotated[Literal["nixl"], flag("transport", "How pages travel.")]
-RetainedMemory = Annotated[
-    int | None,
-    flag(
-        "retained-window-memory",
-        "Memory for windows kept inside long prefixes, for prompts that part there; else a quarter of the windows.",
-        parser=parse_bytes,
-        metavar="BYTES",
-    ),
-]
-ChunkTokens = Annotated[int, flag("chunk-tokens", "Tokens of one prompt computed in one step.", min=1)]
-AdvertiseHost = Annotated[str, flag("advertise-host", "Host name others dial, where it is not --host.")]
-Grace = Annotated[float, flag("grace-s", "Seconds running requests may take to finish after SIGTERM.", min=0)]
-MigrationLimit = Annotated[
-    int, flag("migration-limit", "Times an answer may move to other workers in its middle; 0: it fails.", min=0)
-]
-LogLevel = Annotated[Literal["debug", "info", "warning", "error"], flag("log-level", "Least severe event to log.")]
-TracesEndpoint = Annotated[
-    str,
-    flag(
-        "otlp-traces-endpoint",
-        "OTLP/HTTP collector that spans go to, such as http://127.0.0.1:4318/v1/traces; empty: nothing is traced.",
-        or_variable="OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
-    ),
-]
-WorkerId = Annotated[str | None, flag("worker-id", "Name in the registry; else one is made up.")]
-RouterUrl = Annotated[str | None, flag("url", "The router; else that of the cluster on this machine.")]
-ApiKey = Annotated[str | None, flag("api-key", "Key to show the router, where it asks for one.")]
-GrpcPort = Annotated[int, flag("port", "gRPC port; 0 picks a free one.", min=0, max=65535)]
-WorkerHttpPort = Annotated[int, flag("http-port", "Health and metrics port; 0 picks a free one.", min=0, max=65535)]
-Keys = Annotated[
-    Path | None, flag("keys", "File of tenants and their hashed API keys; without it everybody may do everything.")
-]
-Insecure = Annotated[bool, flag("insecure", "Serve others than this machine without API keys.", switch=True)]
-Policy = Annotated[
-    Literal["expected_ttft", "round_robin", "power_of_two", "least_tokens"],
-    flag("policy", "How a pair of workers is chosen."),
-]
-LocalPrefillTokens = Annotated[
-    int,
-    flag(
-        "local-prefill-tokens",
-        "A decode worker computes at most so many tokens of a prompt itself, where that is measured faster; 0: none.",
-        min=0,
-    ),
-]
-OnNoPrefill = Annotated[
-    Literal["local", "reject"],
-    flag("on-no-prefill", "Without any prefill worker: let decode workers compute prompts, or refuse requests."),
-]
-QueueSize = Annotated[int, flag("queue-size", "Requests that may wait for room on one router.", min=1)]
-SseKeepalive = Annotated[
-    float, flag("sse-keepalive-s", "Seconds after which a silent stream gets a sign of life; 0: never.", min=0)
-]
-JsonKeepalive = Annotated[
-    float,
-    flag("json-keepalive-s", "Seconds after which an answer that is not streamed says it is coming; 0: never.", min=0),
-]
-QueueTimeout = Annotated[float, flag("queue-timeout-s", "Seconds a request may wait for room.", min=0)]
-HttpPort = Annotated[int, flag("port", "HTTP port of the router; 0 picks a free one.", min=0, max=65535)]
+app.add_typer(bench.app, name="bench")
 
 # The cluster on this machine.
 
@@ -609,7 +542,7 @@ def tiny(
     config: ConfigFile = None,
 ) -> int:
     """Write a small random checkpoint in the official DeepSeek-V4 layout."""
-    ratios = _integers("--layers", layers, "0,4,128,4") if layers else None
+    ratios = integers("--layers", layers, "0,4,128,4") if layers else None
     from engine.model.tiny import write_tiny
 
     written = write_tiny(
@@ -659,225 +592,6 @@ def dump_config(
     with target.make_context(command, list(context.args), parent=context.find_root(), resilient_parsing=False) as inner:
         print(dump(effective(inner)))
     return 0
-
-
-# Benchmarks.
-
-
-@bench_app.command("transfer")
-def bench_transfer(
-    lengths: Annotated[str, flag("lengths", "Prompts whose exposed transfer is measured, in tokens.")] = "1024,65536",
-    config: ConfigFile = None,
-) -> int:
-    """NIXL GB/s of our pages beside a contiguous read and memcpy; then what of a transfer a client waits for."""
-    from bench import exposed, transfer
-
-    transfer.run()
-    exposed.run(_integers("--lengths", lengths, "1024,65536"))
-    return 0
-
-
-@bench_app.command("engine")
-def bench_engine(
-    lengths: Annotated[str, flag("lengths", "Prompt lengths in tokens.")] = "1024,4096,16384,65536",
-    decode_tokens: Annotated[int, flag("decode-tokens", "Tokens to decode after each prompt.", min=1)] = 32,
-    threads: Threads = 2,
-    kv_layout: KvLayout = "v4",
-    config: ConfigFile = None,
-) -> int:
-    """Prefill and decode tokens/s beside transformers: same checkpoint, same threads, one run."""
-    from bench.engine import run
-
-    run(
-        lengths=_integers("--lengths", lengths, "1024,4096"),
-        decode_tokens=decode_tokens,
-        threads=threads,
-        layout=kv_layout,
-    )
-    return 0
-
-
-@bench_app.command("decode")
-def bench_decode(
-    threads: Annotated[int, typer.Option(min=1, help="Threads of the engine.")] = 2,
-    steps: Annotated[int, typer.Option(min=8, help="Steps measured in each case.")] = 40,
-    save: Annotated[bool, typer.Option(help="Add rows to bench/results/decode.csv.")] = True,
-) -> None:
-    """Tokens/s, tokens a step and step time with 0 to 3 drafts, at batch 1, 8 and 32."""
-    from bench.decode import run
-
-    run(threads, steps, save)
-
-
-@bench_app.command("sampling")
-def bench_sampling(
-    repeats: Annotated[int, flag("repeats", "Times each figure is taken.", min=3)] = 40,
-    threads: Threads = 2,
-    config: ConfigFile = None,
-) -> int:
-    """What each sampling option costs at batch 32, beside a decode step."""
-    from bench.sampling import run
-
-    run(threads, repeats)
-    return 0
-
-
-@bench_app.command("health")
-def bench_health(
-    tokens: Annotated[int, flag("tokens", "Tokens of each prompt.", min=1)] = 900_000,
-    config: ConfigFile = None,
-) -> int:
-    """What health costs while ten long prompts are being tokenized."""
-    from bench.health import run
-
-    run(tokens)
-    return 0
-
-
-@bench_app.command("router")
-def bench_router(
-    peers: Annotated[
-        bool, flag("peers", "Measure sglang-router and vllm-router too; installs them under build/.", switch=True)
-    ] = True,
-    long: Annotated[bool, flag("long", "Measure prompts of 900,000 tokens too.", switch=True)] = True,
-    config: ConfigFile = None,
-) -> int:
-    """What the router adds to a request, and how many requests and tokens one core carries, beside two others."""
-    from bench.router import run
-
-    run(peers=peers, long=long)
-    return 0
-
-
-@bench_app.command("prefix")
-def bench_prefix(
-    tokens: Annotated[int, flag("tokens", "Tokens of the prompt.", min=256)] = 900_000,
-    config: ConfigFile = None,
-) -> int:
-    """What the router spends on a long prompt before placing it: page digests, and a look into the mirror."""
-    from bench.prefix import run
-
-    run(tokens)
-    return 0
-
-
-@bench_app.command("cache")
-def bench_cache(
-    pages: Annotated[int, flag("pages", "Pages in the tree.", min=10_000)] = 1_000_000,
-    sglang: Annotated[
-        Path | None, flag("sglang", "A Python that can import sglang, whose cache is then measured too.")
-    ] = None,
-    config: ConfigFile = None,
-) -> int:
-    """What the prefix tree takes to find, hold and take over a prompt."""
-    from bench.cache import run
-
-    run(pages, sglang=sglang)
-    return 0
-
-
-@bench_app.command("reuse")
-def bench_reuse(
-    tokens: Annotated[int, flag("tokens", "Tokens of the first prompt.", min=256)] = 131_072,
-    follow_up: Annotated[int, flag("follow-up", "New tokens each later turn brings.", min=1)] = 4096,
-    turns: Annotated[int, flag("turns", "Later turns.", min=1)] = 3,
-    threads: Threads = 2,
-    kv_layout: KvLayout = "v4",
-    config: ConfigFile = None,
-) -> int:
-    """What a follow-up on a long resident conversation costs, beside computing its new tokens and beside a cold run."""
-    from bench.reuse import run
-
-    run(tokens=tokens, follow_up=follow_up, turns=turns, threads=threads, layout=kv_layout)
-    return 0
-
-
-@bench_app.command("flat")
-def bench_flat(
-    lengths: Annotated[str, flag("lengths", "Context lengths in tokens.")] = "4096,65536,262144,900000",
-    decode_tokens: Annotated[int, flag("decode-tokens", "Tokens to decode at each length.", min=1)] = 24,
-    threads: Threads = 2,
-    kv_layout: KvLayout = "v4",
-    config: ConfigFile = None,
-) -> int:
-    """Decode tokens/s at growing context on the default geometry, and the index scan beside memcpy."""
-    from bench.flat import run
-
-    run(
-        lengths=_integers("--lengths", lengths, "4096,65536"),
-        decode_tokens=decode_tokens,
-        threads=threads,
-        layout=kv_layout,
-    )
-    return 0
-
-
-@bench_app.command("900k")
-def bench_900k(
-    tokens: Annotated[int, flag("tokens", "Tokens of the prompt.", min=1)] = 900_000,
-    budget_minutes: Annotated[float, flag("budget-minutes", "Stop and report after this long.", min=0)] = 90.0,
-    threads: Threads = 2,
-    kv_layout: KvLayout = "v4",
-    kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]
-    device: Device = "cpu",
-    config: ConfigFile = None,
-) -> int:
-    """One prompt of 900,000 tokens through a whole cluster, then a follow-up: tokens/s by depth, TTFT, memory."""
-    from bench.long import run
-
-    run(
-        tokens=tokens,
-        budget_minutes=budget_minutes,
-        threads=threads,
-        layout=kv_layout,
-        kv_memory_bytes=kv_memory,
-        device=device,
-    )
-    return 0
-
-
-@bench_app.command("kernels")
-def bench_kernels(
-    only: Annotated[
-        str,
-        flag("only", "Groups of kernels, such as topk,indexer,attention,compressor,linear,experts,mixing; else all."),
-    ] = "",
-    config: ConfigFile = None,
-) -> int:
-    """GPU kernels: microseconds beside their floor and, where there is one, a peer in the same run."""
-    from bench.kernels import GROUPS, run
-
-    groups = tuple(filter(None, only.split(",")))
-    if unknown := [name for name in groups if name not in GROUPS]:
-        raise ConfigError(
-            f"--only is '{only}', but there are no kernels '{unknown[0]}'; choose from {', '.join(GROUPS)}."
-        )
-    run(groups)
-    return 0
-
-
-@bench_app.command("step")
-def bench_step(
-    shape: Annotated[Literal["flash"], flag("shape", "Which model's sizes.")] = "flash",
-    layers: Annotated[int, flag("layers", "Layers, the first ones of the model.", min=1, max=43)] = 43,
-    alias_experts: Annotated[
-        int,
-        flag("alias-experts", "Experts a layer holds at most, since all of them do not fit one GPU.", min=6, max=256),
-    ] = 224,
-    config: ConfigFile = None,
-) -> int:
-    """A decode step of full-size DeepSeek-V4-Flash on one GPU, as a CUDA graph, from 4K to 900K tokens of context."""
-    from bench.step import run
-
-    run(layers=layers, alias_experts=alias_experts)
-    return 0
-
-
-def _integers(name: str, text: str, example: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError as error:
-        raise ConfigError(f"{name} is '{text}'; write whole numbers with commas between them: {example}.") from error
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -61,6 +61,13 @@ def parse_bytes(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** POWERS[unit.lower()])
 
 
+def integers(name: str, text: str, example: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"{name} is '{text}'; write whole numbers with commas between them: {example}.") from error
+
+
 def read_secret(word: str) -> str:
     """The word itself, or what the file behind `@` holds: a password then shows in no process list and no dump.
 
