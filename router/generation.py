@@ -26,6 +26,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from router.admission import Admission, Wishes
 from router.answers import Answer, Json, Usage, merged, usage_chunk
+from router.client import ClientGone, put, until_gone
 from router.dialects import Dialect, dump
 from router.fleet import Fleet
 from router.intake import Prepared
@@ -43,10 +44,6 @@ from wire.tracing import Span, Tracer
 from wire.types import FinishReason, Progress, TokenEvent
 
 log = structlog.get_logger()
-
-
-class _ClientGone(Exception):
-    """The client left or stopped reading; there is nobody to tell."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +141,7 @@ class Generation(Response):
             with self._serving.admission.running():
                 async with asyncio.TaskGroup() as tasks:
                     work = tasks.create_task(self._answer(send))
-                    watch = tasks.create_task(_until_gone(receive))
+                    watch = tasks.create_task(until_gone(receive))
                     await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
                     if not work.done():
                         scope["state"]["client_gone"] = True
@@ -181,7 +178,7 @@ class Generation(Response):
         """Everything from placement to the last byte. Never raises but when cancelled."""
         try:
             await self._relay(send)
-        except _ClientGone:
+        except ClientGone:
             self._failure = asyncio.CancelledError()
             self._serving.metrics.disconnected.inc()
             self._log("request_cancelled", reason="the client stopped reading")
@@ -359,7 +356,7 @@ class Generation(Response):
         """Tell the client, whenever it has heard nothing for long enough, that it still waits for something; and how
         far its prompt is, whenever that changes and it asked. Until cancelled.
 
-        Raises _ClientGone for a client that has read nothing for too long, while our writes wait for it.
+        Raises ClientGone for a client that has read nothing for too long, while our writes wait for it.
         """
         stream, shown, stall_s = self._prepared.stream, self._shown, self._serving.client_stall_s
         interval = self._serving.sse_keepalive_s if stream else self._serving.json_keepalive_s
@@ -377,7 +374,7 @@ class Generation(Response):
             if self._writing:
                 self._progressed.clear()
                 if now >= self._sent_at + stall_s:
-                    raise _ClientGone
+                    raise ClientGone
             elif shown is not None and self._progressed.is_set():
                 self._progressed.clear()
                 if self._choices[0].timeline.first_token is None:
@@ -445,7 +442,7 @@ class Generation(Response):
                 # The server closes the connection of a body that stays incomplete.
                 body = dump(self._dialect.error_body(error))
                 await self._put(send, {"type": "http.response.body", "body": body, "more_body": True})
-        except _ClientGone:
+        except ClientGone:
             self._log("request_cancelled", reason="the client stopped reading")
 
     async def _send(self, send: Send, body: bytes, *, more: bool = True, timed: bool = False) -> None:
@@ -472,17 +469,12 @@ class Generation(Response):
             try:
                 await send(message)
             except OSError as error:
-                raise _ClientGone from error
+                raise ClientGone from error
             finally:
                 self._writing = False
 
     async def _put(self, send: Send, message: Message) -> None:
-        """A client that does not read fills the socket; the write then waits for it, but not for ever."""
-        try:
-            async with asyncio.timeout(self._serving.client_stall_s):
-                await send(message)
-        except (TimeoutError, OSError) as error:
-            raise _ClientGone from error
+        await put(send, message, self._serving.client_stall_s)
 
 
 def _told(placement: Placement) -> str:
@@ -492,8 +484,3 @@ def _told(placement: Placement) -> str:
         parts.append(f"prefill={placement.prefill.worker_id}")
     parts.append(f"decode={placement.decode.worker_id}; expected_ms={placement.expected_s * 1e3:.0f}")
     return "; ".join(parts)
-
-
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -265,6 +265,7 @@ class Front:
             prepare,
             lambda stream: self._signer.sign(stream, tenant.tenant_id),
             keepalive_s=self._config.sse_keepalive_s,
+            client_stall_s=self._config.client_stall_s,
         )
 
     def _convert(self, convert: Callable[[Intake, bytes, int], Json]) -> Endpoint:

@@ -24,9 +24,10 @@ import grpc
 import structlog
 from redis.exceptions import RedisError
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from router.answers import Answer, Json, Usage, merged, usage_chunk
+from router.client import ClientGone, put, until_gone
 from router.dialects import OPENAI, Dialect
 from router.fleet import Fleet
 from router.intake import Prepared
@@ -256,17 +257,18 @@ class Resumed(Response):
         sign: Callable[[StreamId], str],
         *,
         keepalive_s: float,
+        client_stall_s: float,
     ) -> None:
         self._fleet, self._stream, self._tenant = fleet, stream, tenant
         self._prepare, self._sign = prepare, sign
-        self._keepalive_s = keepalive_s
+        self._keepalive_s, self._client_stall_s = keepalive_s, client_stall_s
         self._began = False
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with asyncio.TaskGroup() as tasks:
             work = tasks.create_task(self._run(scope, receive, send))
-            watch = tasks.create_task(_until_gone(receive))
+            watch = tasks.create_task(until_gone(receive))
             await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 scope["state"]["client_gone"] = True
@@ -276,15 +278,19 @@ class Resumed(Response):
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         dialect = OPENAI
         try:
-            async with attach(self._fleet, self._stream, self._tenant) as kept:
-                dialect, prepared = await self._prepare(kept.context)
-                await self._tell(send, dialect, prepared, kept)
-        except PenumbraError as error:
-            scope["state"]["error_code"] = error.code
-            if not self._began:
-                await dialect.refusal(error)(scope, receive, send)
-            else:
-                await self._send(send, dialect.event(dialect.error_event(error, 0)), more=False)
+            try:
+                async with attach(self._fleet, self._stream, self._tenant) as kept:
+                    dialect, prepared = await self._prepare(kept.context)
+                    await self._tell(send, dialect, prepared, kept)
+            except PenumbraError as error:
+                scope["state"]["error_code"] = error.code
+                if not self._began:
+                    await dialect.refusal(error)(scope, receive, send)
+                else:
+                    await self._send(send, dialect.event(dialect.error_event(error, 0)), more=False)
+        except ClientGone:
+            # The worker keeps the answer for as long as was asked; its client may come again.
+            scope["state"]["client_gone"] = True
 
     async def _tell(self, send: Send, dialect: Dialect, prepared: Prepared, kept: Kept) -> None:
         (request, answer), index, heard = prepared.choices[0], 0, self._stream.index
@@ -351,9 +357,8 @@ class Resumed(Response):
         if not self._began:
             self._began = True
             headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-        message: Message = {"type": "http.response.body", "body": body, "more_body": more}
-        await send(message)
+            await put(send, {"type": "http.response.start", "status": 200, "headers": headers}, self._client_stall_s)
+        await put(send, {"type": "http.response.body", "body": body, "more_body": more}, self._client_stall_s)
 
 
 def pack(dialect: Dialect, chunks: list[Json], stream: str) -> bytes:
@@ -382,11 +387,6 @@ async def _with_signs(
     finally:
         if pending is not None:
             pending.cancel()
-
-
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 @dataclass(frozen=True, slots=True)
