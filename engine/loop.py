@@ -175,10 +175,13 @@ class _StepThread:
             self._changed.notify()
 
     def stop(self) -> None:
-        """End after the step in progress."""
+        """Begin no other step; returns at once."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
+
+    def join(self) -> None:
+        """After `stop`: wait for the step in progress to end."""
         self._thread.join()
 
     def _main(self) -> None:
@@ -262,6 +265,8 @@ class EngineLoop(Generic[Event, Action]):
     def stop(self, timeout_s: float) -> bool:
         """End after the step in progress. False when that step did not finish within `timeout_s`."""
         self._stopping.set()
+        # Told here and not by the engine thread, which may hear of the stop only after another step has begun.
+        self._steps.stop()
         self._inbox.put(None)
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
@@ -279,6 +284,7 @@ class EngineLoop(Generic[Event, Action]):
         finally:
             if self._planner is not None:
                 self._steps.stop()
+                self._steps.join()
 
     def _turn(self, busy: bool) -> bool:
         """Events, timers, then one step of computation, or a plan for one; whether to go on without waiting."""
