@@ -22,21 +22,13 @@ from router.http import Front
 from router.mirror import PrefixMirror, follow
 from router.replicas import Replicas
 from router.text import Text
-from wire.errors import ConfigError
+from wire.door import Server, listen
 from wire.events import PrefixReader
 from wire.registry import Registry
 from wire.telemetry import RouterMetrics, configure_logging
 from wire.tracing import tracer
 
 log = structlog.get_logger()
-
-
-class _Server(uvicorn.Server):
-    """Leaves the signals to `serve`."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 def run(config: RouterConfig) -> int:
@@ -100,8 +92,8 @@ def _url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _server(config: RouterConfig, app: ASGIApp, metrics: RouterMetrics) -> _Server:
-    return _Server(
+def _server(config: RouterConfig, app: ASGIApp, metrics: RouterMetrics) -> Server:
+    return Server(
         uvicorn.Config(
             app,
             http=functools.partial(  # type: ignore[arg-type]
@@ -120,7 +112,7 @@ def _server(config: RouterConfig, app: ASGIApp, metrics: RouterMetrics) -> _Serv
     )
 
 
-async def _serve_until_told(server: _Server, listener: socket.socket, front: Front) -> None:
+async def _serve_until_told(server: Server, listener: socket.socket, front: Front) -> None:
     try:
         await server.serve(sockets=[listener])
     except asyncio.CancelledError:
@@ -130,7 +122,7 @@ async def _serve_until_told(server: _Server, listener: socket.socket, front: Fro
 
 
 @contextlib.contextmanager
-def _stop_signals(servers: Sequence[uvicorn.Server], front: Front) -> Iterator[None]:
+def _stop_signals(servers: Sequence[Server], front: Front) -> Iterator[None]:
     """The first signal drains: no new requests, running ones finish. The second one ends them."""
 
     def stop() -> None:
@@ -147,21 +139,3 @@ def _stop_signals(servers: Sequence[uvicorn.Server], front: Front) -> Iterator[N
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ConfigError when the address can not be bound."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # With the protocol spelled out: asyncio turns Nagle's algorithm off only on such sockets, and with it on, an
-    # answer's last bytes wait 40 ms for the client's delayed acknowledgement.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(1024)
-        return listener
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"Cannot listen on {host}:{port}: {error.strerror or error}. Choose another port, or 0 for a free one."
-        ) from error

@@ -1,4 +1,4 @@
-"""What a process tells the people who run it: logs, metrics, and the small HTTP door both are watched through.
+"""What a process tells the people who run it: logs and metrics.
 
 Metric names keep the shapes of vLLM, SGLang and llm-d under the prefix `penumbra_`, so a dashboard ports by
 a change of prefix. Nothing is global: every metric lives in the CollectorRegistry its owner was given.
@@ -7,28 +7,18 @@ a change of prefix. Nothing is global: every metric lives in the CollectorRegist
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import socket
 import sys
-from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 import structlog
-import uvicorn
 from prometheus_client import (
-    CONTENT_TYPE_LATEST,
     CollectorRegistry,
     Counter,
     Gauge,
     Histogram,
     ProcessCollector,
-    generate_latest,
 )
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from wire.errors import ConfigError
 from wire.types import PageClass, Role
@@ -369,80 +359,3 @@ class WorkerMetrics:
         total = free + used + cached + quarantined
         if page_class is PageClass.FULL and total:
             self.kv_cache_usage.set((used + quarantined) / total)
-
-
-# The HTTP door
-
-
-class _Uvicorn(uvicorn.Server):
-    """Leaves SIGINT and SIGTERM to the process that runs it."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-class StatusDoor:
-    """A worker's HTTP port: /health, /live, /liveness, /readiness and /metrics.
-
-    `ready` says whether the worker takes new requests: 200 or 503 on /health and /readiness. Liveness is
-    200 as long as the event loop turns.
-    """
-
-    def __init__(self, registry: CollectorRegistry, ready: Callable[[], bool]) -> None:
-        async def live(_: Request) -> Response:
-            return JSONResponse({"status": "alive"})
-
-        async def readiness(_: Request) -> Response:
-            if ready():
-                return JSONResponse({"status": "ready"})
-            return JSONResponse({"status": "not ready"}, status_code=503)
-
-        async def metrics(_: Request) -> Response:
-            return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
-
-        self._app = Starlette(
-            routes=[
-                Route("/health", readiness),
-                Route("/readiness", readiness),
-                Route("/live", live),
-                Route("/liveness", live),
-                Route("/metrics", metrics),
-            ]
-        )
-        self._server: _Uvicorn | None = None
-        self._task: asyncio.Task[None] | None = None
-
-    async def start(self, host: str = "127.0.0.1", port: int = 0) -> int:
-        """Serve until `stop`. Returns the port. Raises ConfigError when the address can not be bound."""
-        try:
-            listener = socket.create_server((host, port), family=_family(host))
-        except OSError as error:
-            raise ConfigError(
-                f"Cannot listen on {host}:{port}: {error.strerror or error}. Choose another port, or 0 for a free one."
-            ) from error
-        bound: int = listener.getsockname()[1]
-        config = uvicorn.Config(
-            self._app,
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            ws="none",
-            timeout_graceful_shutdown=1,
-            timeout_keep_alive=5,
-        )
-        self._server = _Uvicorn(config)
-        self._task = asyncio.create_task(self._server.serve(sockets=[listener]), name="status-door")
-        return bound
-
-    async def stop(self) -> None:
-        """Close the port. Safe to call twice, or without `start`."""
-        server, task, self._task = self._server, self._task, None
-        if server is None or task is None:
-            return
-        server.should_exit = True
-        await task
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -19,9 +19,9 @@ from typing import Protocol
 import structlog
 from prometheus_client import CollectorRegistry
 
+from wire.door import StatusDoor
 from wire.registry import Registry
 from wire.rpc import Server
-from wire.telemetry import StatusDoor
 from wire.tracing import tracer
 from wire.types import WorkerInfo
 

@@ -13,8 +13,9 @@ import pytest
 import pytest_asyncio
 
 from router.config import RouterConfig
-from router.process import listen, serve
+from router.process import serve
 from tests.router.conftest import MAX_CONTEXT, MODEL, RouterStarter, byte_ids
+from wire.door import listen
 from wire.errors import ConfigError
 
 COMPLETIONS = "/v1/completions"

@@ -1,19 +1,17 @@
-"""Logs are one event a line, metrics have the names dashboards know, the HTTP door answers."""
+"""Logs are one event a line, metrics have the names dashboards know."""
 
 from __future__ import annotations
 
 import json
 import logging
-import signal
 from collections.abc import Iterator
 
-import httpx
 import pytest
 import structlog
 from prometheus_client import CollectorRegistry
 
 from wire.errors import ConfigError
-from wire.telemetry import RouterMetrics, StatusDoor, WorkerMetrics, configure_logging
+from wire.telemetry import RouterMetrics, WorkerMetrics, configure_logging
 from wire.types import PageClass
 
 
@@ -107,33 +105,3 @@ def test_two_registries_do_not_share_metrics() -> None:
     WorkerMetrics(second)
     assert first.get_sample_value("penumbra_num_requests_running") == 5
     assert second.get_sample_value("penumbra_num_requests_running") == 0
-
-
-async def test_the_door_tells_ready_from_alive_and_serves_metrics() -> None:
-    registry, ready = CollectorRegistry(), [False]
-    WorkerMetrics(registry).running.set(3)
-    handler = signal.getsignal(signal.SIGTERM)
-    door = StatusDoor(registry, lambda: ready[0])
-    port = await door.start()
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
-        status = {path: (await client.get(path)).status_code for path in ("/health", "/readiness", "/live")}
-        assert status == {"/health": 503, "/readiness": 503, "/live": 200}
-        ready[0] = True
-        assert (await client.get("/health")).json() == {"status": "ready"}
-        metrics = await client.get("/metrics")
-        assert metrics.headers["content-type"].startswith("text/plain")
-        assert "penumbra_num_requests_running 3.0" in metrics.text
-    assert signal.getsignal(signal.SIGTERM) is handler
-    await door.stop()
-    await door.stop()
-    async with httpx.AsyncClient() as client:
-        with pytest.raises(httpx.ConnectError):
-            await client.get(f"http://127.0.0.1:{port}/live")
-
-
-async def test_a_taken_http_port_is_a_config_error() -> None:
-    first = StatusDoor(CollectorRegistry(), lambda: True)
-    port = await first.start()
-    with pytest.raises(ConfigError, match=f"Cannot listen on 127.0.0.1:{port}"):
-        await StatusDoor(CollectorRegistry(), lambda: True).start(port=port)
-    await first.stop()
