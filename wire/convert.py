@@ -344,7 +344,6 @@ def tail_to_wire(tail: Tail) -> kv_pb2.Tail:
         prompt_tokens=tail.prompt_tokens,
         cached_tokens=tail.cached_tokens,
         first=token_to_wire(tail.first),
-        draft_state=tail.draft_state,
         total_pages=tail.total_pages,
         times=prefill_times_to_wire(tail.times),
     )
@@ -360,7 +359,6 @@ def tail_from_wire(message: kv_pb2.Tail) -> Tail:
         cached_tokens=message.cached_tokens,
         first=token_from_wire(message.first),
         total_pages=message.total_pages,
-        draft_state=message.draft_state,
         times=prefill_times_from_wire(message.times),
     )
 

@@ -231,7 +231,6 @@ class Tail:
     cached_tokens: int
     first: TokenEvent
     total_pages: int
-    draft_state: bytes = field(default=b"", repr=False)
     times: PrefillTimes = PrefillTimes()
 
 

@@ -144,7 +144,6 @@ tails = st.integers(1, 2**40).flatmap(
         cached_tokens=st.integers(0, n),
         first=tokens,
         total_pages=u64,
-        draft_state=st.binary(),
         times=prefill_times,
     )
 )

@@ -121,20 +121,18 @@ class PrefillTimes(_message.Message):
     def __init__(self, queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ...) -> None: ...
 
 class Tail(_message.Message):
-    __slots__ = ("prompt_tokens", "cached_tokens", "first", "draft_state", "total_pages", "times")
+    __slots__ = ("prompt_tokens", "cached_tokens", "first", "total_pages", "times")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
-    DRAFT_STATE_FIELD_NUMBER: _ClassVar[int]
     TOTAL_PAGES_FIELD_NUMBER: _ClassVar[int]
     TIMES_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     cached_tokens: int
     first: Token
-    draft_state: bytes
     total_pages: int
     times: PrefillTimes
-    def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., first: _Optional[_Union[Token, _Mapping]] = ..., draft_state: _Optional[bytes] = ..., total_pages: _Optional[int] = ..., times: _Optional[_Union[PrefillTimes, _Mapping]] = ...) -> None: ...
+    def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., first: _Optional[_Union[Token, _Mapping]] = ..., total_pages: _Optional[int] = ..., times: _Optional[_Union[PrefillTimes, _Mapping]] = ...) -> None: ...
 
 class PageOffer(_message.Message):
     __slots__ = ("seq", "claim_id", "owner", "groups", "tail")
