@@ -9,7 +9,7 @@ from transformers.models.deepseek_v4 import DeepseekV4Config, DeepseekV4ForCausa
 from engine.config import ModelConfig
 
 # Official name -> transformers name, most specific first.
-_RENAMES = (
+RENAMES = (
     ("attn.indexer.compressor.wkv", "self_attn.compressor.indexer.kv_proj"),
     ("attn.indexer.compressor.wgate", "self_attn.compressor.indexer.gate_proj"),
     ("attn.indexer.compressor.ape", "self_attn.compressor.indexer.position_bias"),
@@ -97,7 +97,7 @@ def transformers_model(c: ModelConfig, tensors: dict[str, Tensor]) -> DeepseekV4
                 state[target + "gate_up_proj"] = torch.cat([value, tensors[f"{layer}.ffn.experts.w3"]], 1)
         else:
             renamed = name.replace("hc_head_", "hc_head.hc_").replace("embed.", "embed_tokens.")
-            for ours, theirs in _RENAMES:
+            for ours, theirs in RENAMES:
                 if ours in renamed:
                     renamed = renamed.replace(ours, theirs)
                     break

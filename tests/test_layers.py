@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "router": ("router", "wire"),
     "loadtest": ("loadtest",),
     "sim": ("sim", "wire", "router", "prefill_worker", "decode_worker", "kvtransfer", "engine.cache"),
-    "training": ("training", "engine.model", "engine.kernels", "engine.config"),
+    "training": ("training", "engine.model", "engine.kernels", "engine.config", "wire.errors"),
     "cli": OURS,
     "deploy": OURS,
     "bench": OURS,

@@ -9,41 +9,19 @@ The same arguments give the same bytes on every machine: each tensor has its own
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import secrets
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.config import ModelConfig
-from engine.model.survey import FP4_BLOCK, FP8_BLOCK, TensorSpec, tensor_table
+from engine.model.publish import LEADING_TOKENS, PUBLISHED, TRAILING_TOKENS, publish, quantise_fp8, quantise_mxfp4
+from engine.model.survey import TensorSpec
 from wire.errors import ConfigError
 
-LEADING_TOKENS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>")
-TRAILING_TOKENS = (
-    "<｜User｜>",
-    "<｜Assistant｜>",
-    "<think>",
-    "</think>",
-    "｜DSML｜",
-    "<｜latest_reminder｜>",
-    "<｜action｜>",
-    "<｜query｜>",
-    "<｜authority｜>",
-    "<｜domain｜>",
-    "<｜title｜>",
-    "<｜read_url｜>",
-)
-"""DeepSeek's own special tokens. The first three have the ids 0, 1, 2; these follow the 256 bytes."""
-
-_SHARD_BYTES = 1 << 30
 _LIKE: dict[str | None, dict[str, Any]] = {
     None: {"layers": (0, 0, 4, 128, 4, 128), "hash_layers": 1, "index_topk": 512, "scaling": 1.5},
     "flash": {"layers": (0, 0, 4, 128, 4, 128, 4), "hash_layers": 3, "index_topk": 512, "scaling": 1.5},
@@ -99,99 +77,31 @@ def write_tiny(
         raise ConfigError(
             f"vocab={vocab} is smaller than the tokenizer's {num_tokens} tokens. Use {num_tokens} or more."
         )
-    raw_config = {
-        "architectures": ["DeepseekV4ForCausalLM"],
-        "model_type": "deepseek_v4",
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "num_hidden_layers": len(ratios),
-        "num_attention_heads": heads,
-        "num_key_value_heads": 1,
-        "head_dim": head_dim,
-        "qk_rope_head_dim": rope_dim,
-        "q_lora_rank": q_lora_rank,
-        "o_groups": o_groups,
-        "o_lora_rank": o_lora_rank,
-        "sliding_window": 128,
-        "compress_ratios": ratios + [0] * mtp,
-        "num_hash_layers": hash_layers,
-        "rope_theta": 10000,
-        "compress_rope_theta": 160000,
-        "rope_scaling": {
-            "type": "yarn",
-            "factor": 16,
-            "original_max_position_embeddings": 65536,
-            "beta_fast": 32,
-            "beta_slow": 1,
-        },
-        "max_position_embeddings": max_positions,
-        "index_n_heads": index_heads,
-        "index_head_dim": index_head_dim,
-        "index_topk": defaults["index_topk"] if index_topk is None else index_topk,
-        "n_routed_experts": experts,
-        "num_experts_per_tok": experts_per_token,
-        "n_shared_experts": 1,
-        "moe_intermediate_size": moe_intermediate,
-        "scoring_func": "sqrtsoftplus",
-        "topk_method": "noaux_tc",
-        "norm_topk_prob": True,
-        "routed_scaling_factor": defaults["scaling"] if routed_scaling_factor is None else routed_scaling_factor,
-        "swiglu_limit": swiglu_limit,
-        "hc_mult": 4,
-        "hc_sinkhorn_iters": 20,
-        "hc_eps": 1e-06,
-        "rms_norm_eps": 1e-06,
-        "num_nextn_predict_layers": int(mtp),
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "torch_dtype": "bfloat16",
-        "expert_dtype": "fp4",
-        "quantization_config": {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            "scale_fmt": "ue8m0",
-            "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
-        },
-    }
-    config = ModelConfig.from_json(raw_config, source=out / "config.json")
-    table = tensor_table(config, mtp=mtp)
-    if out.exists():
-        raise ConfigError(f"{out} exists; choose a new directory, or remove this one first.")
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building = out.parent / f".{out.name}.{secrets.token_hex(4)}"
-    building.mkdir()
-    try:
-        _write_json(building / "config.json", raw_config)
-        _write_json(building / "generation_config.json", _GENERATION)
-        _write_json(building / "tokenizer.json", tokenizer)
-        _write_json(building / "tokenizer_config.json", _TOKENIZER_CONFIG | {"model_max_length": max_positions})
-        _write_shards(building, _Weights(config, seed), table)
-        try:
-            os.rename(building, out)
-        except OSError as error:
-            raise ConfigError(f"{out} cannot be created: {error.strerror}. Choose another directory.") from None
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    config = ModelConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        compress_ratios=tuple(ratios),
+        num_heads=heads,
+        head_dim=head_dim,
+        rope_dim=rope_dim,
+        q_lora_rank=q_lora_rank,
+        o_groups=o_groups,
+        o_lora_rank=o_lora_rank,
+        num_hash_layers=hash_layers,
+        index_heads=index_heads,
+        index_head_dim=index_head_dim,
+        index_topk=defaults["index_topk"] if index_topk is None else index_topk,
+        num_experts=experts,
+        experts_per_token=experts_per_token,
+        moe_intermediate_size=moe_intermediate,
+        routed_scaling_factor=defaults["scaling"] if routed_scaling_factor is None else routed_scaling_factor,
+        swiglu_limit=swiglu_limit,
+        max_positions=max_positions,
+        draft_layer=mtp,
+        **PUBLISHED,
+    )
+    publish(out, config, tokenizer, _Weights(config, seed).make)
     return out
-
-
-_GENERATION = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "temperature": 1.0, "top_p": 1.0}
-_TOKENIZER_CONFIG = {
-    "add_bos_token": False,
-    "add_eos_token": False,
-    "bos_token": LEADING_TOKENS[0],
-    "eos_token": LEADING_TOKENS[1],
-    "pad_token": LEADING_TOKENS[2],
-    "clean_up_tokenization_spaces": False,
-    "tokenizer_class": "PreTrainedTokenizerFast",
-}
 
 
 def tokenizer_json() -> dict[str, Any]:
@@ -236,38 +146,6 @@ def tokenizer_json() -> dict[str, Any]:
             "merges": [],
         },
     }
-
-
-def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [O, I] float32 -> float8_e4m3fn [O, I] and its scales, float8_e8m0fnu [ceil(O/128), ceil(I/128)].
-
-    A block's scale is the smallest power of two that keeps its largest value within E4M3's 448.
-    """
-    rows, columns = weight.shape
-    padded = torch.nn.functional.pad(weight, (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK))
-    blocks = padded.view(padded.shape[0] // FP8_BLOCK, FP8_BLOCK, -1, FP8_BLOCK)
-    exponent = _scale_exponent(blocks.abs().amax(dim=(1, 3)).clamp(min=1e-4), 448.0)
-    codes = torch.ldexp(blocks, -exponent[:, None, :, None]).view(padded.shape)[:rows, :columns]
-    scale = (exponent + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
-    return codes.to(torch.float8_e4m3fn).contiguous(), scale
-
-
-def quantise_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [O, I] float32 -> int8 [O, I/2], two E2M1 codes a byte, and float8_e8m0fnu [O, I/32]."""
-    groups = weight.view(weight.shape[0], -1, FP4_BLOCK)
-    exponent = _scale_exponent(groups.abs().amax(dim=2).clamp(min=6 * 2.0**-126), 6.0)
-    value = torch.ldexp(groups, -exponent[:, :, None])
-    # Between the magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6.
-    code = torch.bucketize(value.abs(), torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]))
-    code = (code | (value < 0).long() << 3).view(weight.shape)
-    packed = (code[:, 0::2] | code[:, 1::2] << 4).to(torch.uint8).view(torch.int8)
-    return packed, (exponent + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
-
-
-def _scale_exponent(largest: Tensor, limit: float) -> Tensor:
-    """The smallest integer e with largest <= limit * 2^e. frexp and ldexp, because log2 rounds differently by CPU."""
-    mantissa, exponent = torch.frexp(largest / limit)
-    return torch.where(mantissa == 0.5, exponent - 1, exponent)
 
 
 class _Weights:
@@ -334,32 +212,3 @@ def _gain(matrix: str) -> float:
     if ".ffn." in matrix:
         return 0.5 if matrix.endswith(".w2") else 1.5  # the two factors of silu(w1 x) * w3 x; their product; the gate
     return 1.5 if matrix.endswith(".wgate") else 1.0
-
-
-def _write_shards(directory: Path, weights: _Weights, table: dict[str, TensorSpec]) -> None:
-    """At least two shards, so that the index is never idle; one at a time in memory."""
-    total = sum(spec.num_bytes for spec in table.values())
-    count = max(2, -(-total // _SHARD_BYTES))
-    shards: list[list[str]] = [[] for _ in range(count)]
-    shard, seen = shards[0], 0
-    for name, spec in table.items():
-        if not name.endswith(".scale"):  # a scale stays with its weight
-            shard = shards[seen * count // total]
-        shard.append(name)
-        seen += spec.num_bytes
-    placed: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors: dict[str, Tensor] = {}
-        for name in names:
-            if not name.endswith(".scale"):
-                tensors.update(weights.make(name, table))
-        placed.update(dict.fromkeys(names, file_name))
-        save_file(tensors, directory / file_name, metadata={"format": "pt"})
-        (directory / file_name).chmod(0o644)  # save_file leaves it to its owner alone
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
-    _write_json(directory / "model.safetensors.index.json", index)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -11,7 +11,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from engine.model.tiny import LEADING_TOKENS, TRAILING_TOKENS, quantise_fp8, quantise_mxfp4, write_tiny
+from engine.model.publish import LEADING_TOKENS, TRAILING_TOKENS, quantise_fp8, quantise_mxfp4
+from engine.model.tiny import write_tiny
 from engine.model.weights import Checkpoint, dequantise_fp8, dequantise_mxfp4, load_checkpoint
 from tests.engine.dense_forward import dense_forward
 from tests.model.damage import INDEX, split

@@ -1,0 +1,1 @@
+"""Training DeepSeek-V4: the model, differentiable; optimisers, data, the loop, and publishing what it learned."""
