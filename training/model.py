@@ -192,10 +192,10 @@ class Pass:
         return self.linear(hidden, "head.weight").float()
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [B, T, D], targets [B, T] int64, weights [B, T] -> weighted sum of losses in nats, and [B, T] whether
-        the target is the likeliest token.
+        """hidden [B, T, D], targets [B, T] int64, weights [B, T] -> weighted sum of losses in nats, and the likeliest
+        tokens [B, T].
         """
-        losses, right = [], []
+        losses, likeliest = [], []
         head = self.weight("head.weight")
         pieces = zip(
             hidden.flatten(0, 1).split(HEAD_CHUNK_TOKENS), targets.flatten().split(HEAD_CHUNK_TOKENS), strict=True
@@ -203,8 +203,8 @@ class Pass:
         for part, target in pieces:
             loss, best = self._kept_small(_token_losses, part.to(self.numerics.dtype), head, target)
             losses.append(loss)
-            right.append(best == target)
-        return (torch.cat(losses) * weights.flatten()).sum(), torch.cat(right).view_as(targets)
+            likeliest.append(best)
+        return (torch.cat(losses) * weights.flatten()).sum(), torch.cat(likeliest).view_as(targets)
 
     def _kept_small(self, function: Callable[..., tuple[Tensor, ...]], *arguments: object) -> tuple[Tensor, ...]:
         """Calls `function`, keeping its arguments for the backward pass and nothing between."""
@@ -369,13 +369,16 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
 
 
 def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
-    """logits [..., 4, 4] -> doubly stochastic [..., from, to]; the last of the rounds ends on columns."""
-    comb = logits.softmax(dim=-1) + eps
-    comb = comb / (comb.sum(dim=-2, keepdim=True) + eps)
+    """logits [..., from, to] -> doubly stochastic, of the same shape; the last of the rounds ends on columns.
+
+    Computed with the tokens innermost: sums over four neighbours would leave most lanes idle.
+    """
+    comb = logits.flatten(0, -3).permute(1, 2, 0).contiguous().softmax(dim=1) + eps
+    comb = comb / (comb.sum(dim=0, keepdim=True) + eps)
     for _ in range(iterations - 1):
-        comb = comb / (comb.sum(dim=-1, keepdim=True) + eps)
-        comb = comb / (comb.sum(dim=-2, keepdim=True) + eps)
-    return comb
+        comb = comb / (comb.sum(dim=1, keepdim=True) + eps)
+        comb = comb / (comb.sum(dim=0, keepdim=True) + eps)
+    return comb.permute(2, 0, 1).contiguous().view(logits.shape)
 
 
 def _mix_out(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
