@@ -34,6 +34,7 @@ class RouterConfig:
 
     max_context: int = 0  # tokens, prompt and answer together; 0: what the checkpoint allows
     max_body_bytes: int = MAX_BODY_BYTES
+    long_body_bytes: int = 256 << 10  # bodies above this are read in a process of their own
     max_concurrent_requests: int = 1024
     default_thinking: bool = False  # chat requests that do not say
 

@@ -10,9 +10,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
-from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request
@@ -24,7 +22,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router import openapi
 from router.admission import Admission, Wishes
-from router.answers import Json
 from router.board import Board
 from router.config import ModelFacts, RouterConfig, is_inside
 from router.dialects import (
@@ -41,10 +38,10 @@ from router.fleet import Fleet
 from router.front_page import FrontPage
 from router.generation import Generation, Serving
 from router.guard import Guard
-from router.intake import Intake, Prepared
+from router.intake import Prepared
 from router.live import LiveRequests
 from router.mirror import PrefixMirror
-from router.protocols import chat, completions, messages, responses, tokenize
+from router.preparation import CONVERTING, GENERATING, Preparation
 from router.quota import Quotas, Stay
 from router.relay import RelayLimits
 from router.replicas import Replicas
@@ -71,21 +68,6 @@ REQUEST_ID_HEADERS = (b"x-request-id", b"x-correlation-id", b"x-trace-id", b"req
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
-GENERATING: Mapping[str, Callable[[Intake, bytes, int], Prepared]] = {
-    "/v1/completions": completions.prepare,
-    "/v1/chat/completions": chat.prepare,
-    "/v1/responses": responses.prepare,
-    "/v1/messages": messages.prepare,
-}
-"""Routes whose answers are generated, by what prepares their requests."""
-
-CONVERTING: Mapping[str, Callable[[Intake, bytes, int], Json]] = {
-    "/v1/messages/count_tokens": messages.count_tokens,
-    "/tokenize": tokenize.tokenize,
-    "/detokenize": tokenize.detokenize,
-}
-"""Routes whose answers need no worker."""
-
 RESERVED_ANSWER_TOKENS = 4_096
 """The part of an answer that is reserved from a tenant's tokens a minute; what it turns out to be counts in the end."""
 
@@ -110,7 +92,7 @@ class Front:
         replicas: Replicas,
     ) -> None:
         self._config = config
-        self._intake = Intake(config, facts, text, fleet)
+        self._preparation = Preparation(config, facts, text, fleet)
         self.keyring = None if config.keys_file is None else Keyring(config.keys_file)
         self.admission = Admission(config, metrics, fleet.snapshot, mirror)
         self._quotas = Quotas(replicas)
@@ -129,7 +111,7 @@ class Front:
             sse_keepalive_s=config.sse_keepalive_s,
             json_keepalive_s=config.json_keepalive_s,
         )
-        self._status = Status(self._intake, self.admission, fleet, mirror, metrics, registry)
+        self._status = Status(self._preparation, self.admission, fleet, mirror, metrics, registry)
         about = {"router_id": config.router_id, "models": list(config.model_names)}
         self.page = FrontPage(Board(requests), fleet, mirror, self.admission, about, metrics.viewers.set)
         routes = self._routes()
@@ -137,7 +119,7 @@ class Front:
         self.admin_app = _Door(self._guarded(routes, config.admin_host, admin=True), metrics)
 
     def close(self) -> None:
-        self._intake.close()
+        self._preparation.close()
 
     def refresh_keys(self) -> None:
         """Take in what has changed in the key file."""
@@ -160,8 +142,7 @@ class Front:
         app.add_exception_handler(PenumbraError, _on_error)
         app.add_exception_handler(HTTPException, _on_http_exception)
         app.add_exception_handler(Exception, _on_crash)
-        post = {path: self._generate(prepare) for path, prepare in GENERATING.items()}
-        post |= {path: self._convert(convert) for path, convert in CONVERTING.items()}
+        post = dict.fromkeys(GENERATING, self._generate) | dict.fromkeys(CONVERTING, self._convert)
         get = (
             self._status.routes()
             | self.page.routes()
@@ -177,45 +158,42 @@ class Front:
     async def _openapi(self, _: Request) -> Response:
         return json_response(openapi.document(running_version()))
 
-    def _generate(self, prepare: Callable[[Intake, bytes, int], Prepared]) -> Endpoint:
-        async def endpoint(request: Request) -> Response:
-            timeline = Timeline(time.monotonic())
-            self.admission.check()
-            wishes = wishes_of(request)
-            raw = await self._read_body(request)
-            timeline.ended("receive", time.monotonic())
-            # Another look: reading took as long as the client liked.
-            self.admission.check()
-            stay: Stay = request.state.stay
-            key = request.headers.get("idempotency-key")
-            keep_s = resume_s(request.headers.get("x-penumbra-resume"), key)
-            path = request.url.path
-            if key is not None:
-                before = await self._idempotency.claim(stay.tenant, key, path, raw)
-                if before and await self._is_kept(before, stay.tenant):
-                    return self._resumed(before, stay.tenant)
-            prepared = await self._intake.of(stay.tenant).run(prepare, raw)
-            keeping = None
-            if key is not None and keep_s:
-                prepared, keeping = self._kept(prepared, stay.tenant, key, keep_s, path, raw)
-            await self._quotas.reserve(stay, tokens_at_most(prepared))
-            timeline.ended("tokenize", time.monotonic())
-            span = self._serving.tracer.serving(
-                f"POST {request.url.path}", request.headers.get(TRACEPARENT, ""), begin_s=timeline.arrived
-            )
-            return Generation(
-                self._serving,
-                dialect_of(request.url.path),
-                prepared,
-                stay,
-                wishes,
-                timeline=timeline,
-                span=span,
-                keeping=keeping,
-                client_request_id=request.state.request_id,
-            )
-
-        return endpoint
+    async def _generate(self, request: Request) -> Response:
+        timeline = Timeline(time.monotonic())
+        self.admission.check()
+        wishes = wishes_of(request)
+        raw = await self._read_body(request)
+        timeline.ended("receive", time.monotonic())
+        # Another look: reading took as long as the client liked.
+        self.admission.check()
+        stay: Stay = request.state.stay
+        key = request.headers.get("idempotency-key")
+        keep_s = resume_s(request.headers.get("x-penumbra-resume"), key)
+        path = request.url.path
+        if key is not None:
+            before = await self._idempotency.claim(stay.tenant, key, path, raw)
+            if before and await self._is_kept(before, stay.tenant):
+                return self._resumed(before, stay.tenant)
+        prepared = await self._preparation.prepare(path, self._preparation.intake(stay.tenant), raw)
+        keeping = None
+        if key is not None and keep_s:
+            prepared, keeping = self._kept(prepared, stay.tenant, key, keep_s, path, raw)
+        await self._quotas.reserve(stay, tokens_at_most(prepared))
+        timeline.ended("tokenize", time.monotonic())
+        span = self._serving.tracer.serving(
+            f"POST {request.url.path}", request.headers.get(TRACEPARENT, ""), begin_s=timeline.arrived
+        )
+        return Generation(
+            self._serving,
+            dialect_of(request.url.path),
+            prepared,
+            stay,
+            wishes,
+            timeline=timeline,
+            span=span,
+            keeping=keeping,
+            client_request_id=request.state.request_id,
+        )
 
     def _kept(
         self, prepared: Prepared, tenant: Tenant, key: str, keep_s: int, path: str, raw: bytes
@@ -255,8 +233,8 @@ class Front:
 
     def _resumed(self, signed: str, tenant: Tenant) -> Response:
         async def prepare(context: Context) -> tuple[Dialect, Prepared]:
-            intake = self._intake.of(tenant, request_id=context.request_id, created=context.created)
-            return dialect_of(context.path), await intake.run(GENERATING[context.path], context.raw)
+            intake = self._preparation.intake(tenant, request_id=context.request_id, created=context.created)
+            return dialect_of(context.path), await self._preparation.prepare(context.path, intake, context.raw)
 
         return Resumed(
             self._serving.fleet,
@@ -268,18 +246,13 @@ class Front:
             client_stall_s=self._config.client_stall_s,
         )
 
-    def _convert(self, convert: Callable[[Intake, bytes, int], Json]) -> Endpoint:
-        async def endpoint(request: Request) -> Response:
-            intake = self._intake.of(request.state.tenant)
-            return json_response(await intake.run(convert, await self._read_body(request)))
-
-        return endpoint
+    async def _convert(self, request: Request) -> Response:
+        intake = self._preparation.intake(request.state.tenant)
+        body = await self._preparation.convert(request.url.path, intake, await self._read_body(request))
+        return Response(body, media_type="application/json")
 
     async def _read_body(self, request: Request) -> bytes:
         return await read_body(request, self._config.max_body_bytes, self._config.body_silence_s)
-
-
-Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 def tokens_at_most(prepared: Prepared) -> int:

@@ -1,34 +1,22 @@
-"""From a body to a request that can be placed: what every protocol needs on the way, and the threads it happens on."""
+"""From a body to a request that can be placed: what every protocol needs on the way."""
 
 from __future__ import annotations
 
-import asyncio
-import copy
-import time
 import uuid
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from router.answers import Answer, Json
-from router.config import ModelFacts, RouterConfig
-from router.fleet import Fleet
-from router.placement import capacity
+from router.config import ModelFacts
 from router.quarantine import fingerprint
 from router.relay import RelayRequest
-from router.tenants import ANYONE, Tenant
-from router.text import ChatPrompt, Text
+from router.text import ChatPrompt, ProtocolRequest, Text, with_stage
 from router.timeline import PromptProgress
 from wire.errors import InvalidRequest, ModelNotFound
 from wire.events import cut
-from wire.prefix import namespace, pack_tokens, packed_page_hashes
+from wire.prefix import DEFAULT_TENANT, namespace, pack_tokens, packed_page_hashes, token_view
 from wire.types import SamplingParams
-
-LONG_BODY_BYTES = 64 << 10
-"""Bodies above this are prepared on threads of their own, so that short requests never queue behind a long one."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,56 +28,40 @@ class Prepared:
     include_usage: bool = False  # a last chunk of the stream tells what was used, as OpenAI's do when asked
     return_timeline: bool = False  # and with it where the time went
     progress: Callable[[PromptProgress], Json] | None = None  # what a stream shows of its prompt's, when asked
+    priority: int | None = None  # what the body says of it
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What a prompt came to where it was read. The body at hand has a word in its place."""
+
+    packed: bytes = field(repr=False)  # its ids, by `pack_tokens`
+    digests: Mapping[str, Sequence[bytes]] = field(repr=False)
+    alike: bytes
+    stage: str  # where reading a conversation's answer begins, as `text.stage_of` has it
+    said: str = field(repr=False)  # the prompt's own text, of a completion that repeats it
+    instructions: str = field(repr=False)  # those that a response repeats
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        return token_view(self.packed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Intake:
-    """What preparing a request takes: the model's text, its facts and its names.
+    """What preparing one request takes: the model's text, its facts and its names, and whose request it is.
 
-    A protocol's `prepare(intake, raw, context)` runs on one of the threads here.
+    A protocol's `prepare(intake, raw, context)` runs on a thread, or in another process.
     """
 
-    def __init__(self, config: RouterConfig, facts: ModelFacts, text: Text, fleet: Fleet) -> None:
-        self.facts = facts
-        self.text = text
-        self.model_names = config.model_names
-        self._max_context = config.max_context
-        self._fleet = fleet
-        self.tenant = ANYONE
-        self.request_id = ""
-        self.created = 0
-        self._lanes = {
-            long: ThreadPoolExecutor(2, thread_name_prefix="prepare-long" if long else "prepare")
-            for long in (False, True)
-        }
-
-    def close(self) -> None:
-        for lane in self._lanes.values():
-            lane.shutdown(wait=False, cancel_futures=True)
-        self.text.close()
-
-    def of(self, tenant: Tenant, *, request_id: str = "", created: int = 0) -> Intake:
-        """The same for requests of this tenant: it knows no other models, and shares no prefix with others.
-
-        With `request_id` and `created` it prepares a request that has been before, by the names it had then.
-        """
-        own = copy.copy(self)
-        own.tenant = tenant
-        own.request_id, own.created = request_id, created or int(time.time())
-        own.model_names = tuple(name for name in self.model_names if tenant.may_use(name))
-        return own
-
-    async def run(self, prepare: Callable[[Intake, bytes, int], T], raw: bytes) -> T:
-        """`prepare` on a thread: it may take seconds."""
-        lane = self._lanes[len(raw) > LONG_BODY_BYTES]
-        return await asyncio.get_running_loop().run_in_executor(lane, prepare, self, raw, self.context())
-
-    def context(self) -> int:
-        """Tokens, prompt and answer together, that a request may have: the model's limit, or the fleet's room."""
-        limit = self._max_context or self.facts.max_context
-        room = capacity(self._fleet.snapshot())
-        return limit if room is None else min(limit, room)
-
-    # For protocols, on their thread
+    facts: ModelFacts
+    text: Text
+    model_names: tuple[str, ...]  # that the tenant may use
+    models: frozenset[str] = frozenset()  # fingerprints of those that workers serve
+    tenant_id: str = DEFAULT_TENANT
+    request_id: str = ""  # with `created`, of a request that has been before
+    created: int = 0
+    known: Known | None = None
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name not in self.model_names:
@@ -108,38 +80,56 @@ class Intake:
                 code="context_length_exceeded",
             )
 
+    def convert(self, request: ProtocolRequest, **demands: Any) -> ChatPrompt:
+        """`Text.convert`, or what it came to already."""
+        prompt = self.text.convert(request, **demands)
+        if self.known is None:
+            return prompt
+        return replace(prompt, ids=self.known.prompt, parsing=with_stage(prompt.parsing, self.known.stage))
+
     def answer_tokens(self, prompt: ChatPrompt, context: int) -> int:
         """Tokens that the answer to a conversation may have. Raises InvalidRequest as `fit` does."""
         fit(len(prompt.ids), None, context, default=1)
         return fit(len(prompt.ids), prompt.max_tokens(context), context, default=1)
 
     def requests(
-        self, prompt: tuple[int, ...], sampling: SamplingParams, *, cache_salt: str | None, n: int | None = None
+        self, prompt: Sequence[int], sampling: SamplingParams, *, cache_salt: str | None, n: int | None = None
     ) -> list[RelayRequest]:
         """One request to the workers for each choice: they share the prompt and its pages, and differ in their
         noise.
         """
-        salt, packed = cache_salt or "", pack_tokens(prompt)
+        salt = cache_salt or ""
+        known = self.known or self._known(prompt, sampling, salt)
         request = RelayRequest(
             # An id of our own: two clients may well send the same x-request-id at the same time.
             request_id=self.request_id or uuid.uuid4().hex,
             prompt=prompt,
             sampling=sampling,
             vocab_size=self.facts.vocab_size,
-            packed=packed,
-            alike=fingerprint(packed, sampling.grammar),
+            packed=known.packed,
+            alike=known.alike,
             cache_salt=salt,
-            tenant=self.tenant.tenant_id,
-            # As a rule there is one model; there are two while a fleet changes from one to the next.
-            digests={
-                model: cut(packed_page_hashes(packed, namespace(model, self.tenant.tenant_id, salt)))
-                for model in self._fleet.models()
-            },
+            tenant=self.tenant_id,
+            digests=known.digests,
         )
         return [
             replace(request, request_id=f"{request.request_id}-{i}" if i else request.request_id, sampling=drawn)
             for i, drawn in enumerate(replace(sampling, choice=i) for i in range(n or 1))
         ]
+
+    def _known(self, prompt: Sequence[int], sampling: SamplingParams, salt: str) -> Known:
+        packed = pack_tokens(prompt)
+        return Known(
+            packed=packed,
+            alike=fingerprint(packed, sampling.grammar),
+            # As a rule there is one model; there are two while a fleet changes from one to the next.
+            digests={
+                model: cut(packed_page_hashes(packed, namespace(model, self.tenant_id, salt))) for model in self.models
+            },
+            stage="",
+            said="",
+            instructions="",
+        )
 
 
 def fit(prompt_tokens: int, max_tokens: int | None, context: int, *, default: int) -> int:

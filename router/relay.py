@@ -99,7 +99,7 @@ class RelayRequest:
     """
 
     request_id: str
-    prompt: tuple[int, ...] = field(repr=False)
+    prompt: Sequence[int] = field(repr=False)
     sampling: SamplingParams
     vocab_size: int
     packed: bytes | None = field(default=None, repr=False)  # the prompt as it travels, if it is packed already

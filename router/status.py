@@ -16,9 +16,9 @@ from router.answers import Json
 from router.board import state_of
 from router.dialects import json_response
 from router.fleet import Fleet, WorkerView
-from router.intake import Intake
 from router.mirror import PrefixMirror
 from router.placement import choose, pair_states
+from router.preparation import Preparation
 from wire.telemetry import RouterMetrics, running_version
 
 
@@ -27,14 +27,14 @@ class Status:
 
     def __init__(
         self,
-        intake: Intake,
+        preparation: Preparation,
         admission: Admission,
         fleet: Fleet,
         mirror: PrefixMirror,
         metrics: RouterMetrics,
         registry: CollectorRegistry,
     ) -> None:
-        self._intake = intake
+        self._preparation = preparation
         self._admission = admission
         self._fleet = fleet
         self._mirror = mirror
@@ -54,12 +54,12 @@ class Status:
         } | dict.fromkeys(("/health", "/healthz", "/liveness", "/livez", "/live"), self._liveness)
 
     async def _models(self, request: Request) -> Response:
-        names = self._intake.of(request.state.tenant).model_names
+        names = self._preparation.intake(request.state.tenant).model_names
         return json_response({"object": "list", "data": [self._model_card(name) for name in names]})
 
     async def _model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        self._intake.of(request.state.tenant).check_model(name)
+        self._preparation.intake(request.state.tenant).check_model(name)
         return json_response(self._model_card(name))
 
     def _model_card(self, name: str) -> Json:
@@ -68,7 +68,7 @@ class Status:
             "object": "model",
             "created": self._started,
             "owned_by": "penumbra",
-            "max_model_len": self._intake.context(),
+            "max_model_len": self._preparation.context(),
         }
 
     async def _liveness(self, _: Request) -> Response:

@@ -84,8 +84,18 @@ class Vocabulary:
 class Text:
     """The model's text: one tokenizer, checked at start, shared by every request. `close` ends its child process."""
 
-    def __init__(self, directory: Path, facts: ModelFacts, model_names: Sequence[str], *, thinking: bool) -> None:
-        """Raises ConfigError naming the file and what is missing from it."""
+    def __init__(
+        self,
+        directory: Path,
+        facts: ModelFacts,
+        model_names: Sequence[str],
+        *,
+        thinking: bool,
+        check_grammars: bool = True,
+    ) -> None:
+        """Without `check_grammars`, somebody else finds out whether a grammar compiles.
+
+        Raises ConfigError naming the file and what is missing from it."""
         path = directory / "tokenizer.json"
         try:
             raw = path.read_text(encoding="utf-8")
@@ -97,7 +107,7 @@ class Text:
             ) from error
         self._facts = facts
         self.eos_token_ids = frozenset(facts.eos_token_ids)
-        self._checker = GrammarChecker(directory, facts.vocab_size, facts.eos_token_ids)
+        self._checker = GrammarChecker(directory, facts.vocab_size, facts.eos_token_ids) if check_grammars else None
         self._check_specials(path)
         self._bos = self.vocabulary.added[recipe.SpecialToken.Bos.default_str()]
         self._encoding = recipe.DeepseekV4Encoding().with_tokenizer(self.tokenizer)
@@ -199,14 +209,16 @@ class Text:
         end = self.vocabulary.added[recipe.SpecialToken.ThinkingEnd.default_str()] if thinking else None
         try:
             grammar = grammar_of(kind, source, thinking_end=end, one_call=one_call)
-            self._checker.check(grammar)
+            if self._checker is not None:
+                self._checker.check(grammar)
         except InvalidRequest as error:
             what = "tools" if kind.startswith("tool") else "response_format"
             raise InvalidRequest(f"{what} can not be followed: {error}.", param=what, code="invalid_grammar") from error
         return grammar
 
     def close(self) -> None:
-        self._checker.close()
+        if self._checker is not None:
+            self._checker.close()
 
     # Ids to text
 
@@ -240,7 +252,7 @@ def _conversion_message(error: recipe.ConversionError) -> str:
 class ChatPrompt:
     """A conversation as the model gets it, and how to read what it says."""
 
-    ids: list[int] = field(repr=False)
+    ids: Sequence[int] = field(repr=False)
     request: recipe.ConversationRequest = field(repr=False)
     parsing: recipe.ParsingOptions = field(repr=False)
     demand: tuple[str, str] | None = field(repr=False)  # kind and source of what the answer must follow
@@ -263,6 +275,24 @@ class ChatPrompt:
             logprobs=options.logprobs,
             top_logprobs=options.top_logprobs or 0,
         )
+
+
+STAGES = {
+    "": None,
+    "reasoning": recipe.ThinkingInitialStage.ReasoningStart,
+    "more reasoning": recipe.ThinkingInitialStage.ReasoningContinuation,
+    "more content": recipe.ThinkingInitialStage.ContentContinuation,
+}
+"""Where reading an answer begins, which is all that it takes from the conversation before it."""
+
+
+def stage_of(parsing: recipe.ParsingOptions) -> str:
+    return next(name for name, stage in STAGES.items() if stage == parsing.thinking_initial_stage)
+
+
+def with_stage(parsing: recipe.ParsingOptions, stage: str) -> recipe.ParsingOptions:
+    parsing.thinking_initial_stage = STAGES[stage]
+    return parsing
 
 
 def _resolved(value: float | None, asked: float | None) -> float:

@@ -75,6 +75,15 @@ def pack_tokens(tokens: Sequence[int]) -> bytes:
     return b"".join(_pack(tokens[at : at + _BLOCK_TOKENS]) for at in range(0, len(tokens), _BLOCK_TOKENS))
 
 
+def token_view(packed: bytes) -> Sequence[int]:
+    """The ids that `pack_tokens` packed, each made an integer only when it is asked for."""
+    if sys.byteorder == "little":
+        return memoryview(packed).cast("I" if _UINT32 == "I" else "L")
+    unpacked = array(_UINT32, packed)
+    unpacked.byteswap()
+    return unpacked
+
+
 def _pack(tokens: Sequence[int]) -> bytes:
     packed = array(_UINT32, tokens)
     if sys.byteorder == "big":

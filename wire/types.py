@@ -6,6 +6,7 @@ place in one worker's pool. Readers and owners pair pages by position, never by 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -264,7 +265,7 @@ class StartRequest:
 
     request_id: str
     attempt: int
-    prompt: tuple[int, ...] = field(repr=False)
+    prompt: Sequence[int] = field(repr=False)
     sampling: SamplingParams
     source: WorkerRef | None
     emitted: tuple[int, ...] = ()
@@ -283,7 +284,7 @@ class RunRequest:
 
     request_id: str
     attempt: int
-    prompt: tuple[int, ...] = field(repr=False)
+    prompt: Sequence[int] = field(repr=False)
     sampling: SamplingParams
     skip: int
     secret: bytes = field(repr=False)

@@ -149,11 +149,11 @@ def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
     intake.check_model(body.model)
     intake.check_length(characters(body.messages), context)
     text = intake.text
-    prompt = text.convert(text.read(recipe.ChatCompletionRequest, body.for_recipe()))
+    prompt = intake.convert(text.read(recipe.ChatCompletionRequest, body.for_recipe()))
     options = body.options(intake.facts.vocab_size, intake.answer_tokens(prompt, context))
     options["grammar"] = text.grammar_of(prompt, one_call=body.parallel_tool_calls is False)
     sampling = prompt.sampling(options, body.temperature, body.top_p, seed=body.seed)
-    requests = intake.requests(tuple(prompt.ids), sampling, cache_salt=body.cache_salt, n=body.n)
+    requests = intake.requests(prompt.ids, sampling, cache_salt=body.cache_salt, n=body.n)
     header = Header(
         created=intake.created,
         answer_id=f"chatcmpl-{requests[0].request_id}",
@@ -191,7 +191,7 @@ class Chat(Parsed):
         choice["index"] = header.choice
         if header.return_token_ids:
             if not self._opened:
-                chunk["prompt_token_ids"] = header.prompt_ids
+                chunk["prompt_token_ids"] = list(header.prompt_ids)
             choice["token_ids"] = self.ids[self._reported :]
             self._reported = len(self.ids)
         self._opened = True
@@ -203,6 +203,6 @@ class Chat(Parsed):
         body["usage"] = self.usage().to_json() | ({"completion_tokens_details": details} if details else {})
         choice["index"] = header.choice
         if header.return_token_ids:
-            body["prompt_token_ids"] = header.prompt_ids
+            body["prompt_token_ids"] = list(header.prompt_ids)
             choice["token_ids"] = self.ids
         return body

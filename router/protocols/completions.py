@@ -64,8 +64,10 @@ def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
     body = parse_body(CompletionBody, raw)
     intake.check_model(body.model)
     vocab_size, text = intake.facts.vocab_size, intake.text
-    prompt = one_prompt(body.prompt, vocab_size)
-    if isinstance(prompt, str):
+    prompt: str | Sequence[int] = one_prompt(body.prompt, vocab_size)
+    if intake.known is not None:
+        prompt = intake.known.prompt
+    elif isinstance(prompt, str):
         intake.check_length(len(prompt), context)
         prompt = tuple(text.encode(prompt, add_special_tokens=body.add_special_tokens))
     max_tokens = fit(len(prompt), body.max_tokens, context, default=DEFAULT_MAX_TOKENS)
@@ -87,6 +89,9 @@ def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
         prompt_logprobs=asked,
     )
     tell_prompt = body.prompt_logprobs is not None
+    said = ""
+    if body.echo:
+        said = intake.known.said if intake.known is not None else text.decode(prompt, skip_special_tokens=True)
     requests = intake.requests(prompt, sampling, cache_salt=body.cache_salt, n=body.n)
     header = Header(
         created=intake.created,
@@ -104,7 +109,7 @@ def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
                     sampling,
                     body.stop or (),
                     text.vocabulary,
-                    echo=bool(body.echo),
+                    said=said if body.echo else None,
                     tell_prompt=tell_prompt,
                 ),
             )
@@ -156,12 +161,14 @@ class Completion:
         stop: Sequence[str],
         vocabulary: Vocabulary,
         *,
-        echo: bool = False,
+        said: str | None = None,
         tell_prompt: bool = False,
     ) -> None:
-        """With `echo` the answer begins with the prompt; `tell_prompt` tells its log probabilities beside it."""
+        """The answer begins with `said`, if it is to repeat its prompt; `tell_prompt` tells the prompt's log
+        probabilities beside it.
+        """
         self._header = header
-        self._echo = echo
+        self.said = said
         self._tell_prompt = tell_prompt
         self._prompt_scores: PromptScores | None = None
         self._logprobs = sampling.logprobs
@@ -183,9 +190,7 @@ class Completion:
         certain = ""
         if not self._tokens and tokens:
             self._prompt_scores = tokens[0].prompt
-            if self._echo:
-                said = [self._vocabulary.bytes_of(i) for i in self._header.prompt_ids if not self._is_special(i)]
-                certain = b"".join(said).decode(errors="replace")
+            certain = self.said or ""
         for token in tokens:
             self._tokens.append(token)
             raw = b"" if self._is_special(token.token_id) else self._vocabulary.bytes_of(token.token_id)
@@ -231,7 +236,7 @@ class Completion:
         if self._header.return_token_ids:
             choice["token_ids"] = [token.token_id for token in self._tokens[first:]]
             if first == 0:
-                choice["prompt_token_ids"] = self._header.prompt_ids
+                choice["prompt_token_ids"] = list(self._header.prompt_ids)
         return choice
 
     def _prompt_tokens(self) -> list[TokenEvent]:
@@ -260,7 +265,7 @@ class Completion:
     def _logprobs_of(self, first: int) -> Json:
         tokens = self._tokens[first:]
         begin = []
-        if self._echo and first == 0 and tokens:
+        if self.said is not None and first == 0 and tokens:
             begin = [self._header.prompt_ids[0]]
             tokens = [*self._prompt_tokens(), *tokens]
         names = [self._vocabulary.name_of(token_id) for token_id in (*begin, *(token.token_id for token in tokens))]

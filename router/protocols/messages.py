@@ -159,11 +159,11 @@ def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
     intake.check_model(body.model)
     intake.check_length(characters(body.messages), context)
     text = intake.text
-    prompt = _prompt(text, body)
+    prompt = _prompt(intake, body)
     options = body.options(intake.facts.vocab_size, intake.answer_tokens(prompt, context))
     options["grammar"] = text.grammar_of(prompt, one_call=body.one_call)
     sampling = prompt.sampling(options, body.temperature, body.top_p, seed=body.seed)
-    (request,) = intake.requests(tuple(prompt.ids), sampling, cache_salt=body.cache_salt)
+    (request,) = intake.requests(prompt.ids, sampling, cache_salt=body.cache_salt)
     header = Header(
         created=intake.created, answer_id=f"msg_{request.request_id}", model=body.model, prompt_ids=prompt.ids
     )
@@ -177,12 +177,12 @@ def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
 def count_tokens(intake: Intake, raw: bytes, context: int) -> Json:
     body = parse_body(CountTokensBody, raw)
     intake.check_model(body.model)
-    return {"input_tokens": len(_prompt(intake.text, body).ids)}
+    return {"input_tokens": len(_prompt(intake, body).ids)}
 
 
-def _prompt(text: Text, body: CountTokensBody) -> ChatPrompt:
-    request = text.read(recipe.MessagesRequest, body.for_recipe())
-    return text.convert(request, call_required=body.call_required, schema=body.answer_schema)
+def _prompt(intake: Intake, body: CountTokensBody) -> ChatPrompt:
+    request = intake.text.read(recipe.MessagesRequest, body.for_recipe())
+    return intake.convert(request, call_required=body.call_required, schema=body.answer_schema)
 
 
 def _checked(message: Json, where: str) -> Json:

@@ -9,7 +9,7 @@ from typing import Any
 import deepseek_recipe as recipe
 
 from router.answers import Header, Json, Usage
-from router.text import ChatPrompt, Text
+from router.text import ChatPrompt, Text, stage_of
 from wire.types import FinishReason, TokenEvent
 
 Whole = recipe.ChatCompletionResponse | recipe.ResponsesResponse | recipe.MessagesResponse
@@ -25,6 +25,7 @@ class Parsed:
         self.header = header
         self._eos = text.eos_token_ids
         self._logprobs = prompt.request.inference_options.logprobs
+        self.stage = stage_of(prompt.parsing)
         self._processor = recipe.StreamProcessor(generator, prompt.parsing, text.tokenizer)
         self._whole = whole
         self._prompt_usage = Usage(prompt_tokens=len(prompt.ids), completion_tokens=0, cached_tokens=0)

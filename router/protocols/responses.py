@@ -142,16 +142,18 @@ def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
     text = intake.text
     request = text.read(recipe.ResponsesRequest, body.for_recipe())
     echo, names = request.echo(), text.namespaces(request)
-    prompt = text.convert(request)
+    prompt = intake.convert(request)
     options = body.options(intake.facts.vocab_size, intake.answer_tokens(prompt, context))
     options["grammar"] = text.grammar_of(prompt, one_call=body.parallel_tool_calls is False)
     sampling = prompt.sampling(options, body.temperature, body.top_p, seed=body.seed)
-    (relayed,) = intake.requests(tuple(prompt.ids), sampling, cache_salt=body.cache_salt)
+    (relayed,) = intake.requests(prompt.ids, sampling, cache_salt=body.cache_salt)
     header = Header(
         created=intake.created, answer_id=f"resp_{relayed.request_id}", model=body.model, prompt_ids=prompt.ids
     )
     generator = recipe.ResponsesRequest.chunk_generator(prompt.request, header.answer_id, header.model)
     answer = ResponseItems(header, prompt, text, generator.with_namespace_tool_map(names).with_echo(echo), body)
+    if intake.known is not None and body.instructions is not None:
+        answer.asked["instructions"] = intake.known.instructions
     return Prepared(choices=((relayed, answer),), stream=bool(body.stream), return_timeline=bool(body.return_timeline))
 
 
@@ -194,9 +196,9 @@ class ResponseItems(Parsed):
             recipe.ResponsesResponse(header.answer_id, header.model, header.created, 0, 0),
         )
         # What was asked, where deepseek-recipe reports what it takes for granted.
-        self._asked: Json = {"created_at": header.created, "metadata": body.metadata or {}}
+        self.asked: Json = {"created_at": header.created, "metadata": body.metadata or {}}
         if body.parallel_tool_calls is not None:
-            self._asked["parallel_tool_calls"] = body.parallel_tool_calls
+            self.asked["parallel_tool_calls"] = body.parallel_tool_calls
 
     def shape(self, chunk: Json) -> Json:
         if "response" in chunk:
@@ -204,7 +206,7 @@ class ResponseItems(Parsed):
         return chunk
 
     def shape_whole(self, body: Json) -> Json:
-        body |= self._asked
+        body |= self.asked
         if (parsed := body.get("usage")) is not None:
             usage = self.usage()
             body["usage"] = parsed | {

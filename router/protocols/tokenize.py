@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import deepseek_recipe as recipe
 from pydantic import Field, model_validator
 
@@ -41,7 +43,7 @@ def tokenize(intake: Intake, raw: bytes, context: int) -> Json:
     body = parse_body(TokenizeBody, raw)
     intake.check_model(body.model)
     if body.prompt is not None:
-        ids = intake.text.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+        ids: Sequence[int] = intake.text.encode(body.prompt, add_special_tokens=body.add_special_tokens)
     else:
         request = intake.text.read(recipe.ChatCompletionRequest, body.for_recipe(intake.model_names[0]))
         ids = intake.text.convert(request).ids
