@@ -35,13 +35,16 @@ class Turn:
 
     def __init__(self, admission: Admission, request_id: str) -> None:
         self._admission, self._request_id = admission, request_id
+        self._computed = False
 
     def placed(self) -> None:
         self._admission.tell(Placed(self._request_id))
 
     def computed(self) -> None:
         """The first token is here. Idempotent."""
-        self._admission.tell(Computed(self._request_id))
+        if not self._computed:
+            self._computed = True
+            self._admission.tell(Computed(self._request_id))
 
 
 class Admission:

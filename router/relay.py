@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
@@ -166,8 +166,7 @@ class NotPlaced:
     error: PenumbraError
 
 
-@dataclass(frozen=True, slots=True)
-class Said:
+class Said(NamedTuple):
     """A worker's message on one of the attempt's two streams."""
 
     attempt: int
@@ -340,6 +339,10 @@ class RelayCore:
         if self.done:
             return []
         match event:
+            case Said(attempt, role, said):
+                if attempt != self._attempt:
+                    return []
+                return self._decode_said(now, said) if role is Role.DECODE else self._prefill_said(now, said)
             case Begun():
                 self._attempt = 1
                 return [Place(1, 0.0, frozenset())]
@@ -358,8 +361,6 @@ class RelayCore:
                 if self._emitted and error.retryable and now < self._place_until and self._place_again is not None:
                     return [replace(self._place_again, pause_s=PLACE_AGAIN_S)]
                 return self._end(Fail(error))
-            case Said(_, role, said):
-                return self._decode_said(now, said) if role is Role.DECODE else self._prefill_said(now, said)
             case Leaving():
                 if self._drains >= MAX_DRAINS or self._placement is None:
                     return []
@@ -375,6 +376,8 @@ class RelayCore:
 
     def _decode_said(self, now: float, said: StartEvent | RunEvent) -> list[RelayAction]:
         match said:
+            case Tokens() if self._admitted:
+                return [*self._release(), *self._tokens(now, said)]
             case Admitted() if not self._admitted and self._placement is not None:
                 if said.resident_prefix > len(self._request.prompt):
                     return self._lied(now, f"to hold {said.resident_prefix} tokens of {len(self._request.prompt)}")
@@ -398,8 +401,6 @@ class RelayCore:
                     self._replaying_since = now
                 self._wait(now, self._limits.prefill_silence_s, Role.DECODE, "The decode worker replayed nothing")
                 return self._release()
-            case Tokens() if self._admitted:
-                return [*self._release(), *self._tokens(now, said)]
             case Finished() if self._emitted:
                 return self._finished(now, said)
             case Failed():
@@ -433,14 +434,16 @@ class RelayCore:
     def _tokens(self, now: float, said: Tokens) -> list[RelayAction]:
         if said.attempt != self._attempt:
             return []  # replayed by a worker for an attempt we gave up
-        fresh = tuple(token for token in said.tokens if token.index >= len(self._emitted))
+        fresh = said.tokens
+        if fresh[0].index < len(self._emitted):
+            fresh = tuple(token for token in fresh if token.index >= len(self._emitted))
         for index, token in enumerate(fresh, start=len(self._emitted)):
             if token.index != index:
                 return self._lied(now, f"token {token.index} where {index} was due")
             if index >= self._request.sampling.max_tokens:
                 return self._lied(now, f"more than the {self._request.sampling.max_tokens} tokens asked for")
-            if token.token_id >= self._request.vocab_size or not all(
-                0 <= other < self._request.vocab_size for other, _ in token.top
+            if token.token_id >= self._request.vocab_size or (
+                token.top and not all(0 <= other < self._request.vocab_size for other, _ in token.top)
             ):
                 return self._lied(now, f"a token id outside the vocabulary of {self._request.vocab_size}")
             if not math.isfinite(token.logprob):
@@ -764,6 +767,9 @@ class _Shell:
     def _carry_out(self, actions: list[RelayAction]) -> None:
         for action in actions:
             match action:
+                case Deliver(tokens):
+                    self._feed.cached_tokens = self._core.cached_tokens
+                    self._feed.put(tokens)
                 case Place(attempt, pause_s, avoid, held):
                     if pause_s:
                         self._placing = self._tasks.create_task(self._place_later(action))
@@ -787,9 +793,6 @@ class _Shell:
                         kept.drop_decode()
                 case Retry(attempt, error):
                     self._on_retry(attempt, error)
-                case Deliver(tokens):
-                    self._feed.cached_tokens = self._core.cached_tokens
-                    self._feed.put(tokens)
                 case Moved():
                     self._on_moved(action)
                 case Complete(finished):

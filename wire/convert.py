@@ -211,12 +211,13 @@ def token_to_wire(token: TokenEvent) -> kv_pb2.Token:
 
 
 def token_from_wire(message: kv_pb2.Token) -> TokenEvent:
-    # -inf is a legal logprob (a token the grammar or top-p ruled out); NaN never is.
-    logprob, top = message.logprob, tuple([(entry.id, entry.logprob) for entry in message.top])
-    if math.isnan(logprob) or (top and any(math.isnan(other) for _, other in top)):
-        _refuse("logprob", f"token {message.index} carries NaN")
+    # -inf is a legal logprob (a token the grammar or top-p ruled out); NaN, which is not itself, never is.
+    index, logprob, entries = message.index, message.logprob, message.top
+    top = tuple([(entry.id, entry.logprob) for entry in entries]) if entries else ()
+    if logprob != logprob or (top and any(math.isnan(other) for _, other in top)):
+        _refuse("logprob", f"token {index} carries NaN")
     prompt = _prompt_scores(message.prompt) if message.HasField("prompt") else None
-    return TokenEvent(index=message.index, token_id=message.id, logprob=logprob, top=top, prompt=prompt)
+    return TokenEvent(index=index, token_id=message.id, logprob=logprob, top=top, prompt=prompt)
 
 
 def _prompt_scores(message: kv_pb2.PromptScores) -> PromptScores:
@@ -558,6 +559,8 @@ def start_event_to_wire(event: StartEvent) -> worker_pb2.StartEvent:
 
 def start_event_from_wire(message: worker_pb2.StartEvent) -> StartEvent:
     match message.WhichOneof("event"):
+        case "tokens":  # the one that comes often
+            return _tokens_from_wire(message.tokens)
         case "admitted":
             return Admitted(
                 resident_prefix=_page_aligned("resident_prefix", message.admitted.resident_prefix),
@@ -570,8 +573,6 @@ def start_event_from_wire(message: worker_pb2.StartEvent) -> StartEvent:
             if replaying.done > replaying.total:
                 _refuse("replaying", f"{replaying.done} done of {replaying.total}")
             return Replaying(done=replaying.done, total=replaying.total)
-        case "tokens":
-            return _tokens_from_wire(message.tokens)
         case "finished":
             return _finished_from_wire(message.finished)
         case "progress":
@@ -585,12 +586,12 @@ def start_event_from_wire(message: worker_pb2.StartEvent) -> StartEvent:
 
 
 def _tokens_from_wire(message: worker_pb2.Tokens) -> Tokens:
-    tokens = tuple(token_from_wire(token) for token in message.tokens)
+    tokens = tuple([token_from_wire(token) for token in message.tokens])
     if not tokens:
         _refuse("tokens", "a Tokens event must carry at least one token")
-    first = tokens[0].index
-    if any(token.index != first + i for i, token in enumerate(tokens)):
-        _refuse("tokens", f"indices {[token.index for token in tokens]} are not consecutive")
+    for index, token in enumerate(tokens, start=tokens[0].index):
+        if token.index != index:
+            _refuse("tokens", f"indices {[token.index for token in tokens]} are not consecutive")
     times = first_token_times_from_wire(message.times) if message.HasField("times") else None
     return Tokens(attempt=message.attempt, tokens=tokens, times=times)
 

@@ -131,6 +131,8 @@ class StopStrings:
 
     def push(self, text: str) -> tuple[str, bool]:
         """(text that is certain, whether a stop string matched); the match itself and what follows is dropped."""
+        if not self._stops:
+            return text, False
         self._held += text
         found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
