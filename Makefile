@@ -14,12 +14,13 @@ need_python = $(if $(PYTHON),,$(error Penumbra needs Python 3.11 or newer and no
 # One thread per process in tests: two cores are shared by whole clusters.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install install-dev up test test-gpu test-long lint format stubs chaos bench bench-900k sbom clean
+.PHONY: help install install-dev up test test-gpu test-long lint format stubs chaos bench bench-900k loadtest sbom clean
 
 help:
 	@echo 'make up [ARGS="--prefill 2 --decode 2"]   install, then serve http://127.0.0.1:8000; Ctrl-C stops it'
 	@echo 'make test                                 install, then lint, types and every test that needs no GPU'
 	@echo 'make install [EXTRAS="gpu ray"]           the step both share; does nothing when nothing changed'
+	@echo 'make loadtest [SCENARIO=smoke]             a load test on a cluster of its own, and a report with pictures'
 	@echo 'make test-long | lint | format | stubs | bench | bench-900k | clean'
 
 install:
@@ -71,6 +72,12 @@ bench: install-dev
 # An hour of two cores: not part of `bench`.
 bench-900k: install-dev
 	$(BIN)/penumbra bench 900k
+
+# A minute with `smoke`; the report lies in build/loadtest/, its row in bench/results/loadtest.csv.
+SCENARIO ?= smoke
+loadtest:
+	@$(need_python)$(PYTHON) deploy/install.py load
+	$(BIN)/penumbra loadtest run $(SCENARIO) $(ARGS)
 
 # What an image installs, into build/images/, and its CycloneDX SBOM.
 sbom: install-dev

@@ -1,7 +1,8 @@
 """`penumbra`: every command, its flags, and how it ends.
 
-Flags that several commands have are in cli/flags.py, the benchmarks in cli/bench.py. What a command needs is imported
-when it runs, so that `penumbra --help` costs no torch. Errors a user can mend end in one line and exit code 78.
+Flags that several commands have are in cli/flags.py, benchmarks in cli/bench.py, load tests in cli/loadtest.py. What a
+command needs is imported when it runs, so that `penumbra --help` costs no torch. Errors a user can mend end in one line
+and exit code 78.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from cli import bench
+from cli import bench, loadtest
 from cli.flags import (
     AdvertiseHost,
     ApiKey,
@@ -70,6 +71,7 @@ config_app = typer.Typer(no_args_is_help=True, help="What the flags, the environ
 app.add_typer(model_app, name="model")
 app.add_typer(config_app, name="config")
 app.add_typer(bench.app, name="bench")
+app.add_typer(loadtest.app, name="loadtest")
 
 # The cluster on this machine.
 
@@ -316,9 +318,23 @@ def chaos(
     prefill: Annotated[int, flag("prefill", "Prefill workers.", min=1)] = 2,
     decode: Annotated[int, flag("decode", "Decode workers.", min=1)] = 2,
     clients: Annotated[int, flag("clients", "Answers asked for at once meanwhile.", min=1)] = 16,
+    strike: Annotated[
+        str | None, flag("strike", "Do this one thing to the running --cluster instead, such as decode-killed.")
+    ] = None,
+    cluster: Cluster = "default",
+    home: Home = None,
     config: ConfigFile = None,
 ) -> int:
-    """Break a cluster of its own in every known way, compare its answers, and write docs/faults.md. From a checkout."""
+    """Break a cluster of its own in every known way, compare its answers, and write docs/faults.md. From a checkout.
+
+    With --strike, break a running cluster once, for a load test or an operator who wants to see it heal.
+    """
+    if strike is not None:
+        from chaos.strike import do
+        from deploy import local
+
+        print(do(strike, local.cluster_folder(home, cluster)))
+        return 0
     from chaos.run import run
 
     return run(only=only or (), streams=streams, steady_s=steady_s, prefill=prefill, decode=decode, clients=clients)
