@@ -65,6 +65,7 @@ def _run(scenario: Scenario, given: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     runner, over = start(environment, run)
     if given.web_port is not None:
+        del sys.argv[1:]  # Locust's page reads them as its own
         environment.create_web_ui("127.0.0.1", given.web_port)
         print(f"Locust's page: http://127.0.0.1:{given.web_port}", flush=True)
     with showing(scenario, run):
