@@ -193,7 +193,7 @@ def _over_time(record: Record) -> Plot:
 
     def draw(axes: Axes) -> None:
         for name in names:
-            points = [(one.due_s, one.ttft_ms) for one in seen if one.traffic == name]
+            points = [(one.due_s, one.ttft_ms or 0.0) for one in seen if one.traffic == name]
             if points:
                 axes.scatter(*_columns(points), 10, alpha=0.6, label=name)
         for strike in record.strikes:
