@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from cli import bench, loadtest
+from cli import bench, loadtest, training
 from cli.flags import (
     AdvertiseHost,
     ApiKey,
@@ -72,6 +72,8 @@ app.add_typer(model_app, name="model")
 app.add_typer(config_app, name="config")
 app.add_typer(bench.app, name="bench")
 app.add_typer(loadtest.app, name="loadtest")
+app.command("train")(training.train)
+model_app.command("export")(training.export_run)
 
 # The cluster on this machine.
 

@@ -24,7 +24,7 @@ from training.corpora import Corpus, read_corpus
 from training.tokenizer import train_tokenizer
 from wire.errors import ConfigError
 
-TASK_TEXTS = 4000
+TASK_TEXTS = 500
 """Documents of each kind that the tokenizer learns from, beside the corpora."""
 NEEDLE_FACTS = 8
 

@@ -23,6 +23,7 @@ from training.initial import initial_model
 from training.model import Numerics, Transformer
 from training.optim import Optimisers, rate_factor
 from training.state import load_state, save_state, states
+from wire.errors import ConfigError, PenumbraError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -189,9 +190,12 @@ def train(
 ) -> Trainer:
     """Train from the run's last checkpoint, or from the beginning, to its end or to step `until`.
 
-    Raises CheckpointError when the directory holds another run.
+    Raises CheckpointError when the directory holds another run, ConfigError for a GPU that is not there, and
+    PenumbraError when the loss is no number any more.
     """
     group = group or Group()
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError('device is "cuda", but torch finds no GPU. Set device = "cpu", or install the CUDA build.')
     torch.set_num_threads(config.threads)
     run.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(config, initial_model(config.model.config(), config.seed, config.device), group)
@@ -208,7 +212,10 @@ def train(
         logged = (trainer.step + 1) % config.log_steps == 0 or trainer.step + 1 == last
         metrics = trainer.take(next(batches), observe=logged)
         if not math.isfinite(metrics.loss):
-            raise ArithmeticError(f"the loss is {metrics.loss} at step {metrics.step}; lower optimiser rates.")
+            raise PenumbraError(
+                f"the loss is {metrics.loss} at step {metrics.step}, and no later step would mend it. Lower the rates "
+                f"under [optimiser] and go on from the checkpoint before it in {run}."
+            )
         if log is not None:
             report(metrics)
             if logged:

@@ -495,11 +495,13 @@ def _scores(q: Tensor, weights: Tensor, keys: Tensor, blocks: int, closed: Tenso
 
 
 def _top(scores: Tensor, closed: Tensor, k: int) -> Tensor:
-    """[..., R] bool: the k best closed rows, or all of them."""
+    """[..., R] bool: the k best closed rows, or all of them; of equal scores the lower rows, as the engine chooses."""
     if scores.shape[-1] <= k:
         return closed
-    best = scores.topk(k, dim=-1).indices
-    return torch.zeros_like(closed).scatter(-1, best, True) & closed
+    last = scores.topk(k, dim=-1).values[..., -1:]
+    above, equal = scores > last, scores == last
+    room = k - above.sum(-1, keepdim=True)
+    return (above | (equal & (equal.cumsum(-1) <= room))) & closed
 
 
 def _divergence(attention: Tensor, scores: Tensor, allowed: Tensor, real: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,30 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.training.toy import CONFIG, toy_texts
+from tests.training.toy import CONFIG, Run
 from training.data import Texts
-from training.loop import Metrics, Trainer, train
+from training.loop import train
 from training.state import states
 from wire.errors import CheckpointError
 
-
-@pytest.fixture(scope="module")
-def texts() -> Texts:
-    return toy_texts()
-
-
-@dataclass(frozen=True)
-class Run:
-    directory: Path
-    trainer: Trainer
-    seen: list[Metrics]
-
-
-@pytest.fixture(scope="module")
-def fifty_steps(texts: Texts, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A whole run with the rounding of a real one: 30 steps of dense warm-up, then 20 sparse."""
-    directory, seen = tmp_path_factory.mktemp("fifty") / "run", list[Metrics]()
-    return Run(directory, train(CONFIG, directory, texts=texts, report=seen.append), seen)
+pytestmark = pytest.mark.timeout(600)  # the run they look at takes seconds on a quiet machine
 
 
 def test_fifty_steps_bring_the_losses_down(fifty_steps: Run) -> None:

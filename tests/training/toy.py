@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from training import tasks
 from training.config import Data, ModelShape, Optimiser, Stage, TrainConfig
 from training.corpora import Corpus
 from training.data import Texts
+from training.loop import Metrics, Trainer
 from training.tokenizer import train_tokenizer
 
 SHAPE = ModelShape(
@@ -20,6 +22,7 @@ SHAPE = ModelShape(
     rope_dim=8,
     q_lora_rank=32,
     o_lora_rank=16,
+    index_heads=32,  # with few, many scores are exactly 0, and others break the tie otherwise
     index_head_dim=16,
     index_topk=16,
     experts=4,
@@ -48,3 +51,10 @@ def toy_texts() -> Texts:
 
 def toy(**changes: object) -> TrainConfig:
     return replace(CONFIG, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Run:
+    directory: Path
+    trainer: Trainer
+    seen: list[Metrics]
