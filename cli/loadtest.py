@@ -69,7 +69,6 @@ def run_scenario(
     folder = out or Path("build") / "loadtest" / wanted.name
     words = ["--out", str(folder), "--rate-scale", str(rate_scale), "--length-scale", str(length_scale)]
     words += ["--model", model] if model else []
-    words += [f"--tenant-key={pair}" for pair in tenant_keys.split(",") if pair]
     words += ["--duration-s", str(duration_s)] if duration_s is not None else []
     words += ["--web-port", str(web_port)] if web_port is not None else []
     with _target(wanted, url, cluster, home) as target:
@@ -80,7 +79,7 @@ def run_scenario(
         about = {"commit": commit(), "machine": machine(), "load": str(load_1m())} | target.about
         words += [f"--about={name}={value}" for name, value in about.items()]
         # A key on the command line would be seen by everybody on the machine.
-        environment = {**os.environ, **({"PENUMBRA_API_KEY": api_key} if api_key else {})}
+        environment = {**os.environ, "PENUMBRA_API_KEY": api_key or "", "PENUMBRA_TENANT_KEYS": tenant_keys}
         code = _measured([sys.executable, "-m", "loadtest", scenario, *words], environment)
     if save and code not in (UNUSABLE, 130):
         _keep_row(folder)

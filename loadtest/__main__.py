@@ -2,6 +2,9 @@
 
 Exit code 0: all as it should be; 1: a request failed, an answer differs or pages are held; 4: measuring was saturated;
 78: the scenario or the server can not be used. Everything is written to the folder --out: report.html and record.json.
+
+Keys come in the environment, since everybody on a machine sees its command lines: PENUMBRA_API_KEY, and for the
+scenario's tenants PENUMBRA_TENANT_KEYS, such as a=KEY,b=KEY.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ def main(words: list[str]) -> int:
 
 
 def _run(scenario: Scenario, given: argparse.Namespace) -> int:
-    keys = {"": given.api_key or os.environ.get("PENUMBRA_API_KEY", "")} | _pairs("--tenant-key", given.tenant_key)
+    tenants = [pair for pair in os.environ.get("PENUMBRA_TENANT_KEYS", "").split(",") if pair]
+    keys = {"": os.environ.get("PENUMBRA_API_KEY", "")} | _pairs("PENUMBRA_TENANT_KEYS", tenants)
     server = Server(given.url, {name: key for name, key in keys.items() if key}, given.model)
     server.meet()
     longest = max(traffic.longest_tokens for traffic in scenario.traffic)
@@ -68,8 +72,14 @@ def _run(scenario: Scenario, given: argparse.Namespace) -> int:
         del sys.argv[1:]  # Locust's page reads them as its own
         environment.create_web_ui("127.0.0.1", given.web_port)
         print(f"Locust's page: http://127.0.0.1:{given.web_port}", flush=True)
-    with showing(scenario, run):
-        over.get()
+    try:
+        with showing(scenario, run):
+            over.get()
+    except KeyboardInterrupt:
+        run.record.about["interrupted"] = f"after {run.clock():.0f} s"
+        runner.quit()
+        _keep(run.record, out)
+        raise
     summary = _keep(run.record, out)
     if given.web_port is not None:
         print("Ctrl-C ends Locust's page", flush=True)
@@ -108,8 +118,6 @@ def _parser() -> argparse.ArgumentParser:
     add("scenario", help="a TOML file, or the name of a shipped scenario")
     add("--url", required=True, help="the server, such as http://127.0.0.1:8000")
     add("--model", default="", help="its model; else the first it names")
-    add("--api-key", default="", help="key to show it; else $PENUMBRA_API_KEY")
-    add("--tenant-key", action="append", default=[], metavar="TENANT=KEY", help="key of one of the scenario's tenants")
     add("--out", default="", help="folder for the report; else build/loadtest/<scenario>")
     add("--rate-scale", type=float, default=1.0, help="all arrivals so many times as often")
     add("--length-scale", type=float, default=1.0, help="all prompts so many times as long")

@@ -74,36 +74,41 @@ class Run:
         self._began = time.monotonic()
         self._over = {traffic.name: Event() for traffic in scenario.traffic}
         self._asking = Group()
-        self._lag_ms, self._cpu_s = array("d"), 0.0
+        self._lag_ms = array("d")
 
     def clock(self) -> float:
         """Seconds since the run's start."""
         return time.monotonic() - self._began
 
     def play(self) -> None:
-        """Ask everything, wait for the answers, and look at what the server still holds."""
+        """Ask everything, wait for the answers, and look at what the server still holds. Killed in the middle, it has
+        recorded what there was until then.
+        """
         self._began, cpu = time.monotonic(), time.process_time()
         beside = [gevent.spawn(self._ring), gevent.spawn(self.watch.run, self.scenario.watch_s)]
         beside += [gevent.spawn(self._do, fault.at_s, fault.strike) for fault in self.scenario.faults]
+        arriving = [gevent.spawn(self._arrive, traffic) for traffic in self.scenario.traffic]
         try:
-            arriving = [gevent.spawn(self._arrive, traffic) for traffic in self.scenario.traffic]
             gevent.joinall(arriving, raise_error=True)
             self._asking.join(timeout=self._left_s())
-            for greenlet in list(self._asking):
-                greenlet.kill()  # what is still open is told as unfinished
-            self.record.seconds = self.clock()
-            self._cpu_s = time.process_time() - cpu
         finally:
+            gevent.killall(arriving)
+            self._asking.kill()  # what is still open is told as unfinished
             gevent.killall(beside)
-        self.record.samples = self.watch.samples
+            self._conclude(time.process_time() - cpu)
         self.record.pages_balanced, self.record.pages = self.watch.balance()
-        judge(self.record.outcomes)
-        self.record.own = Own(
+
+    def _conclude(self, cpu_s: float) -> None:
+        record = self.record
+        record.seconds = self.clock()
+        record.samples = self.watch.samples
+        judge(record.outcomes)
+        record.own = Own(
             events=self.server.costs.events,
             overhead_us=quantiles(self.server.costs.overhead_us),
-            late_ms=quantiles([(one.sent_s - one.due_s) * 1e3 for one in self.record.outcomes if one.sent_s]),
+            late_ms=quantiles([(one.sent_s - one.due_s) * 1e3 for one in record.outcomes if one.sent_s]),
             lag_ms=quantiles(self._lag_ms),
-            cpu_share=round(self._cpu_s / max(self.record.seconds, 1e-9), 4),
+            cpu_share=round(cpu_s / max(record.seconds, 1e-9), 4),
         )
 
     def _left_s(self) -> float:

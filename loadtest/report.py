@@ -79,6 +79,8 @@ def verdicts(record: Record, summary: Summary) -> list[tuple[str, str]]:
     """What the run came to, in sentences: ("good" | "bad" | "plain", sentence)."""
     checks, everything = summary.checks, summary.all
     told = []
+    if "interrupted" in record.about:
+        told.append(("bad", f"Interrupted {record.about['interrupted']}: what was open then is told as unfinished."))
     if everything.refused and record.scenario.refusals_fit:
         told.append(("plain", f"{everything.refused} of {everything.sent} requests were refused, as too many at once."))
     if summary.failed:
@@ -127,7 +129,7 @@ def verdicts(record: Record, summary: Summary) -> list[tuple[str, str]]:
     told.append(
         (
             "plain",
-            f"Measuring: {cost}; sent {own.late_ms.get('0.99', 0.0):.1f} ms late at most (p99); a timer rang "
+            f"Measuring: {cost}; requests were sent {own.late_ms.get('0.99', 0.0):.1f} ms late (p99); a timer rang "
             f"{own.lag_ms.get('0.99', 0.0):.1f} ms late (p99); {own.cpu_share:.1%} of a core.",
         )
     )

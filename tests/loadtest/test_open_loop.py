@@ -50,12 +50,12 @@ cancel = { share = 0, after_s = 1 }
 """
 
 
-def run(tmp_path: Path, server: Stalling, scenario: str, *more: str) -> subprocess.Popen[str]:
+def run(tmp_path: Path, server: Stalling, scenario: str, *more: str, **env: str) -> subprocess.Popen[str]:
     (tmp_path / "stall.toml").write_text(scenario)
     words = [sys.executable, "-m", "loadtest", str(tmp_path / "stall.toml"), "--url", server.url, *more]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PENUMBRA_")}
     return subprocess.Popen(
-        [*words, "--out", str(tmp_path)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [*words, "--out", str(tmp_path)], cwd=ROOT, env=environment | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True,
     )  # fmt: skip
 
@@ -78,7 +78,7 @@ def test_a_server_that_stalls_is_sent_all_that_is_due_and_every_wait_counts_from
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with stalling() as server:
-        process = run(tmp_path, server, SCENARIO, "--web-port", str(port), "--tenant-key", "blue=its-key")
+        process = run(tmp_path, server, SCENARIO, "--web-port", str(port), PENUMBRA_TENANT_KEYS="blue=its-key")
         try:
             (tmp_path / "plan.toml").write_text(SCENARIO)
             scenario = load(str(tmp_path / "plan.toml"))
@@ -164,3 +164,17 @@ def test_a_server_that_is_not_there_ends_in_one_line(tmp_path):
     assert done.returncode == 78
     assert done.stderr.startswith("error: http://127.0.0.1:")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_run_that_is_interrupted_reports_what_there_was_until_then(tmp_path):
+    with stalling() as server:
+        process = run(tmp_path, server, SCENARIO)
+        server.wait_for(6)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    record = Record.load(tmp_path)
+    assert len(record.outcomes) >= 6
+    assert {one.error for one in record.outcomes} == {"unfinished"}
+    assert "interrupted" in record.about
+    assert (tmp_path / "report.html").exists()
