@@ -52,12 +52,10 @@ cancel = { share = 0, after_s = 1 }
 
 def run(tmp_path: Path, server: Stalling, scenario: str, *more: str, **env: str) -> subprocess.Popen[str]:
     (tmp_path / "stall.toml").write_text(scenario)
-    words = [sys.executable, "-m", "loadtest", str(tmp_path / "stall.toml"), "--url", server.url, *more]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PENUMBRA_")}
-    return subprocess.Popen(
-        [*words, "--out", str(tmp_path)], cwd=ROOT, env=environment | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True,
-    )  # fmt: skip
+    words = [str(tmp_path / "stall.toml"), "--url", server.url, "--out", str(tmp_path), *more]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PENUMBRA_")} | env
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen([sys.executable, "-m", "loadtest", *words], cwd=ROOT, env=environment, text=True, **pipes)
 
 
 def locust_tells(url: str, of: tuple[str, str], count: int) -> dict[str, Any]:
