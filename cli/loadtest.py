@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.flags import ApiKey, Cluster, ConfigFile, Home, RouterUrl
+from cli.flags import ApiKey, Cluster, ConfigFile, Home, RouterUrl, ServedName
 from cli.settings import flag
 from wire.errors import ConfigError
 
@@ -38,7 +38,7 @@ RANDOM_WEIGHTS = "random (the bundled model): no answer can name a needle by und
 def run_scenario(
     scenario: Annotated[str, typer.Argument(help="A TOML file, or a scenario that comes along.")] = "smoke",
     url: RouterUrl = None,
-    model: Annotated[str, flag("model", "The server's model; else the first it names.")] = "",
+    served_model_name: ServedName = None,
     api_key: ApiKey = None,
     tenant_keys: Annotated[
         str, flag("tenant-keys", "Keys of the scenario's tenants, such as a=KEY,b=KEY; else they show --api-key.")
@@ -68,7 +68,7 @@ def run_scenario(
         raise ConfigError(str(error)) from error
     folder = out or Path("build") / "loadtest" / wanted.name
     words = ["--out", str(folder), "--rate-scale", str(rate_scale), "--length-scale", str(length_scale)]
-    words += ["--model", model] if model else []
+    words += ["--model", served_model_name] if served_model_name else []
     words += ["--duration-s", str(duration_s)] if duration_s is not None else []
     words += ["--web-port", str(web_port)] if web_port is not None else []
     with _target(wanted, url, cluster, home) as target:
