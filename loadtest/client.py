@@ -139,7 +139,9 @@ class Server:
         models = self.get("/v1/models").get("data") or []
         known = {str(one.get("id")): one for one in models}
         if not known or (self.model and self.model not in known):
-            raise Unanswered(f"{self.url} serves {', '.join(known) or 'no model'} and not '{self.model}'; name one that it serves.")
+            raise Unanswered(
+                f"{self.url} serves {', '.join(known) or 'no model'}, not '{self.model}'; name what it serves."
+            )
         self.model = self.model or next(iter(known))
         one = known[self.model]
         self.is_penumbra = one.get("owned_by") == "penumbra"

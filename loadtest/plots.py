@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 from loadtest.record import Record
@@ -86,7 +87,7 @@ def of_two(names: Sequence[str], summaries: Sequence[Summary], records: Sequence
                 if found:
                     axes.step(found, [(n + 1) / len(found) for n in range(len(found))], where="post", label=name)
             _labels(axes, label, "share of requests")
-            axes.set_xscale("log")
+            _log(axes.xaxis, axes.set_xscale)
 
         return draw
 
@@ -232,6 +233,7 @@ def _transfers(record: Record) -> Plot:
             spans = [max(b.at_s - a.at_s, 1e-9) for a, b in itertools.pairwise(mine)]
             rates = [size / span / 1e6 for size, span in zip(moved, spans, strict=True)]
             axes.step([b.at_s for b in mine[1:]], rates, where="pre", label=f"{worker}: {sum(moved) / 1e6:,.1f} MB")
+        axes.set_ylim(bottom=0)
         _labels(axes, "seconds into the run", "pages read, MB/s")
 
     nothing = "This server does not tell what pages it moves."
@@ -244,6 +246,7 @@ def _errors(summary: Summary) -> Plot:
         counts = [count for _, count in summary.errors][::-1]
         for k, count in enumerate(axes.barh(kinds, counts, 0.6, color=HUES[3])):
             axes.annotate(f" {counts[k]}", (count.get_width(), k), va="center")
+        axes.set_ylim(-0.6, max(4, len(kinds)) - 0.4)
         axes.set_xlabel("requests")
 
     return _plot("errors", "Errors by kind", "Requests that failed.", summary.errors and draw, "No request failed.")
@@ -272,11 +275,19 @@ def _labels(axes: Axes, x: str, y: str, *, log: bool = False, outside: bool = Fa
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     if log:
-        axes.set_yscale("log")
+        _log(axes.yaxis, axes.set_yscale)
     if outside:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
     else:
         axes.legend(fontsize=8)
+
+
+def _log(axis: Axis, set_scale: Callable[[str], None]) -> None:
+    """A scale on which a doubling looks the same everywhere, with plain numbers on it; not for less than a decade."""
+    low, high = axis.get_data_interval()
+    if low > 0 and high >= 10 * low:
+        set_scale("log")
+        axis.set_major_formatter(lambda value, _: f"{value:,g}")
 
 
 def _short(tokens: int) -> str:
