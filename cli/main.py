@@ -299,9 +299,8 @@ def scale(
     if on == "kubernetes":
         from deploy import kubernetes
 
-        kubernetes.Release(kubernetes.connect(kube_context), release=release, namespace=namespace).scale(
-            counts, timeout_s=timeout_s
-        )
+        with kubernetes.connected(kubernetes.find_client(kube_context)) as client:
+            kubernetes.Release(client, release=release, namespace=namespace).scale(counts, timeout_s=timeout_s)
     else:
         if unknown := sorted(set(counts) - {"prefill", "decode"}):
             raise typer.BadParameter(f"a cluster on this machine has no pool {unknown[0]}, only prefill and decode")

@@ -7,7 +7,8 @@ SIGTERM and a grace period longer than a worker needs to hand over what it runs,
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +125,17 @@ class Release:
         return items
 
 
-def connect(context: str | None) -> Any:
+@contextmanager
+def connected(client: Any) -> Iterator[Any]:
+    """The client for the length of the block. Closing it is not enough: its connections would stay open."""
+    try:
+        yield client
+    finally:
+        client.rest_client.pool_manager.clear()
+        client.close()
+
+
+def find_client(context: str | None) -> Any:
     """An API client from the usual kubeconfig, or from inside a pod. Raises ConfigError when there is neither."""
     try:
         from kubernetes import config as untyped

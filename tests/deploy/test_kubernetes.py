@@ -10,7 +10,7 @@ import kmock
 import pytest
 from kubernetes.client import ApiClient, Configuration
 
-from deploy.kubernetes import Release
+from deploy.kubernetes import Release, connected
 from wire.errors import ConfigError, PenumbraError
 
 NAMESPACE = "llm"
@@ -39,6 +39,14 @@ def workload(kind: str, pool: str, replicas: int, release: str = "rel") -> dict[
     }
 
 
+def client_of(url: str, **settings: Any) -> ApiClient:
+    configuration = Configuration()
+    configuration.host = url.rstrip("/")
+    for name, value in settings.items():
+        setattr(configuration, name, value)
+    return ApiClient(configuration)
+
+
 STATEFUL = kmock.resource("apps", "v1", "statefulsets")
 GROUPS = kmock.resource("leaderworkerset.x-k8s.io", "v1", "leaderworkersets")
 
@@ -46,11 +54,9 @@ GROUPS = kmock.resource("leaderworkerset.x-k8s.io", "v1", "leaderworkersets")
 class Cluster:
     """What the API knows, and a controller that brings workers up and down by one at a time."""
 
-    def __init__(self, server: kmock.KubernetesEmulator, url: str) -> None:
+    def __init__(self, server: kmock.KubernetesEmulator, client: ApiClient) -> None:
         self._server = server
-        configuration = Configuration()
-        configuration.host = url.rstrip("/")
-        self._client = ApiClient(configuration)
+        self.client = client
         self.obeys = True
 
     def add(self, kind: str, pool: str, replicas: int) -> None:
@@ -60,7 +66,7 @@ class Cluster:
         self._server.objects[resource, NAMESPACE, manifest["metadata"]["name"]] = manifest
 
     async def scale(self, counts: dict[str, int], timeout_s: float = 30.0) -> None:
-        release = Release(self._client, release="rel", namespace=NAMESPACE)
+        release = Release(self.client, release="rel", namespace=NAMESPACE)
         await asyncio.to_thread(release.scale, counts, timeout_s=timeout_s)
 
     async def control(self) -> None:
@@ -84,13 +90,14 @@ class Cluster:
 @pytest.fixture
 async def cluster() -> AsyncIterator[Cluster]:
     async with kmock.KubernetesEmulator() as server, kmock.Server(server) as door:
-        found = Cluster(server, str(door.url))
-        found.add("StatefulSet", "prefill", 2)
-        found.add("StatefulSet", "decode", 1)
-        async with asyncio.TaskGroup() as tasks:
-            control = tasks.create_task(found.control())
-            yield found
-            control.cancel()
+        with connected(client_of(str(door.url))) as client:
+            found = Cluster(server, client)
+            found.add("StatefulSet", "prefill", 2)
+            found.add("StatefulSet", "decode", 1)
+            async with asyncio.TaskGroup() as tasks:
+                control = tasks.create_task(found.control())
+                yield found
+                control.cancel()
 
 
 async def test_pools_are_scaled_and_waited_for_until_their_workers_are_there_and_the_others_gone(
@@ -126,9 +133,16 @@ async def test_a_cluster_that_does_not_follow_is_told_of_in_time(cluster: Cluste
 
 
 async def test_an_api_that_is_not_there_is_told_of_in_one_line() -> None:
-    configuration = Configuration()
-    configuration.host = "http://127.0.0.1:9"
-    configuration.retries = False
-    release = Release(ApiClient(configuration), release="rel", namespace=NAMESPACE)
-    with pytest.raises(PenumbraError, match="can not be reached"):
-        await asyncio.to_thread(release.pools)
+    with connected(client_of("http://127.0.0.1:9", retries=False)) as client:
+        release = Release(client, release="rel", namespace=NAMESPACE)
+        with pytest.raises(PenumbraError, match="can not be reached"):
+            await asyncio.to_thread(release.pools)
+
+
+async def test_a_client_that_was_let_go_holds_no_connection(cluster: Cluster) -> None:
+    await cluster.scale({"decode": 1})
+    pools = cluster.client.rest_client.pool_manager.pools
+    assert len(pools) == 1
+    with connected(cluster.client):
+        pass
+    assert len(pools) == 0
