@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import statistics
+from dataclasses import replace
 
 import torch
 from rich.console import Console
@@ -19,7 +20,7 @@ from bench.kernels import copy_bandwidth
 from bench.record import append_rows, commit
 from engine.batch import StepMeta
 from engine.cache.pools import KvPools, PoolSizes
-from engine.config import C4_RATIO, C128_RATIO, ModelConfig
+from engine.config import C4_RATIO, C128_RATIO, FLASH, ModelConfig
 from engine.kernels.device import require
 from engine.kernels.experts import Fp4Stack
 from engine.kernels.linear import Fp8Weight
@@ -28,7 +29,7 @@ from engine.model.deepseek_v4 import DeepseekV4
 from wire.types import PAGE_TOKENS
 
 REPLAYS = 20
-FLASH_EXPERTS = 256
+FLASH_EXPERTS = FLASH.num_experts
 RESERVE_BYTES = 12 << 30
 """For pools, workspaces and the graph."""
 CELLS = (
@@ -42,14 +43,7 @@ CELLS = (
 def flash(layers: int, experts: int) -> ModelConfig:
     """V4-Flash's shape with its first `layers` layers."""
     pattern = (0, 0, *((C4_RATIO, C128_RATIO) * layers))[:layers]
-    return ModelConfig(
-        vocab_size=129_280, hidden_size=4096, compress_ratios=pattern, num_heads=64, head_dim=512, rope_dim=64,
-        q_lora_rank=1024, o_groups=8, o_lora_rank=1024, num_hash_layers=min(3, layers), index_heads=64,
-        index_head_dim=128, index_topk=512, num_experts=experts, experts_per_token=6, moe_intermediate_size=2048,
-        routed_scaling_factor=1.5, swiglu_limit=10.0, hc_mult=4, hc_sinkhorn_iters=20, hc_eps=1e-6, rms_norm_eps=1e-6,
-        rope_theta=10_000.0, compress_rope_theta=160_000.0, rope_factor=16.0, rope_original_positions=65_536,
-        rope_beta_fast=32.0, rope_beta_slow=1.0, max_positions=1_048_576, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+    return replace(FLASH, compress_ratios=pattern, num_hash_layers=min(3, layers), num_experts=experts)
 
 
 def random_tensors(c: ModelConfig) -> dict[str, object]:

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from cli import bench, loadtest, training
+from cli import bench, loadtest, plan, training
 from cli.flags import (
     AdvertiseHost,
     ApiKey,
@@ -74,6 +74,7 @@ app.add_typer(bench.app, name="bench")
 app.add_typer(loadtest.app, name="loadtest")
 app.command("train")(training.train)
 model_app.command("export")(training.export_run)
+app.command("plan")(plan.plan)
 
 # The cluster on this machine.
 

@@ -147,7 +147,8 @@ def _check_key(path: Path, key: str, known: set[str], *, table: str | None) -> N
     if key in known:
         return
     where = f"'{key}' in [{table}]" if table else f"'{key}'"
-    close = difflib.get_close_matches(key, known, n=1)
+    # Among those that are close, one with the very same letters: the commonest slip is two of them exchanged.
+    close = sorted(difflib.get_close_matches(key, known), key=lambda name: sorted(name) != sorted(key))
     hint = f"Did you mean '{close[0]}'?" if close else f"It may hold {', '.join(sorted(known))}."
     raise ConfigError(f"{path}: {where} is no flag. {hint}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -136,6 +136,23 @@ class ModelConfig:
             eos_token_id=field.integer("eos_token_id", 0, vocab - 1, default=1),
         )
 
+
+FLASH = ModelConfig(
+    vocab_size=129_280, hidden_size=4096, compress_ratios=(0, 0, *((C4_RATIO, C128_RATIO) * 20), C4_RATIO),
+    num_heads=64, head_dim=512, rope_dim=64, q_lora_rank=1024, o_groups=8, o_lora_rank=1024, num_hash_layers=3,
+    index_heads=64, index_head_dim=128, index_topk=512, num_experts=256, experts_per_token=6,
+    moe_intermediate_size=2048, routed_scaling_factor=1.5, swiglu_limit=10.0, hc_mult=4, hc_sinkhorn_iters=20,
+    hc_eps=1e-6, rms_norm_eps=1e-6, rope_theta=10_000.0, compress_rope_theta=160_000.0, rope_factor=16.0,
+    rope_original_positions=65_536, rope_beta_fast=32.0, rope_beta_slow=1.0, max_positions=1_048_576, bos_token_id=0,
+    eos_token_id=1,
+)  # fmt: skip
+"""DeepSeek-V4-Flash, where its shape is wanted without its checkpoint."""
+PRO = replace(
+    FLASH, hidden_size=7168, compress_ratios=(C128_RATIO, C128_RATIO, *((C4_RATIO, C128_RATIO) * 29), C4_RATIO),
+    num_heads=128, q_lora_rank=1536, o_groups=16, index_topk=1024, num_experts=384, moe_intermediate_size=3072,
+    routed_scaling_factor=2.5,
+)  # fmt: skip
+"""DeepSeek-V4-Pro."""
 
 MAX_POSITIONS = 1 << 24
 """Positions become float32 in the rope, which holds integers exactly up to here."""

@@ -114,7 +114,7 @@ def inspect(directory: Path, *, context: int | None = None) -> Inspection:
         context = context or config.max_positions
         idle = parameters["routed experts"] * (config.num_experts - config.experts_per_token) // config.num_experts
         active = total - idle - parameters["embedding"]
-        kv = _kv_costs(config)
+        kv = kv_costs(config)
         if kv and not found.problems:
             fits = _fits(weight_bytes - draft_bytes, next(iter(kv.values())).sequence_bytes(context))
     return Inspection(
@@ -143,7 +143,7 @@ def _part(name: str) -> str:
     return next((part for piece, part in _PARTS if piece in name), "unknown")
 
 
-def _kv_costs(config: ModelConfig) -> dict[KvLayout, KvCost]:
+def kv_costs(config: ModelConfig) -> dict[KvLayout, KvCost]:
     """Costs by layout, v4 first. A geometry other than the production one has no v4 bytes."""
     costs: dict[KvLayout, KvCost] = {}
     for layout in get_args(KvLayout):
