@@ -86,6 +86,10 @@ WorkerHttpPort = Annotated[int, flag("http-port", "Health and metrics port; 0 pi
 Keys = Annotated[
     Path | None, flag("keys", "File of tenants and their hashed API keys; without it everybody may do everything.")
 ]
+TlsCert = Annotated[
+    Path | None, flag("tls-cert-path", "PEM file of the certificate to serve HTTPS with, and of those that signed it.")
+]
+TlsKey = Annotated[Path | None, flag("tls-key-path", "PEM file of the certificate's key.")]
 Insecure = Annotated[bool, flag("insecure", "Serve others than this machine without API keys.", switch=True)]
 Policy = Annotated[
     Literal["expected_ttft", "round_robin", "power_of_two", "least_tokens"],

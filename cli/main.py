@@ -51,6 +51,8 @@ from cli.flags import (
     ServedName,
     SseKeepalive,
     Threads,
+    TlsCert,
+    TlsKey,
     TracesEndpoint,
     Transport,
     WorkerHttpPort,
@@ -356,6 +358,8 @@ def router(
     migration_limit: MigrationLimit = 3,
     keys: Keys = None,
     insecure: Insecure = False,
+    tls_cert_path: TlsCert = None,
+    tls_key_path: TlsKey = None,
     admin_host: Annotated[str, flag("admin-host", "Address of the administrators' port.")] = "127.0.0.1",
     admin_port: Annotated[
         int | None, flag("admin-port", "Port for what only administrators may see; else --port.", min=0, max=65535)
@@ -394,6 +398,8 @@ def router(
             migration_limit=migration_limit,
             keys_file=keys,
             insecure=insecure,
+            tls_cert_path=tls_cert_path,
+            tls_key_path=tls_key_path,
             admin_host=admin_host,
             admin_port=admin_port,
             stream_key_file=stream_key,

@@ -55,6 +55,8 @@ class RouterConfig:
 
     keys_file: Path | None = None  # tenants and their keys; None: everybody may do everything
     insecure: bool = False  # serve others than this machine without keys
+    tls_cert_path: Path | None = None  # what `port` is served with over TLS, with tls_key_path; None: plain HTTP
+    tls_key_path: Path | None = None
     admin_host: str = "127.0.0.1"
     admin_port: int | None = None  # for what only administrators may see; None: on `port`, for their keys
     stream_key_file: Path | None = None  # what signs stream ids, alike on all routers; None: good for this one alone
@@ -112,6 +114,8 @@ class RouterConfig:
                         f"Without API keys anybody who reaches {host} could use this router. Give it keys with --keys "
                         "FILE, listen on 127.0.0.1, or say --insecure if something else keeps strangers out."
                     )
+        if (self.tls_cert_path is None) != (self.tls_key_path is None):
+            raise ConfigError("TLS takes a certificate and its key. Give both --tls-cert-path and --tls-key-path.")
         if any(not name for name in self.served_model_names):
             raise ConfigError("served_model_names holds an empty name. Give each name at least one character.")
 

@@ -135,7 +135,8 @@ class Connection(HttpToolsProtocol):
         dialect = dialect_of((getattr(self, "url", None) or b"").decode("latin-1"))
         self.transport.write(_raw(dialect, error))
         # Closing at once would reset a connection on which something still arrives, and take the answer with it.
-        self.transport.write_eof()
+        if self.transport.can_write_eof():  # TLS has no such half
+            self.transport.write_eof()
         self.loop.call_later(LINGER_SILENCE_S, self.transport.close)
 
     def shutdown(self) -> None:
@@ -147,8 +148,10 @@ class Connection(HttpToolsProtocol):
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Whether to go on. A client that closed its side either waits for the answer or is gone, and only what is
-        sent to it tells which: nobody at its end resets the connection.
+        sent to it tells which: nobody at its end resets the connection. Over TLS the end of one side is that of both.
         """
+        if self.transport.get_extra_info("ssl_object") is not None:
+            return False
         busy = self.cycle is not None and not self.cycle.response_complete and self.scope["http_version"] == "1.1"
         if self._refused or not busy or self.cycle.more_body:
             return False

@@ -22,6 +22,7 @@ from router.http import Front
 from router.mirror import PrefixMirror, follow
 from router.replicas import Replicas
 from router.text import Text
+from router.tls import Certificate
 from wire.door import Server, listen
 from wire.events import PrefixReader
 from wire.registry import Registry
@@ -60,7 +61,11 @@ async def serve(
         with contextlib.ExitStack() as held:
             front = Front(config, facts, text, fleet, mirror, metrics, collectors, spans, replicas)
             held.enter_context(contextlib.closing(front))
-            doors = [(_server(config, front.app, metrics), held.enter_context(listen(config.host, config.port)))]
+            certificate = None
+            if config.tls_cert_path is not None and config.tls_key_path is not None:
+                certificate = Certificate(config.tls_cert_path, config.tls_key_path)
+            public = held.enter_context(listen(config.host, config.port))
+            doors = [(_server(config, front.app, metrics, certificate), public)]
             if config.admin_port is not None:
                 admin_listener = held.enter_context(listen(config.admin_host, config.admin_port))
                 doors.append((_server(config, front.admin_app, metrics), admin_listener))
@@ -74,7 +79,9 @@ async def serve(
                     tasks.create_task(replicas.run(front.refresh_keys), name="replicas"),
                     tasks.create_task(follow(mirror, prefixes, fleet.epochs, metrics), name="prefix-mirror"),
                 ]
-                url, *others = [_url(listener) for _, listener in doors]
+                if certificate is not None:
+                    watches.append(tasks.create_task(certificate.follow(), name="certificate"))
+                url, *others = [_url(listener, server.config.is_ssl) for server, listener in doors]
                 log.info("router_ready", url=url, models=",".join(config.model_names), admin_url=",".join(others))
                 on_ready(url)
                 try:
@@ -87,12 +94,14 @@ async def serve(
         log.info("router_stopped")
 
 
-def _url(listener: socket.socket) -> str:
+def _url(listener: socket.socket, tls: bool) -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"http{'s' * tls}://" + (f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
 
 
-def _server(config: RouterConfig, app: ASGIApp, metrics: RouterMetrics) -> Server:
+def _server(
+    config: RouterConfig, app: ASGIApp, metrics: RouterMetrics, certificate: Certificate | None = None
+) -> Server:
     return Server(
         uvicorn.Config(
             app,
@@ -108,6 +117,7 @@ def _server(config: RouterConfig, app: ASGIApp, metrics: RouterMetrics) -> Serve
             server_header=False,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=max(1, round(config.shutdown_grace_s)),
+            ssl_context_factory=None if certificate is None else lambda *_: certificate.context,
         )
     )
 

@@ -114,6 +114,24 @@ def test_a_wrong_value_is_refused_in_words_that_name_it(setting: str, complaint:
     assert complaint in done.stderr
 
 
+def test_the_router_serves_tls_from_a_secret_and_is_probed_over_it() -> None:
+    found = manifests("cpu", "router.tls.existingSecret=router-tls")
+    pod = dict(pod_templates(found))["Deployment/rel-penumbra-router"]["spec"]
+    (container,) = pod["containers"]
+    (volume,) = [one for one in pod["volumes"] if one.get("secret", {}).get("secretName") == "router-tls"]
+    (mount,) = [one for one in container["volumeMounts"] if one["name"] == volume["name"]]
+    env = {one["name"]: one.get("value") for one in container["env"]}
+    # The keys that a Secret of type kubernetes.io/tls has, under flags that the command has.
+    assert env["PENUMBRA_TLS_CERT_PATH"] == f"{mount['mountPath']}/tls.crt"
+    assert env["PENUMBRA_TLS_KEY_PATH"] == f"{mount['mountPath']}/tls.key"
+    assert mount["readOnly"]
+    for kind in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert container[kind]["httpGet"]["scheme"] == "HTTPS"
+    (test,) = of_kind(found, "Pod")
+    assert '"https://rel-penumbra-router:80/' in test["spec"]["containers"][0]["args"][0]
+    assert "router-tls" not in text_of("cpu")
+
+
 def test_helm_test_shows_a_key_where_one_is_asked_for() -> None:
     (pod,) = of_kind(manifests("8xh200", "auth.testKeySecret=probe"), "Pod")
     (container,) = pod["spec"]["containers"]
