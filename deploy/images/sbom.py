@@ -21,10 +21,11 @@ BUILT = ROOT / "build" / "images"
 def install(image: str, folder: Path) -> int:
     """A virtual environment like the image's /opt/penumbra. -> its size in bytes.
 
-    Raises CalledProcessError when a package can not be installed.
+    pip's own words say how far it is. Raises CalledProcessError when a package can not be installed.
     """
     venv.create(folder, with_pip=False, symlinks=True, clear=True)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(folder), "install", "--quiet"]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(folder), "install"]
+    pip += ["--progress-bar", "off"]
     wanted = requirements(image)
     # torch first: in an empty environment others pull its CUDA build.
     for part in ([one for one in wanted if one.startswith("torch")], wanted):

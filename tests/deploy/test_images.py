@@ -16,6 +16,9 @@ IMAGES = ROOT / "deploy" / "images"
 BASE_MB = 130
 """python:3.11-slim-bookworm unpacked, as its layers are listed; not installed by us."""
 
+INSTALL_S = 3600
+"""An image's packages are fetched anew, up to 1.5 GB of them; pip's own words say how far it was."""
+
 
 def recipe(image: str) -> str:
     return (IMAGES / f"{image}.Dockerfile").read_text()
@@ -66,6 +69,7 @@ def test_the_router_starts_without_what_its_image_leaves_out(tmp_path: Path) -> 
 
 
 @pytest.mark.long
+@pytest.mark.timeout(INSTALL_S)
 def test_the_router_image_stays_under_250_mb_and_has_no_torch(tmp_path: Path) -> None:
     size = install("router", tmp_path / "router")
     assert size / 1e6 + BASE_MB < 250, f"{size / 1e6:.0f} MB of packages"
@@ -85,6 +89,7 @@ def test_the_router_image_stays_under_250_mb_and_has_no_torch(tmp_path: Path) ->
 
 
 @pytest.mark.long
+@pytest.mark.timeout(INSTALL_S)
 def test_the_cpu_worker_image_has_its_kernels_and_its_transport(tmp_path: Path) -> None:
     install("worker-cpu", tmp_path / "worker")
     script = (
