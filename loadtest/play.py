@@ -32,6 +32,8 @@ from loadtest.workload import Asked, Job, Writer, job, times
 
 TICK_S = 0.02
 """Between two rings of the timer whose lateness is this process's lag."""
+LEAD_S = 0.5
+"""Before second 0, in which whatever is due then is written."""
 STRIKE_S = 120.0
 CALIBRATION_CHARS = 20_000
 
@@ -70,7 +72,8 @@ class Run:
         self.live = Live()
         self.watch = Watch(server, self.clock)
         self._strike, self._tell = strike, tell
-        self._writer = Writer(scenario, Prose(), server.chars_per_token(Prose().text("calibration", CALIBRATION_CHARS)))
+        prose = Prose()
+        self._writer = Writer(scenario, prose, server.chars_per_token(prose.text("calibration", CALIBRATION_CHARS)))
         self._began = time.monotonic()
         self._over = {traffic.name: Event() for traffic in scenario.traffic}
         self._asking = Group()
@@ -84,8 +87,9 @@ class Run:
         """Ask everything, wait for the answers, and look at what the server still holds. Killed in the middle, it has
         recorded what there was until then.
         """
-        self._began, cpu = time.monotonic(), time.process_time()
-        beside = [gevent.spawn(self._ring), gevent.spawn(self.watch.run, self.scenario.watch_s)]
+        self._began, cpu = time.monotonic() + LEAD_S, time.process_time()
+        beside = [gevent.spawn_later(LEAD_S, self._ring)]
+        beside += [gevent.spawn_later(LEAD_S, self.watch.run, self.scenario.watch_s)]
         beside += [gevent.spawn(self._do, fault.at_s, fault.strike) for fault in self.scenario.faults]
         arriving = [gevent.spawn(self._arrive, traffic) for traffic in self.scenario.traffic]
         try:

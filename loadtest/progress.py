@@ -69,5 +69,7 @@ def told(run: Run) -> str:
         last = values[-LAST:]
         if last:
             parts.append(f"{name} p50 {quantile(last, 0.5):.0f} p99 {quantile(last, 0.99):.0f} ms")
+    if ended := live.sent - live.open:
+        parts.append(f"SLO kept by {live.kept / ended:.0%}")
     parts.append(f"errors {live.errors}")
     return ", ".join(parts)
