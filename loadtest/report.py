@@ -142,7 +142,8 @@ def row(record: Record, summary: Summary) -> dict[str, Any]:
     everything, checks, beside = summary.all, summary.checks, summary.beside
     return {
         "scenario": record.scenario.name,
-        "server": record.about.get("server", ""),
+        "server": record.about.get("cluster") or record.about.get("server", ""),
+        "model": record.about.get("model", ""),
         "seconds": round(record.seconds, 1),
         "requests": everything.sent,
         "errors": summary.failed,
