@@ -221,3 +221,19 @@ def bench_step(
 
     run(layers=layers, alias_experts=alias_experts)
     return 0
+
+
+@app.command("training")
+def bench_training(
+    run_file: Annotated[Path, typer.Argument(help="The run's TOML file.")] = Path("models/nano/nano.toml"),
+    steps: Annotated[int, flag("steps", "Steps measured.", min=1)] = 3,
+    stage: Annotated[int, flag("stage", "Which of the file's stages, from 0.", min=0)] = 0,
+    peak_tflops: Annotated[float, flag("peak-tflops", "The device's peak at the run's dtype, for MFU.", min=0)] = 0.0,
+    threads: Threads = 2,
+    config: ConfigFile = None,
+) -> int:
+    """Training tokens/s and MFU of a run file on this machine."""
+    from bench.training import run
+
+    run(run_file, steps=steps, stage=stage, threads=threads, peak_tflops=peak_tflops)
+    return 0

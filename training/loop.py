@@ -88,7 +88,7 @@ class Trainer:
         experts: dict[int, Tensor] = {}
         numerics = self.numerics(observe=observe)
         for part, of in _micro(ids, weights, stage.micro_sequences):
-            loss, seen = self._losses(part, of, numerics, told, tokens * max(1, c4_layers), experts)
+            loss, seen = self.losses(part, of, numerics, told, tokens * max(1, c4_layers), experts)
             loss.backward()
             sums += seen
         self.group.add_gradients(self.model.parameters.values())
@@ -102,7 +102,7 @@ class Trainer:
         self.tokens += tokens
         return self._metrics(sums, told, tokens * max(1, c4_layers), experts, norm, factor, tokens, began)
 
-    def _losses(
+    def losses(
         self,
         ids: Tensor,
         weights: Tensor,
