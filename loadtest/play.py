@@ -152,16 +152,14 @@ class Run:
         for turn, think_s in enumerate(one.think_s, 1):
             if not outcome.whole:
                 return  # nobody talks on about an answer that did not come
-            if turn == 1 and one.traffic.session is not None and one.traffic.session.again:
-                words = asked
-            else:
-                words = self._writer.later(one, turn)
-                said += [answer, words.text]
+            if not (one.again and turn % 2):  # else the same is asked once more
+                asked = self._writer.later(one, turn)
+                said += [answer, asked.text]
             due = outcome.ended_s + think_s
             body = self._body(one, said)
             gevent.sleep(max(0.0, due - self.clock()))
             self.live.sent += 1
-            outcome, answer = self._ask(one, turn, due, words, body)
+            outcome, answer = self._ask(one, turn, due, asked, body)
 
     def _body(self, one: Job, said: list[str]) -> bytes:
         """A request about all that was said: the user's words and the answers to them in turn."""

@@ -64,7 +64,7 @@ class Session(Form):
     turn_tokens: Tokens = 64  # that each later turn brings
     shared_prefix_tokens: int = Field(default=0, ge=0)  # with which every session of the traffic begins
     think_s: Seconds = 0.0  # before a later turn, on average; exponential
-    again: bool = False  # the second turn asks the first once more, word for word
+    again: bool = False  # every second turn asks what the one before it asked, word for word
 
 
 class Cancel(Form):

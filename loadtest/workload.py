@@ -75,6 +75,7 @@ class Job:
     cancel_after_pieces: int | None
     slow_bytes_per_s: float | None
     think_s: tuple[float, ...]  # before each later turn
+    again: bool  # every second turn asks what the one before it asked
 
 
 def job(scenario: Scenario, traffic: Traffic, number: int, due_s: float) -> Job:
@@ -98,6 +99,7 @@ def job(scenario: Scenario, traffic: Traffic, number: int, due_s: float) -> Job:
         cancel_after_s=leaves.after_s if leaves else None,
         cancel_after_pieces=leaves.after_pieces if leaves else None,
         slow_bytes_per_s=traffic.slow.bytes_per_s if traffic.slow and slow < traffic.slow.share else None,
+        again=session is not None and session.again,
         think_s=tuple(rng.expovariate(1 / pause) if pause else 0.0 for _ in range(session.turns - 1 if session else 0)),
     )
 
