@@ -73,7 +73,7 @@ class Guard:
                 if scope["method"] == "POST" and scope["path"] in self._counted:
                     state["stay"] = await stack.enter_async_context(self._quotas.stay(tenant))
             except PenumbraError as error:
-                state["error_code"] = error.code
+                state["error_code"], state["refusal"] = error.code, error
                 headers = {"www-authenticate": "Bearer"} if isinstance(error, InvalidKey) else None
                 await dialect_of(scope["path"]).refusal(error, headers)(scope, receive, send)
                 return

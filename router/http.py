@@ -71,6 +71,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 RESERVED_ANSWER_TOKENS = 4_096
 """The part of an answer that is reserved from a tenant's tokens a minute; what it turns out to be counts in the end."""
 
+PRIORITY_HEADER = "x-dynamo-request-priority"
 PRIORITY = re.compile(r"-?[0-9]{1,4}")
 
 log = structlog.get_logger()
@@ -115,8 +116,8 @@ class Front:
         about = {"router_id": config.router_id, "models": list(config.model_names)}
         self.page = FrontPage(Board(requests), fleet, mirror, self.admission, about, metrics.viewers.set)
         routes = self._routes()
-        self.app = _Door(self._guarded(routes, config.host), metrics)
-        self.admin_app = _Door(self._guarded(routes, config.admin_host, admin=True), metrics)
+        self.app = _Door(self._guarded(routes, config.host), metrics, tracer)
+        self.admin_app = _Door(self._guarded(routes, config.admin_host, admin=True), metrics, tracer)
 
     def close(self) -> None:
         self._preparation.close()
@@ -178,11 +179,14 @@ class Front:
         keeping = None
         if key is not None and keep_s:
             prepared, keeping = self._kept(prepared, stay.tenant, key, keep_s, path, raw)
+        if prepared.priority is not None and PRIORITY_HEADER not in request.headers:
+            wishes = replace(wishes, priority=prepared.priority)
         await self._quotas.reserve(stay, tokens_at_most(prepared))
         timeline.ended("tokenize", time.monotonic())
         span = self._serving.tracer.serving(
-            f"POST {request.url.path}", request.headers.get(TRACEPARENT, ""), begin_s=timeline.arrived
+            f"POST {path}", request.headers.get(TRACEPARENT, ""), begin_s=timeline.arrived
         )
+        request.state.traced = True
         return Generation(
             self._serving,
             dialect_of(request.url.path),
@@ -267,9 +271,9 @@ def tokens_at_most(prepared: Prepared) -> int:
 
 def wishes_of(request: Request) -> Wishes:
     """How the request's headers want it to wait. Raises InvalidRequest for a priority that is none."""
-    sent = request.headers.get("x-dynamo-request-priority", "0")
+    sent = request.headers.get(PRIORITY_HEADER, "0")
     if not PRIORITY.fullmatch(sent):
-        raise InvalidRequest("x-dynamo-request-priority is an integer from -1000 to 1000; lower goes first.")
+        raise InvalidRequest(f"{PRIORITY_HEADER} is an integer from -1000 to 1000; lower goes first.")
     return Wishes(
         priority=max(-1000, min(1000, int(sent))),
         may_wait="if-available" not in request.headers.get("prefer", "").lower(),
@@ -308,7 +312,7 @@ async def read_body(request: Request, limit: int, silence_s: float) -> bytes:
 
 async def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, PenumbraError)
-    request.state.error_code = detail_code(error)
+    request.state.error_code, request.state.refusal = detail_code(error), error
     return dialect_of(request.url.path).refusal(error)
 
 
@@ -333,11 +337,12 @@ async def _on_crash(request: Request, error: Exception) -> Response:
 
 
 class _Door:
-    """Around every route: the request's id, the count of its outcome, and the last catch."""
+    """Around every route: the request's id, the count of its outcome, a span if nothing came of it, the last catch."""
 
-    def __init__(self, app: ASGIApp, metrics: RouterMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: RouterMetrics, tracer: Tracer) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -349,7 +354,7 @@ class _Door:
         names = dialect_of(scope["path"]).request_id_headers
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
-        status = 0
+        status, arrived = 0, time.monotonic()
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -375,3 +380,12 @@ class _Door:
             self._metrics.requests.labels(route, str(outcome)).inc()
             if "error_code" in state:
                 self._metrics.errors.labels(state["error_code"]).inc()
+            if scope["path"] in GENERATING and "traced" not in state:
+                # Refused before there was anything to generate.
+                span = self._tracer.serving(
+                    f"{scope['method']} {scope['path']}",
+                    headers.get(TRACEPARENT.encode(), b"").decode("latin-1"),
+                    begin_s=arrived,
+                )
+                span.set(status=outcome, request_id=request_id)
+                span.end(asyncio.CancelledError() if state.get("client_gone") else state.get("refusal"))

@@ -117,7 +117,10 @@ ANSWERS: Mapping[str, Json] = {
         status={"enum": ["ready", "not ready"]}, prefill=COUNT, decode=COUNT, registry_stale_s={"type": "number"}
     ),
     "Workers": shape(
-        workers=listing(shape(worker_id=TEXT, role=TEXT, state=TEXT)), registry_stale_s={"type": "number"}
+        workers=listing(shape(worker_id=TEXT, role=TEXT, state=TEXT)),
+        num_pairs=shape(usable=COUNT, unusable=COUNT, incompatible=COUNT),
+        pairs=ANY_OBJECT,
+        registry_stale_s={"type": "number"},
     ),
     "Fleet": ANY_OBJECT,
     "Version": shape(version=TEXT),

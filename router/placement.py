@@ -11,6 +11,7 @@ time than prefill and a transfer would, it computes them itself, and where no pr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -346,6 +347,18 @@ def pair_states(fleet: FleetSnapshot) -> dict[str, dict[str, str]]:
         return "usable"
 
     return {p.info.worker_id: {d.info.worker_id: state(p, d) for d in fleet.decode} for p in fleet.prefill}
+
+
+def pair_counts(fleet: FleetSnapshot) -> dict[str, int]:
+    """How many pairs are usable, how many are not for now, and how many can never be. In time linear in workers."""
+    prefill, decode = (Counter(kind_of(view.info) for view in views) for views in (fleet.prefill, fleet.decode))
+    alike = sum(count * decode[kind] for kind, count in prefill.items())
+    usable = sum(len(prefills) * len(decodes) for prefills, decodes in _groups(fleet, ()))
+    return {
+        "usable": usable,
+        "unusable": alike - usable,
+        "incompatible": len(fleet.prefill) * len(fleet.decode) - alike,
+    }
 
 
 def _size(worker: WorkerView) -> int:

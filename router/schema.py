@@ -203,6 +203,8 @@ class Sampled(Strict):
     ignore_eos: bool | None = None
     cache_salt: str | None = Field(default=None, min_length=1, max_length=MAX_SALT_BYTES)
     """Prefixes are shared only among requests that say the same."""
+    priority: int | None = Field(default=None, ge=-1000, le=1000)
+    """How the request stands in the queue: lower goes first. The header, which a proxy may set, goes before it."""
     return_timeline: bool | None = None
     """`usage.timeline`: where the time to first token went."""
 

@@ -118,6 +118,7 @@ def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
         stream=bool(body.stream),
         include_usage=body.include_usage,
         return_timeline=bool(body.return_timeline),
+        priority=body.priority,
         progress=progress_chunk(header, "text_completion") if body.return_progress else None,
     )
 

@@ -171,6 +171,7 @@ def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
         choices=((request, Message(header, prompt, text)),),
         stream=bool(body.stream),
         return_timeline=bool(body.return_timeline),
+        priority=body.priority,
     )
 
 

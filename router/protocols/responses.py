@@ -154,7 +154,12 @@ def prepare(intake: Intake, raw: bytes, context: int) -> Prepared:
     answer = ResponseItems(header, prompt, text, generator.with_namespace_tool_map(names).with_echo(echo), body)
     if intake.known is not None and body.instructions is not None:
         answer.asked["instructions"] = intake.known.instructions
-    return Prepared(choices=((relayed, answer),), stream=bool(body.stream), return_timeline=bool(body.return_timeline))
+    return Prepared(
+        choices=((relayed, answer),),
+        stream=bool(body.stream),
+        return_timeline=bool(body.return_timeline),
+        priority=body.priority,
+    )
 
 
 def _check_item(item: Json, where: str) -> None:

@@ -21,6 +21,7 @@ from tests.router.conftest import MODEL, RouterStarter
 from tests.router.scripted_worker import ScriptedWorker, for_ever, scripted
 from tests.router.test_router_http import check_error
 from tests.router.test_router_stream import BODY, finished, prefilled, prefills, saying, tokens, until, until_ready
+from tests.wire.collector import Collector
 from wire.errors import ConfigError
 from wire.prefix import namespace
 from wire.types import Admitted
@@ -199,6 +200,19 @@ async def test_over_its_limit_a_tenant_is_told_when_to_come_again_and_others_are
         assert error["error"]["type"] == "rate_limit_error"
 
 
+async def num_waiting(client: httpx.AsyncClient) -> float:
+    for line in (await client.get("/metrics")).text.splitlines():
+        if line.startswith("penumbra_num_requests_waiting "):
+            return float(line.split()[1])
+    raise AssertionError("no such metric")
+
+
+async def until_waiting(client: httpx.AsyncClient, n: int) -> None:
+    async with asyncio.timeout(10):
+        while await num_waiting(client) != n:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
 async def stands_still(request: Any) -> AsyncIterator[Any]:
     yield Admitted(resident_prefix=0, secret=b"0123456789abcdef")
     await prefilled(request)
@@ -263,24 +277,13 @@ async def test_who_finds_no_room_waits_until_there_is_some(start_router, redis_u
         # A prompt that takes more than half of the 8,192 tokens that the worker has.
         body = BODY | {"prompt": [5] * 3_000, "max_tokens": 1_000, "stream": True}
 
-        async def waiting() -> float:
-            for line in (await client.get("/metrics")).text.splitlines():
-                if line.startswith("penumbra_num_requests_waiting "):
-                    return float(line.split()[1])
-            raise AssertionError("no such metric")
-
-        async def until_waiting(n: int) -> None:
-            async with asyncio.timeout(10):
-                while await waiting() != n:  # noqa: ASYNC110
-                    await asyncio.sleep(0.02)
-
         async with asyncio.TaskGroup() as tasks:
             first = [tasks.create_task(client.post(COMPLETIONS, json=body)) for _ in range(2)]
             await until(lambda: d0.running == 2)
             later = []
             for n in (1, 2):
                 later.append(tasks.create_task(client.post(COMPLETIONS, json=body)))
-                await until_waiting(n)
+                await until_waiting(client, n)
             refused = await client.post(COMPLETIONS, json=body)
             check_error(refused, 503, "overloaded")
             assert 1_000 <= int(refused.headers["retry-after-ms"]) <= 120_000
@@ -292,11 +295,11 @@ async def test_who_finds_no_room_waits_until_there_is_some(start_router, redis_u
             assert len(p0.requests) == len(d0.requests) == 2
             # A client that leaves the line leaves its place.
             later.pop().cancel()
-            await until_waiting(1)
+            await until_waiting(client, 1)
             let_go.set()
             for task in (*first, *later):
                 assert (await task).text.endswith("data: [DONE]\n\n")
-        assert await waiting() == 0
+        assert await num_waiting(client) == 0
         assert len(d0.requests) == 3
 
 
@@ -324,6 +327,63 @@ async def test_a_priority_that_is_none_is_refused(start_router, redis_url, tmp_p
             check_error(answer, 400, "invalid_request")
         good = await client.post(COMPLETIONS, json=BODY, headers={"x-dynamo-request-priority": "-7"})
         assert good.status_code == 200
+
+
+async def test_a_body_may_say_its_priority_and_a_header_goes_before_it(start_router, redis_url, tmp_path):
+    keys = Keys(tmp_path, ops=ADMIN)
+    async with guarded(start_router, redis_url, "body-priority", keys, stands_still) as (client, _, d0):
+        client.headers.update(keys.headers("ops"))
+        for bad in ("high", 1.5, 1001, -1001, True):
+            refused = await client.post(COMPLETIONS, json=BODY | {"priority": bad})
+            check_error(refused, 400, "invalid_request", "priority")
+        body = BODY | {"prompt": [5] * 3_900, "max_tokens": 100, "stream": True}
+        running = [asyncio.create_task(client.post(COMPLETIONS, json=body)) for _ in range(2)]
+        await until(lambda: d0.running == 2)
+        waiting = []
+        for salt, more, headers in (
+            ("late", {"priority": 7}, {}),
+            ("later", {"priority": -7}, {"x-dynamo-request-priority": "9"}),
+            ("sooner", {"priority": 3}, {}),
+        ):
+            asked = body | more | {"cache_salt": salt}
+            waiting.append(asyncio.create_task(client.post(COMPLETIONS, json=asked, headers=headers)))
+            await until_waiting(client, len(waiting))
+        for post in running:
+            post.cancel()
+        await until(lambda: len(d0.requests) == 4)
+        first, second = (request.namespace for request in d0.requests[2:])
+        assert first == namespace("m", "ops", "sooner")
+        assert second == namespace("m", "ops", "late")
+        for post in waiting:
+            post.cancel()
+        await asyncio.wait([*running, *waiting])
+
+
+async def test_a_request_that_is_refused_has_a_span_in_its_callers_trace(start_router, redis_url, tmp_path):
+    keys = Keys(tmp_path, ops=ADMIN, one="requests_per_min = 1")
+    trace_id, caller = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    parent = {"traceparent": f"00-{trace_id}-{caller}-01"}
+    with Collector() as collector:
+        async with start_router(namespace="refused", keys_file=keys.path, otlp_traces_endpoint=collector.url) as client:
+            one = keys.headers("one")
+            answers = [
+                await client.post(COMPLETIONS, json=BODY, headers=parent),  # no key
+                await client.post(COMPLETIONS, json=BODY | {"nonsense": 1}, headers=parent | one),
+                await client.post(COMPLETIONS, json=BODY, headers=parent | one),  # above the limit
+                await client.post(COMPLETIONS, json=BODY, headers=parent | keys.headers("ops")),  # no workers
+                await client.get("/v1/models", headers=parent | one),  # nothing that generates
+            ]
+        assert [answer.status_code for answer in answers] == [401, 400, 429, 503, 200]
+        spans = [span for span in collector.spans if span.name == f"POST {COMPLETIONS}"]
+    assert {span.trace_id.hex() for span in spans} == {trace_id}
+    assert {span.parent_span_id.hex() for span in spans} == {caller}
+    told = [Collector.attributes(span) for span in spans]
+    errors = ["invalid_api_key", "invalid_request", "rate_limit_exceeded", "no_workers"]
+    assert [attributes["error.type"] for attributes in told] == errors
+    # The last was placed in vain, and is told by the span of what it would have been.
+    assert [attributes.get("status") for attributes in told] == [401, 400, 429, None]
+    ids = [answer.headers["x-request-id"] for answer in answers]
+    assert [attributes.get("request_id") for attributes in told] == [*ids[:3], None]
 
 
 async def test_the_front_page_needs_no_key_and_what_it_asks_for_does(start_router, redis_url, tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from router.fleet import FleetSnapshot, WorkerView
-from router.placement import PlacementRules, Reason, capacity, choose, why_not
+from router.placement import PlacementRules, Reason, capacity, choose, pair_counts, pair_states, why_not
 from wire.errors import InvalidRequest, LayoutMismatch, NoWorkers
 from wire.types import Role, WorkerInfo
 
@@ -400,3 +402,21 @@ def test_without_prefill_workers_requests_are_refused_unless_told_otherwise():
     # A prefill worker that is merely avoided is still one: it will be asked again.
     busy = fleet(prefill("p0"), alone("d0"))
     assert choose(busy, 40, 10, {"p0"}, rules=PlacementRules(on_no_prefill="local")) is None
+
+
+def test_pairs_are_counted_as_they_would_be_listed():
+    rng = random.Random(5)
+    for _ in range(100):
+        views = [
+            rng.choice((prefill, decode))(
+                f"w{i}", signature=rng.choice("ab"), draining=rng.random() < 0.2, serving=rng.random() < 0.8
+            )
+            for i in range(rng.randrange(12))
+        ]
+        snapshot = fleet(*views)
+        listed = Counter(
+            {"usable": "usable", "incompatible": "incompatible"}.get(state, "unusable")
+            for states in pair_states(snapshot).values()
+            for state in states.values()
+        )
+        assert Counter(pair_counts(snapshot)) == listed
