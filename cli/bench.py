@@ -84,6 +84,18 @@ def bench_health(
     return 0
 
 
+@app.command("cancel")
+def bench_cancel(
+    count: Annotated[int, flag("count", "Cancels in each stage.", min=1)] = 20,
+    config: ConfigFile = None,
+) -> int:
+    """How soon work and pages are given up once a client has left, by the stage it leaves in."""
+    from bench.cancel import run
+
+    run(count)
+    return 0
+
+
 @app.command("router")
 def bench_router(
     peers: Annotated[

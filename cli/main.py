@@ -382,13 +382,21 @@ def router(
     local_prefill_tokens: LocalPrefillTokens = 0,
     on_no_prefill: OnNoPrefill = "reject",
     grace_s: Grace = 30.0,
+    prometheus_duration_buckets: Annotated[
+        str, flag("prometheus-duration-buckets", "Edges in seconds, such as 0.1,1,10,60; else 5 ms to 600 s.")
+    ] = "",
     log_level: LogLevel = "info",
     otlp_traces_endpoint: TracesEndpoint = "",
 ) -> int:
     """Run the router: HTTP in, tokens out. Needs the checkpoint's tokenizer and config, not its weights."""
     from router.config import RouterConfig
     from router.process import run
+    from wire.telemetry import TTFT_BUCKETS_S
 
+    try:
+        buckets = tuple(float(edge) for edge in prometheus_duration_buckets.split(",") if edge) or TTFT_BUCKETS_S
+    except ValueError as error:
+        raise typer.BadParameter(f"'{prometheus_duration_buckets}' is no list of seconds such as 0.1,1,10") from error
     return run(
         RouterConfig(
             model=model,
@@ -414,6 +422,7 @@ def router(
             local_prefill_tokens=local_prefill_tokens,
             on_no_prefill=on_no_prefill,
             shutdown_grace_s=grace_s,
+            duration_buckets_s=buckets,
             log_level=log_level,
             otlp_traces_endpoint=otlp_traces_endpoint,
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,9 +13,14 @@ from typing import Literal
 from router.gate import GateLimits
 from router.placement import PlacementRules, Policy
 from wire.errors import ConfigError
+from wire.telemetry import TTFT_BUCKETS_S
 
 MAX_BODY_BYTES = 32 << 20
 """A prompt of a million token ids is about 7 MiB of JSON; text of the same length about 5 MiB."""
+
+
+MAX_BUCKETS = 64
+"""Edges of one histogram; each is a series for every label it has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +79,7 @@ class RouterConfig:
     on_no_prefill: Literal["local", "reject"] = "reject"  # what becomes of requests without any prefill worker
 
     registry_poll_s: float = 0.5
+    duration_buckets_s: tuple[float, ...] = TTFT_BUCKETS_S  # edges of the histograms of requests' durations
     log_level: str = "info"
     log_json: bool = False
     otlp_traces_endpoint: str = ""  # see `wire.tracing.tracer`
@@ -116,6 +124,13 @@ class RouterConfig:
                     )
         if (self.tls_cert_path is None) != (self.tls_key_path is None):
             raise ConfigError("TLS takes a certificate and its key. Give both --tls-cert-path and --tls-key-path.")
+        edges = self.duration_buckets_s
+        rise = all(low < high for low, high in itertools.pairwise((0.0, *edges, math.inf)))
+        if not rise or not 0 < len(edges) <= MAX_BUCKETS:
+            raise ConfigError(
+                f"duration_buckets_s={edges} are no edges of a histogram. Give 1 to {MAX_BUCKETS} seconds above 0, "
+                "each more than the one before."
+            )
         if any(not name for name in self.served_model_names):
             raise ConfigError("served_model_names holds an empty name. Give each name at least one character.")
 

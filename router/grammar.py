@@ -166,6 +166,11 @@ def _attribute(name: str) -> str:
 # Whether it compiles
 
 
+def python() -> list[str]:
+    """How a process of the same kind is started: one that looks for modules in its working folder only if this does."""
+    return [sys.executable, *(["-P"] if sys.flags.safe_path else [])]
+
+
 class GrammarChecker:
     """Compiles grammars in a child process, started with the first one and again whenever one had to be killed.
 
@@ -175,7 +180,7 @@ class GrammarChecker:
     def __init__(
         self, model: Path, vocab_size: int, eos_token_ids: Sequence[int], *, compile_s: float = COMPILE_S
     ) -> None:
-        self._command = [sys.executable, "-m", __name__, str(model), str(vocab_size), json.dumps([*eos_token_ids])]
+        self._command = [*python(), "-m", __name__, str(model), str(vocab_size), json.dumps([*eos_token_ids])]
         self._compile_s = compile_s
         self._turn = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None

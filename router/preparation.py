@@ -33,6 +33,7 @@ from router.answers import Json
 from router.config import ModelFacts, RouterConfig
 from router.dialects import dump
 from router.fleet import Fleet
+from router.grammar import python
 from router.intake import Intake, Known, Prepared
 from router.placement import capacity
 from router.protocols import chat, completions, messages, responses, tokenize
@@ -202,7 +203,7 @@ class Processes:
 
     def __init__(self, model: Path, model_names: Sequence[str], *, thinking: bool, limit_s: float = LIMIT_S) -> None:
         about = {"model": str(model), "model_names": [*model_names], "thinking": thinking}
-        self._command = [sys.executable, "-m", "router.preparation", json.dumps(about)]
+        self._command = [*python(), "-m", "router.preparation", json.dumps(about)]
         self._limit_s = limit_s
         self._lock = threading.Lock()
         self._all: set[subprocess.Popen[bytes]] = set()

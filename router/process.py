@@ -57,7 +57,7 @@ async def serve(
         contextlib.aclosing(Replicas(config.redis_url, config.namespace, expected=config.expected_routers)) as replicas,
     ):
         fleet, mirror = Fleet(registry, poll_s=config.registry_poll_s), PrefixMirror()
-        metrics = RouterMetrics(collectors)
+        metrics = RouterMetrics(collectors, config.duration_buckets_s)
         with contextlib.ExitStack() as held:
             front = Front(config, facts, text, fleet, mirror, metrics, collectors, spans, replicas)
             held.enter_context(contextlib.closing(front))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import structlog
@@ -32,7 +33,7 @@ ITL_BUCKETS_S = (
     *(0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075),
     *(0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 600),
 )
-STAGE_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, *TTFT_BUCKETS_S)
+STAGE_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025)
 TOKEN_BUCKETS = (16, 64, 256, 1024, 4096, 16_384, 65_536, 131_072, 262_144, 524_288, 1_048_576)
 SPEED_BUCKETS_GB_S = (0.01, 0.03, 0.1, 0.3, 1, 2, 3, 5, 8, 12, 20, 30, 50, 100, 200, 400)
 TRANSFER_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -128,7 +129,8 @@ class RouterMetrics:
     Labels are bounded: routes and error codes are ours, statuses and reasons few, and series of a worker go with it.
     """
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, durations_s: Sequence[float] = TTFT_BUCKETS_S) -> None:
+        """`durations_s`: edges of the histograms of whole requests, and of the longer parts of one."""
         _count_process(registry)
         self.success = Counter(
             "penumbra_request_success_total",
@@ -185,14 +187,14 @@ class RouterMetrics:
         self.ttft = Histogram(
             "penumbra_time_to_first_token_seconds",
             "From request to first token",
-            buckets=TTFT_BUCKETS_S,
+            buckets=durations_s,
             registry=registry,
         )
         self.stage = Histogram(
             "penumbra_stage_duration_seconds",
             "The parts of the time to first token, by stage; of one request they sum to it",
             ["stage"],
-            buckets=STAGE_BUCKETS_S,
+            buckets=(*STAGE_BUCKETS_S, *(edge for edge in durations_s if edge > STAGE_BUCKETS_S[-1])),
             registry=registry,
         )
         self.itl = Histogram(
@@ -204,13 +206,13 @@ class RouterMetrics:
         self.e2e = Histogram(
             "penumbra_e2e_request_latency_seconds",
             "From request to last token",
-            buckets=TTFT_BUCKETS_S,
+            buckets=durations_s,
             registry=registry,
         )
         self.queue_time = Histogram(
             "penumbra_queue_time_seconds",
             "From request to its placement",
-            buckets=TTFT_BUCKETS_S,
+            buckets=durations_s,
             registry=registry,
         )
         self.prompt_tokens = Counter("penumbra_prompt_tokens_total", "Prompt tokens accepted", registry=registry)

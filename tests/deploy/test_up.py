@@ -11,6 +11,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -91,11 +92,22 @@ def test_a_detached_cluster_serves_has_a_status_and_goes_down_whole(penumbra, tm
 
 
 @pytest.mark.timeout(240)
-def test_nothing_outlives_a_supervisor_that_is_killed(penumbra, model, tmp_path, process_gone, eventually):
-    up = penumbra("up", "--detach", "--port", "0", "--model", str(model))
+def test_a_cluster_with_keys_serves_who_has_one_and_nothing_outlives_its_supervisor(
+    penumbra, model, tmp_path, process_gone, eventually
+):
+    key, stored = penumbra("key").stdout.splitlines()
+    keys = tmp_path / "keys.toml"
+    keys.write_text(f'[tenants.me]\nkeys = ["{stored}"]\n')
+    up = penumbra("up", "--detach", "--port", "0", "--model", str(model), "--keys", str(keys))
     assert up.returncode == 0, up.stdout + up.stderr
     state = ClusterState.load(tmp_path / "home" / "clusters" / "default")
     assert state is not None
+    assert key not in (tmp_path / "home" / "clusters" / "default" / "penumbra.log").read_text()
+    body = {"model": state.model, "prompt": "who", "max_tokens": 2}
+    for headers, status in (({}, 401), ({"authorization": f"Bearer {key}"}, 200)):
+        answer = httpx.post(f"{state.url}/v1/completions", json=body, headers=headers, timeout=60)
+        assert answer.status_code == status, answer.text
+    assert penumbra("status").returncode == 0  # by the port for administrators
     os.kill(state.supervisor.pid, signal.SIGKILL)
     eventually(lambda: all(process_gone(pid) for pid in pids(state)))
     assert penumbra("status").returncode == 3

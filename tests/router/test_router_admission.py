@@ -419,6 +419,14 @@ async def test_strangers_are_not_served_without_keys_unless_told_to(model_dir, r
     assert RouterConfig(model=model_dir, redis_url=redis_url, host=host, keys_file=tmp_path / "k").host == host
 
 
+@pytest.mark.parametrize(
+    "edges", [(), (0.0, 1.0), (2.0, 1.0), (1.0, 1.0), (1.0, float("inf")), (float("nan"),), (*range(1, 99),)]
+)
+def test_edges_that_make_no_histogram_are_refused(model_dir, redis_url, edges):
+    with pytest.raises(ConfigError, match="duration_buckets_s"):
+        RouterConfig(model=model_dir, redis_url=redis_url, duration_buckets_s=edges)
+
+
 async def test_a_router_with_a_bad_key_file_does_not_start(model_dir, redis_url, tmp_path):
     (tmp_path / "keys.toml").write_text("[tenants.A]\nkeys = []")
     with pytest.raises(ConfigError, match="key file"):

@@ -83,6 +83,23 @@ def test_a_time_to_first_token_of_minutes_is_told_apart() -> None:
     assert [value(edge) for edge in ("120.0", "150.0", "180.0", "240.0", "600.0", "+Inf")] == [0, 1, 1, 2, 2, 2]
 
 
+def test_the_edges_of_durations_are_those_that_were_asked_for() -> None:
+    registry = CollectorRegistry()
+    metrics = RouterMetrics(registry, (1.0, 900.0))
+    metrics.ttft.observe(700)
+    metrics.stage.labels("prefill").observe(700)
+    edges = {
+        name: [
+            sample.labels["le"]
+            for family in registry.collect()
+            for sample in family.samples
+            if sample.name == f"{name}_bucket" and sample.value == 1
+        ]
+        for name in ("penumbra_time_to_first_token_seconds", "penumbra_stage_duration_seconds")
+    }
+    assert list(edges.values()) == [["900.0", "+Inf"]] * 2
+
+
 def test_page_states_sum_to_the_pool_and_set_the_usage() -> None:
     registry = CollectorRegistry()
     metrics = WorkerMetrics(registry)
