@@ -309,6 +309,7 @@ class RelayCore:
         self.cached_tokens = 0  # of the prompt, as the prefill worker of the first token's attempt said
         self._avoid: set[str] = set()
         self._gaps: deque[float] = deque(maxlen=GAP_WINDOW)
+        self._slow_gaps = 0  # how many more gaps the last slow one is among them
         self._last_token_at = 0.0
         self._deadline: tuple[float, Role, str, float] | None = None  # when, by whom, what, and after how long
         self.done = False
@@ -450,16 +451,18 @@ class RelayCore:
                 return self._lied(now, "a log probability that is not a number")
         if not fresh:
             return []
+        allowed, factor = self._limits.token_silence_s, self._limits.token_silence_factor
         if self._drawing:
-            self._gaps.append((now - self._last_token_at) / len(fresh))
+            gap = (now - self._last_token_at) / len(fresh)
+            self._gaps.append(gap)
+            self._slow_gaps = GAP_WINDOW if factor * gap > allowed else max(0, self._slow_gaps - 1)
         self._decoding = self._drawing = True
         self._drawn += len(fresh)
         self._first_here |= not self._emitted
         self._last_token_at = now
         self._emitted.extend(token.token_id for token in fresh)
-        allowed, factor = self._limits.token_silence_s, self._limits.token_silence_factor
         # With every token, so the median is taken only where it can matter.
-        if self._gaps and factor * max(self._gaps) > allowed:
+        if self._slow_gaps:
             allowed = max(allowed, factor * statistics.median(self._gaps))
         self._wait(now, allowed, Role.DECODE, "The decode worker stopped in the middle of the answer")
         if self._moving_since is None:
