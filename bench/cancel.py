@@ -8,13 +8,13 @@ themselves, asked over and over until nothing of the request is left. So the fig
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import random
 import socket
 import statistics
 import time
 import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -73,12 +73,10 @@ class Workers:
 
     def __init__(self, ours: Cluster) -> None:
         self._doors = {role: ours.workers(role)[0]["http_address"] for role in ("prefill", "decode")}
-        self._open = {role: http.client.HTTPConnection(door, timeout=30) for role, door in self._doors.items()}
 
     def figures(self, role: str) -> dict[str, float]:
-        connection = self._open[role]
-        connection.request("GET", "/metrics")
-        lines = connection.getresponse().read().decode().splitlines()
+        with urllib.request.urlopen(f"http://{self._doors[role]}/metrics", timeout=30) as answer:
+            lines = answer.read().decode().splitlines()
         pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return {name: float(value) for name, value in pairs}
 

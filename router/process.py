@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -84,6 +85,11 @@ async def serve(
                 url, *others = [_url(listener, server.config.is_ssl) for server, listener in doors]
                 log.info("router_ready", url=url, models=",".join(config.model_names), admin_url=",".join(others))
                 on_ready(url)
+                if own_signals:
+                    # What lives by now lives for good. Looking through all of it takes a tenth of a second, in which
+                    # nobody gets an answer.
+                    gc.collect()
+                    gc.freeze()
                 try:
                     async with asyncio.TaskGroup() as serving:
                         for server, listener in doors:
