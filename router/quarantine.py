@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 
 from wire.errors import RequestQuarantined
 
@@ -11,10 +12,15 @@ MAX_REFUSED = 1024
 
 
 class Quarantine:
-    """One router's memory of them. Times are monotonic seconds from the caller."""
+    """One router's memory of them, and of those it is not sure of. Times are monotonic seconds from the caller.
+
+    A worker that dies takes all its requests along, and any of those it had just begun with may be the one it died of.
+    So each of them is tried on workers where no other is, and one more death tells.
+    """
 
     def __init__(self) -> None:
         self._until: dict[bytes, float] = {}  # oldest first
+        self._on_trial: dict[str, frozenset[str]] = {}  # request id -> workers
 
     def check(self, now_s: float, fingerprint: bytes) -> None:
         """Raises RequestQuarantined for a request that is like one of them."""
@@ -30,6 +36,17 @@ class Quarantine:
         self._until[fingerprint] = now_s + REFUSED_S
         while len(self._until) > MAX_REFUSED:
             del self._until[next(iter(self._until))]
+
+    def try_on(self, request_id: str, workers: Collection[str]) -> None:
+        self._on_trial[request_id] = frozenset(workers)
+
+    def trying(self, request_id: str) -> frozenset[str]:
+        """Workers that others than this request are on trial on."""
+        return frozenset().union(*(on for other, on in self._on_trial.items() if other != request_id))
+
+    def acquit(self, request_id: str) -> None:
+        """The request's trial is over. Idempotent."""
+        self._on_trial.pop(request_id, None)
 
 
 def fingerprint(packed: bytes, grammar: str) -> bytes:

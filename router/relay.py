@@ -86,6 +86,9 @@ FINISH_TOKENS = 16
 DEADLY = 2
 """Workers that may die of one request."""
 
+ALONE_AGAIN_S, ALONE_LOOKS = 0.02, 500
+"""Between two looks for workers without another request on trial, and how many there are at most."""
+
 RETRY_PAUSE_S = 0.1
 """Upper end of the first pause before another attempt; doubles with each, drawn evenly from zero."""
 
@@ -154,8 +157,11 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
+    """`in_company`: another request that a worker may have died of is on one of these workers, and just as far."""
+
     attempt: int
     placement: Placement
+    in_company: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,13 +211,16 @@ RelayEvent = Begun | Placed | NotPlaced | Said | Broke | Leaving | Ticked
 class Place:
     """Find a pair after `pause_s`; workers in `avoid` failed this request and are taken only for want of others.
 
-    `held` names workers that the last attempt left prompt tokens on, and how many.
+    `held` names workers that the last attempt left prompt tokens on, and how many. `on_trial`: a worker may have died
+    of the request; let no other such request near it until it has got somewhere, or nobody knows whose fault the next
+    death is.
     """
 
     attempt: int
     pause_s: float
     avoid: frozenset[str]
     held: tuple[tuple[str, int], ...] = ()
+    on_trial: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +248,13 @@ class Drop:
 @dataclass(frozen=True, slots=True)
 class DropDecode:
     """End the attempt's decode stream and keep its prefill stream, which keeps the prompt's pages."""
+
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Acquit:
+    """The attempt has got so far that its workers will not die of the request any more."""
 
     attempt: int
 
@@ -276,7 +292,9 @@ class Retry:
     error: PenumbraError
 
 
-RelayAction = Place | StartDecode | StartPrefill | Drop | DropDecode | Deliver | Moved | Complete | Fail | Retry
+RelayAction = (
+    Place | StartDecode | StartPrefill | Drop | DropDecode | Acquit | Deliver | Moved | Complete | Fail | Retry
+)
 
 
 class RelayCore:
@@ -298,6 +316,7 @@ class RelayCore:
         self._failures = 0  # before the first token
         self._drains = 0
         self._deaths = 0  # of workers, of which this request may be the cause
+        self._in_company = False  # of other such requests, on this attempt's workers
         self._drawn = 0  # tokens of this attempt
         self._first_here = False  # the attempt brought token 0, which is drawn by prefill
         self._computing = False  # its prefill worker has begun with the prompt
@@ -354,8 +373,8 @@ class RelayCore:
                 return self._fault(now, role, DeadlineExceeded(f"{what} within {seconds:.3g} s."))
             case _ if event.attempt != self._attempt:
                 return []
-            case Placed(attempt, placement):
-                self._placement = placement
+            case Placed(attempt, placement, in_company):
+                self._placement, self._in_company = placement, in_company
                 self._wait(now, self._limits.admission_s, Role.DECODE, "The decode worker did not admit the request")
                 return [StartDecode(attempt, placement, tuple(self._emitted))]
             case NotPlaced(_, error):
@@ -457,6 +476,7 @@ class RelayCore:
             self._gaps.append(gap)
             self._slow_gaps = GAP_WINDOW if factor * gap > allowed else max(0, self._slow_gaps - 1)
         self._decoding = self._drawing = True
+        harmless = self._deaths > 0 and self._drawn <= self._first_here
         self._drawn += len(fresh)
         self._first_here |= not self._emitted
         self._last_token_at = now
@@ -465,12 +485,13 @@ class RelayCore:
         if self._slow_gaps:
             allowed = max(allowed, factor * statistics.median(self._gaps))
         self._wait(now, allowed, Role.DECODE, "The decode worker stopped in the middle of the answer")
+        acquitted = [Acquit(self._attempt)] if harmless and self._drawn > self._first_here else []
         if self._moving_since is None:
-            return [Deliver(fresh)]
+            return [Deliver(fresh), *acquitted]
         pages_at = now if self._replaying_since is None else self._replaying_since
         moved = Moved(pages_at - self._moving_since, now - pages_at)
         self._moving_since = None
-        return [Deliver(fresh), moved]
+        return [Deliver(fresh), moved, *acquitted]
 
     def _finished(self, now: float, said: Finished) -> list[RelayAction]:
         count, most = len(self._emitted), self._request.sampling.max_tokens
@@ -501,7 +522,8 @@ class RelayCore:
         else:
             retryable = retryable and self._failures + 1 < self._limits.max_attempts
             self._failures += 1
-        self._deaths += self._is_to_blame(role, error)
+        # Of two that were on trial together, one may be innocent.
+        self._deaths += self._is_to_blame(role, error) and not (self._deaths and self._in_company)
         if self._deaths >= DEADLY:
             return self._end(Fail(RequestQuarantined(f"{DEADLY} workers died of this request; the last said: {error}")))
         if not retryable:
@@ -536,7 +558,7 @@ class RelayCore:
         if self._emitted and self._moving_since is None:
             self._moving_since = now
         pause = self._random.uniform(0, RETRY_PAUSE_S * 2 ** min(given_up - 1, 4))
-        self._place_again = Place(self._attempt, pause, frozenset(self._avoid), tuple(held))
+        self._place_again = Place(self._attempt, pause, frozenset(self._avoid), tuple(held), self._deaths > 0)
         end = DropDecode(given_up) if self._holding == given_up else Drop(given_up)
         return [*done, end, Retry(given_up, error), self._place_again]
 
@@ -640,7 +662,9 @@ async def relay(
 
     failure: Exception | None = None
     async with asyncio.TaskGroup() as tasks:
-        shell = _Shell(fleet, request, limits, mirror, feed, tasks, on_retry, on_place, watch, span, failed, on_moved)
+        shell = _Shell(
+            fleet, request, limits, mirror, feed, tasks, on_retry, on_place, watch, span, failed, on_moved, quarantine
+        )
         try:
             shell.take(Begun())
             yield feed
@@ -691,6 +715,7 @@ class _Shell:
         span: Span,
         on_failed: Callable[[PenumbraError], None],
         on_moved: Callable[[Moved], None],
+        quarantine: Quarantine,
     ) -> None:
         self._fleet = fleet
         self._request = request
@@ -705,6 +730,7 @@ class _Shell:
         self._span = span
         self._on_failed = on_failed
         self._on_moved = on_moved
+        self._quarantine = quarantine
         self._events: deque[RelayEvent] = deque()  # not yet taken to the core, the one being taken first
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
@@ -762,10 +788,15 @@ class _Shell:
         for attempt in self._attempts.values():
             attempt.drop()
         self._attempts.clear()
+        self._quarantine.acquit(self._request.request_id)
 
     async def _place_later(self, place: Place) -> None:
         await asyncio.sleep(place.pause_s)
-        self.take(self._place(place.attempt, place.avoid, place.held))
+        for _ in range(ALONE_LOOKS if place.on_trial else 0):
+            if self._choose(place, alone=True) is not None or self._choose(place) is None:
+                break
+            await asyncio.sleep(ALONE_AGAIN_S)
+        self.take(self._place(place))
 
     def _carry_out(self, actions: list[RelayAction]) -> None:
         for action in actions:
@@ -773,11 +804,11 @@ class _Shell:
                 case Deliver(tokens):
                     self._feed.cached_tokens = self._core.cached_tokens
                     self._feed.put(tokens)
-                case Place(attempt, pause_s, avoid, held):
+                case Place(pause_s=pause_s):
                     if pause_s:
                         self._placing = self._tasks.create_task(self._place_later(action))
                     else:
-                        self.take(self._place(attempt, avoid, held))
+                        self.take(self._place(action))
                 case StartDecode(attempt, placement, emitted):
                     self._attempts[attempt].calls[Role.DECODE] = self._tasks.create_task(
                         self._run(attempt, Role.DECODE, self._decode(attempt, placement, emitted)),
@@ -788,6 +819,8 @@ class _Shell:
                         self._run(attempt, Role.PREFILL, self._prefill(attempt, placement, skip, secret)),
                         name=f"prefill {self._request.request_id}",
                     )
+                case Acquit():
+                    self._quarantine.acquit(self._request.request_id)
                 case Drop(attempt):
                     if (dropped := self._attempts.pop(attempt, None)) is not None:
                         dropped.drop()
@@ -795,6 +828,7 @@ class _Shell:
                     if (kept := self._attempts.get(attempt)) is not None:
                         kept.drop_decode()
                 case Retry(attempt, error):
+                    self._quarantine.acquit(self._request.request_id)
                     self._on_retry(attempt, error)
                 case Moved():
                     self._on_moved(action)
@@ -804,22 +838,35 @@ class _Shell:
                     self._on_failed(error)
                     self._feed.put(error)
 
-    def _place(self, attempt: int, avoid: frozenset[str], held: tuple[tuple[str, int], ...]) -> Placed | NotPlaced:
+    def _choose(self, place: Place, *, alone: bool = False) -> Placement | None:
+        """A pair for the attempt; with `alone`, none that another request is on trial on."""
         prompt_tokens, max_tokens = len(self._request.prompt), self._request.sampling.max_tokens
         fleet = self._fleet.snapshot()
         # A worker that failed us once is better than none: on a cluster of one pair it is the only one there is,
         # and a dead one is out of the snapshot by its own health.
         resident = self._resident(fleet)
-        for worker_id, tokens in held:
+        for worker_id, tokens in place.held:
             resident[worker_id] = max(tokens, resident.get(worker_id, 0))
-        rules, turn, placement = self._rules, self._fleet.next_turn(), None
+        rules, turn, avoid = self._rules, self._fleet.next_turn(), place.avoid
+        others = self._quarantine.trying(self._request.request_id) if alone else frozenset[str]()
         decode, prefill = ({view.info.worker_id for view in views} for views in (fleet.decode, fleet.prefill))
         for excluded in dict.fromkeys((avoid, avoid & decode, avoid & prefill, frozenset[str]())):
-            placement = choose(fleet, prompt_tokens, max_tokens, excluded, resident, rules=rules, turn=turn)
+            placement = choose(fleet, prompt_tokens, max_tokens, excluded | others, resident, rules=rules, turn=turn)
             if placement is not None:
-                break
+                return placement
+        return None
+
+    def _place(self, place: Place) -> Placed | NotPlaced:
+        attempt, in_company = place.attempt, False
+        prompt_tokens, max_tokens = len(self._request.prompt), self._request.sampling.max_tokens
+        placement = self._choose(place, alone=place.on_trial)
+        if placement is None and place.on_trial:
+            placement, in_company = self._choose(place), True
         if placement is None:
-            return NotPlaced(attempt, why_not(fleet, prompt_tokens, max_tokens))
+            return NotPlaced(attempt, why_not(self._fleet.snapshot(), prompt_tokens, max_tokens))
+        if place.on_trial:
+            on = {info.worker_id for info in (placement.prefill, placement.decode) if info is not None}
+            self._quarantine.try_on(self._request.request_id, on)
         self._feed.attempts, self._feed.placement = attempt, placement
         self._on_place(placement)
         # Counted at once, before the next placement looks, not when a task gets to run.
@@ -829,7 +876,7 @@ class _Shell:
             holds[Role.PREFILL].enter_context(self._fleet.assigned(placement.prefill.ref, to_compute))
         to_hold = prompt_tokens + min(max_tokens, GROWTH_TOKENS)
         holds[Role.DECODE].enter_context(self._fleet.assigned(placement.decode.ref, to_hold))
-        return Placed(attempt, placement)
+        return Placed(attempt, placement, in_company)
 
     def _leaving(self, attempt: int) -> None:
         """The decode worker drains. If there is nowhere else to go, its grace period is the best there is."""

@@ -10,6 +10,7 @@ import pytest
 from router.placement import Placement
 from router.quarantine import Quarantine, fingerprint
 from router.relay import (
+    Acquit,
     Begun,
     Broke,
     Complete,
@@ -316,6 +317,46 @@ def test_who_waited_or_was_well_under_way_when_workers_died_is_not_to_blame():
     driver.step(Broke(3, Role.DECODE, WorkerLost("died in mid-answer")))
     driver.admitted(4, OTHER)
     assert ids(driver.decode(tokens(14, first=3, attempt=4), 4)) == [14]
+
+
+def test_of_two_that_workers_died_of_together_neither_is_to_blame_until_one_is_alone():
+    driver = Driver(replace(LIMITS, max_attempts=5))
+    driver.admitted()
+    driver.prefill(Progress(done=1, total=3, cached=0))
+    again = driver.step(Broke(1, Role.PREFILL, WorkerLost("died")))[-1]
+    assert isinstance(again, Place)
+    assert again.on_trial
+    driver.step(Placed(2, OTHER, in_company=True))
+    driver.decode(Admitted(resident_prefix=0, secret=SECRET), 2)
+    driver.prefill(Progress(done=1, total=3, cached=0), 2)
+    assert isinstance(driver.step(Broke(2, Role.PREFILL, WorkerLost("died")))[-1], Place)
+    driver.admitted(3)
+    driver.prefill(Progress(done=1, total=3, cached=0), 3)
+    assert isinstance(failure(driver.step(Broke(3, Role.PREFILL, WorkerLost("died")))), RequestQuarantined)
+
+
+def test_a_request_on_trial_is_acquitted_by_the_first_token_its_decode_worker_draws():
+    driver = Driver()
+    driver.admitted()
+    driver.prefill(Progress(done=1, total=3, cached=0))
+    assert not driver.step(Ticked())
+    driver.step(Broke(1, Role.PREFILL, WorkerLost("died")))
+    driver.admitted(2, OTHER)
+    driver.prefill(RunFinished(prompt_tokens=3, cached_tokens=0), 2)
+    first = driver.decode(tokens(11, attempt=2), 2)  # prefill drew it
+    second = driver.decode(tokens(12, first=1, attempt=2), 2)
+    third = driver.decode(tokens(13, first=2, attempt=2), 2)
+    assert [Acquit(2) in actions for actions in (first, second, third)] == [False, True, False]
+
+
+def test_two_on_trial_are_kept_apart_and_an_acquitted_one_keeps_nobody_away():
+    quarantine = Quarantine()
+    quarantine.try_on("a", {"p0", "d0"})
+    quarantine.try_on("b", {"p1", "d1"})
+    assert (quarantine.trying("a"), quarantine.trying("c")) == ({"p1", "d1"}, {"p0", "d0", "p1", "d1"})
+    quarantine.acquit("b")
+    quarantine.acquit("b")
+    assert quarantine.trying("a") == set()
 
 
 def test_a_quarantined_request_is_refused_for_ten_minutes_and_others_are_not():
