@@ -51,6 +51,10 @@ REMEMBER_ALONE = 4_096
 MAC_BYTES = 16
 ATTACH_S = 5.0
 """For a worker to say that it keeps an answer."""
+KEPT_SILENCE_S = (900.0, 60.0)
+"""For the first piece of a kept answer, whose prompt may still be read, and between two pieces: the worker itself ends
+what does not go on, so who hears nothing for longer has lost a message.
+"""
 
 _END: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs do not know it
 
@@ -203,8 +207,13 @@ class Kept:
 
 
 @contextlib.asynccontextmanager
-async def attach(fleet: Fleet, stream: StreamId, tenant: str) -> AsyncIterator[Kept]:
-    """Read an answer where it is kept. Raises StreamGone when it is not any more."""
+async def attach(
+    fleet: Fleet, stream: StreamId, tenant: str, *, silence_s: tuple[float, float] = KEPT_SILENCE_S
+) -> AsyncIterator[Kept]:
+    """Read an answer where it is kept. Raises StreamGone when it is not any more.
+
+    `silence_s`: how long the worker may say nothing, before the first piece and after it.
+    """
     info = _worker_of(fleet, stream)
     stub: Any = worker_pb2_grpc.DecodeStub
     request = AttachRequest(request_id=stream.request_id, attempt=stream.attempt, epoch=stream.epoch)
@@ -219,7 +228,7 @@ async def attach(fleet: Fleet, stream: StreamId, tenant: str) -> AsyncIterator[K
             context = Context.unpack(first.context)
             if context.tenant != tenant:
                 raise StreamGone("There is no such stream.")
-            yield Kept(context, _events(call))
+            yield Kept(context, _events(call, silence_s))
         except grpc.aio.AioRpcError as failure:
             raise error_from_rpc(failure) from failure
         except TimeoutError as failure:
@@ -235,12 +244,24 @@ def _worker_of(fleet: Fleet, stream: StreamId) -> WorkerInfo:
     raise StreamGone("The worker that kept this stream is gone.")
 
 
-async def _events(call: Any) -> AsyncIterator[Tokens | Finished | Failed]:
+async def _events(call: Any, silence_s: tuple[float, float]) -> AsyncIterator[Tokens | Finished | Failed]:
+    (patience_s, later_s), due = silence_s, 0
     try:
-        while (message := await call.read()) is not _END:
+        while True:
+            async with asyncio.timeout(patience_s):
+                message = await call.read()
+            if message is _END:
+                return
             event = convert.start_event_from_wire(message)
+            if isinstance(event, Tokens):
+                if [token.index for token in event.tokens] != list(range(due, due + len(event.tokens))):
+                    raise WorkerLost(f"The decode worker left token {due} of a kept answer out.")
+                due += len(event.tokens)
             if isinstance(event, Tokens | Finished | Failed):
+                patience_s = later_s
                 yield event
+    except TimeoutError as failure:
+        raise WorkerLost(f"The decode worker said nothing of a kept answer for {patience_s:g} s.") from failure
     except grpc.aio.AioRpcError as failure:
         raise error_from_rpc(failure) from failure
 

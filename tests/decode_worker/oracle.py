@@ -247,6 +247,7 @@ async def pair(
     decode_pools: OraclePools | None = None,
     prefill_pools: OraclePools | None = None,
     make_server: Callable[[], Server] = Server,
+    local_prefill: bool = False,
 ) -> AsyncIterator[OraclePair]:
     """Two workers over loopback; `name` makes their transports unique in this process."""
     ours, theirs = decode_pools or OraclePools(), prefill_pools or OraclePools()
@@ -255,7 +256,7 @@ async def pair(
         (theirs, OracleRunner(theirs)),
         (ours, OracleRunner(ours)),
         PrefillLimits(chunk_tokens=chunk_tokens, max_batch_tokens=400, max_context=8192, vocab_size=VOCAB),
-        DecodeLimits(max_context=8192, vocab_size=VOCAB, eos_token_id=EOS),
+        DecodeLimits(max_context=8192, vocab_size=VOCAB, eos_token_id=EOS, local_prefill=local_prefill),
         progress_deadline_s=progress_deadline_s,
         make_server=make_server,
     ) as workers:
@@ -309,6 +310,7 @@ async def pair_of(
             model="m",
             signature=ours.signature,
             max_context=decode_limits.max_context,
+            local_prefill=decode_limits.local_prefill,
         )
         transport = LoopbackTransport(f"{name}-decode", gate)
         transport.register(ours.classes)
