@@ -34,7 +34,7 @@ from rich.text import Text
 
 import engine
 from deploy.redis import EmbeddedRedis, free_port
-from deploy.supervisor import Child, ChildSpec, Restarts, Supervisor
+from deploy.supervisor import RESTART_S, Child, ChildSpec, Restarts, Supervisor
 from wire.errors import ConfigError
 
 BUNDLED_MODEL = "penumbra-nano"
@@ -90,6 +90,7 @@ class ClusterConfig:
     threads: int = 1
     ready_timeout_s: float = 300.0
     grace_s: float = 10.0
+    restart_pause_s: float = RESTART_S[1]  # the longest before somebody who keeps dying is started again
 
     def __post_init__(self) -> None:
         if min(self.prefill, self.decode) < 1:
@@ -190,8 +191,8 @@ def start_detached(config: ClusterConfig, arguments: tuple[str, ...], console: C
     log = folder / "penumbra.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            _penumbra(*arguments),
-            env={**os.environ, **_environment(1)},
+            penumbra_command(*arguments),
+            env={**os.environ, **threads_environment(1)},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -386,11 +387,12 @@ class _Cluster:
         self._redis: EmbeddedRedis | None = None
         self._stream_key_written = False
         self._redis_retry_at = 0.0
+        self._unsaved = False
         self._model = Path()
         self._redis_url = ""
         self._counts = {"prefill": config.prefill, "decode": config.decode}
         self._leaving: dict[Child, float] = {}  # by scaling down -> when to end them for good
-        self._restarts = Restarts()
+        self._restarts = Restarts(config.restart_pause_s)
         self._listener = _Listener()
         self._served = config.served_model_name or (config.model.name if config.model else BUNDLED_MODEL)
 
@@ -487,6 +489,8 @@ class _Cluster:
             self._watch_redis(supervisor)
             self._scale(supervisor)
             self._watch(supervisor)
+            if self._unsaved:
+                self._save(supervisor, ready=True)
 
     def _watch(self, supervisor: Supervisor) -> None:
         """Whoever died is started again after a pause, and whoever fell silent is ended first."""
@@ -572,14 +576,14 @@ class _Cluster:
     def _router(self, index: int, model: Path, redis_url: str) -> ChildSpec:
         config, admin_port = self._config, self._admin_ports[index]
         keys = () if config.keys is None else ("--keys", str(config.keys), "--admin-port", str(admin_port))
-        command = _penumbra(
+        command = penumbra_command(
             "router",
             *("--model", str(model), "--served-model-name", self._served, "--redis", redis_url),
             *("--host", config.host, "--port", str(self._ports[index]), *config.router_flags),
             *("--expected-routers", str(config.routers), "--stream-key", str(self._stream_key()), *keys),
         )
         name = f"router-{index}" if index else "router"
-        return ChildSpec(name=name, command=command, env=_environment(1))
+        return ChildSpec(name=name, command=command, env=threads_environment(1))
 
     def _stream_key(self) -> Path:
         """What the routers sign stream ids with: one key for all of them, and a new one for each run."""
@@ -594,13 +598,13 @@ class _Cluster:
     def _worker(self, role: str, index: int) -> ChildSpec:
         return ChildSpec(
             name=f"{role}-{index}",
-            command=_penumbra(
+            command=penumbra_command(
                 role,
                 *("--model", str(self._model), "--redis", self._redis_url, "--worker-id", f"{role}-{index}"),
                 *("--host", "127.0.0.1", "--port", "0", "--http-port", "0"),
                 *("--threads", str(self._config.threads), *self._config.worker_flags),
             ),
-            env=_environment(self._config.threads),
+            env=threads_environment(self._config.threads),
         )
 
     def _bundled_model(self, status: Status) -> Path:
@@ -623,7 +627,7 @@ class _Cluster:
         # In a process of its own: this one stays small for as long as the cluster runs.
         log = self._folder / "logs"
         with Supervisor(log_dir=log, echo=self._echo, grace_s=1.0) as writer:
-            (child,) = writer.start([ChildSpec(name="model", command=command, env=_environment(1))])
+            (child,) = writer.start([ChildSpec(name="model", command=command, env=threads_environment(1))])
             while not child.wait(0.0):
                 if self._stop.wait(POLL_S):
                     return folder
@@ -657,7 +661,14 @@ class _Cluster:
         )
 
     def _save(self, supervisor: Supervisor, *, ready: bool) -> None:
-        self._state(supervisor, ready=ready).save(self._folder)
+        """Write the state file; on a full disk it is written as soon as there is room."""
+        try:
+            self._state(supervisor, ready=ready).save(self._folder)
+            self._unsaved = False
+        except OSError as error:
+            if not self._unsaved:
+                self._say(f"the state file can not be written: {error}", style="bold red")
+            self._unsaved = True
 
     def _require_free_ports(self) -> None:
         for port in self._ports:
@@ -677,10 +688,16 @@ class _Cluster:
 
     def _echo(self, name: str, line: str) -> None:
         style = COLOURS.get(name.partition("-")[0], "")
-        self._console.print(Text.assemble((f"{name:>10} ", style), ("| ", "dim"), line), soft_wrap=True)
+        self._print(Text.assemble((f"{name:>10} ", style), ("| ", "dim"), line))
 
     def _say(self, text: str, style: str = "") -> None:
-        self._console.print(Text(text, style=style), soft_wrap=True)
+        self._print(Text(text, style=style))
+
+    def _print(self, text: Text) -> None:
+        with contextlib.suppress(
+            OSError
+        ):  # whoever can not be told must not end the cluster: a full disk, a closed pipe
+            self._console.print(text, soft_wrap=True)
 
 
 class _Listener:
@@ -727,12 +744,12 @@ def _how(child: Child) -> str:
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
-def _penumbra(*arguments: str) -> tuple[str, ...]:
+def penumbra_command(*arguments: str) -> tuple[str, ...]:
     """`penumbra` under this very interpreter. -P: a folder named cli where the user stands is not ours."""
     return (sys.executable, "-P", "-m", "cli", *arguments)
 
 
-def _environment(count: int) -> dict[str, str]:
+def threads_environment(count: int) -> dict[str, str]:
     """Every library's own idea of a thread pool, set before it is loaded, as N workers share this machine."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
     return {**dict.fromkeys(names, str(count)), "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": PACKAGES}

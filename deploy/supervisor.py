@@ -108,10 +108,18 @@ class Child:
             self._process.stdout.close()
 
     def _read(self) -> None:
+        """Until the child's end, whatever becomes of the log: a child that nobody reads stands still."""
         assert self._process.stdout is not None
+        lost = 0
         with self.log.open("ab", buffering=0) as log:
             for raw in self._process.stdout:
-                log.write(raw)
+                try:
+                    if lost:
+                        log.write(b"... %d lines are missing: they could not be written\n" % lost)
+                        lost = 0
+                    log.write(raw)
+                except OSError:  # the disk is full
+                    lost += 1
                 line = raw.decode("utf-8", "replace").rstrip("\r\n")
                 self._tail.append(line)
                 self._echo(self.name, line)
@@ -202,16 +210,17 @@ class Supervisor:
 class Restarts:
     """When children that died are to be started again. Pure: time is an argument, in monotonic seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, longest_s: float = RESTART_S[1]) -> None:
+        self._longest_s = longest_s
         self._pauses: dict[str, float] = {}
         self._died_at: dict[str, float] = {}
         self._due: dict[str, float] = {}
 
     def died(self, now_s: float, name: str) -> float:
         """The child was found dead; -> seconds until it is to be started. Once for each death."""
-        first, longest = RESTART_S
+        first = min(RESTART_S[0], self._longest_s)
         steady = now_s - self._died_at.get(name, -STEADY_S) >= STEADY_S
-        pause = first if steady else min(2 * self._pauses[name], longest)
+        pause = first if steady else min(2 * self._pauses[name], self._longest_s)
         self._pauses[name], self._died_at[name], self._due[name] = pause, now_s, now_s + pause
         return pause
 

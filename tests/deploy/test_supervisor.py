@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.supervisor import STEADY_S, ChildSpec, Restarts, Supervisor
+from deploy.supervisor import STEADY_S, Child, ChildSpec, Restarts, Supervisor
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -112,7 +112,7 @@ def test_a_program_that_does_not_exist_is_a_death_that_says_so(tmp_path, heard, 
 def test_children_die_with_a_supervisor_that_is_killed_without_warning(tmp_path, eventually, process_gone):
     script = (
         "import sys, time, pathlib\n"
-        "from deploy.supervisor import STEADY_S, ChildSpec, Restarts, Supervisor\n"
+        "from deploy.supervisor import STEADY_S, Child, ChildSpec, Restarts, Supervisor\n"
         "child = (sys.executable, '-c', 'import time; time.sleep(60)')\n"
         "supervisor = Supervisor(log_dir=pathlib.Path(sys.argv[1]), echo=lambda name, line: None)\n"
         "supervisor.start([ChildSpec(name=f'c{n}', command=child) for n in range(2)])\n"
@@ -173,3 +173,11 @@ def test_pauses_before_a_restart_double_up_to_a_limit_and_start_over_after_a_ste
     assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30]
     assert restarts.died(now, "prefill-0") == 0.5
     assert restarts.died(now + STEADY_S, "decode-0") == 0.5
+
+
+def test_a_child_whose_log_can_not_be_written_goes_on(heard):
+    child = Child(spec("chatty", "for i in range(2_000): print('x' * 100)"), log=Path("/dev/full"), echo=heard)
+    assert child.wait(60)
+    child.close()
+    assert child.exit_code == 0
+    assert heard == [("chatty", "x" * 100)] * 2_000
