@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+WRITTEN = (":(exclude,top)bench/results", ":(exclude,top)docs/faults.md")
 
 
 def machine() -> str:
@@ -31,14 +32,16 @@ def load() -> float:
 
 
 def commit() -> str:
-    """The commit measured, with `+` when the tree had changes; `unknown` outside a checkout."""
+    """The commit measured, with `+` when the tree had changes that were not written by a measurement; `unknown` outside
+    a checkout.
+    """
     here = Path(__file__).parent
     try:
         head = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
         changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
+            ["git", "status", "--porcelain", "--untracked-files=no", "--", ":/", *WRITTEN],
             cwd=here,
             capture_output=True,
             text=True,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import os
 import signal
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 
 from deploy import local
@@ -27,19 +28,32 @@ class ChaosFailed(PenumbraError):
     code = "chaos_failed"
 
 
-@dataclass(frozen=True, slots=True)
-class Cluster:
-    url: str
-    folder: Path
+class NotHere(ChaosFailed):
+    """This machine, or this user, can not do the fault."""
 
-    def state(self) -> local.ClusterState:
-        state = local.ClusterState.load(self.folder)
-        if state is None:
-            raise ChaosFailed(f"The cluster of {self.folder} is gone; its logs are there.")
-        return state
+    code = "fault_not_here"
+
+
+class Cluster(abc.ABC):
+    """Processes by name, a router, and what its workers say."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    @abc.abstractmethod
+    def pids(self) -> dict[str, int]:
+        """Every process there should be, by name; dead ones too, until they are replaced."""
+
+    @abc.abstractmethod
+    def wanted(self) -> set[str]:
+        """Workers there should be."""
+
+    @abc.abstractmethod
+    def mend(self) -> None:
+        """Start who died again, if nobody else does."""
 
     def pid(self, name: str) -> int:
-        return next(member.pid for member in self.state().members if member.name == name)
+        return self.pids()[name]
 
     def workers(self, role: str = "") -> list[dict[str, Any]]:
         found = local.fetch_json(f"{self.url}/workers", timeout_s=10.0) or {"workers": []}
@@ -79,14 +93,13 @@ class Cluster:
 
     def wait_until_whole(self, timeout_s: float = READY_S) -> float:
         """Until every worker there should be serves, and the router too; -> seconds."""
-        state = self.state()
-        wanted = {f"{role}-{i}" for role, n in (("prefill", state.prefill), ("decode", state.decode)) for i in range(n)}
 
         def whole() -> bool:
-            alive = all(member.process() is not None for member in self.state().members)
-            return alive and {w["worker_id"] for w in self.workers() if w["state"] == "serving"} == wanted
+            self.mend()
+            serving = {w["worker_id"] for w in self.workers() if w["state"] == "serving"}
+            return serving == self.wanted() and all(map(is_alive, self.pids().values()))
 
-        return until(whole, timeout_s, f"{sorted(wanted)} do not all serve")
+        return until(whole, timeout_s, f"{sorted(self.wanted())} do not all serve")
 
     def wait_until_idle(self, timeout_s: float) -> float:
         """Until no worker holds anything; -> seconds. Raises ChaosFailed naming what is still held."""
@@ -96,6 +109,36 @@ class Cluster:
                 raise ChaosFailed(f"still held after {timeout_s:g} s: {held}")
             time.sleep(0.2)
         return time.monotonic() - began
+
+
+class LocalCluster(Cluster):
+    """What `penumbra up` started."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        super().__init__(url)
+        self.folder = folder
+
+    def state(self) -> local.ClusterState:
+        state = local.ClusterState.load(self.folder)
+        if state is None:
+            raise ChaosFailed(f"The cluster of {self.folder} is gone; its logs are there.")
+        return state
+
+    def pids(self) -> dict[str, int]:
+        return {member.name: member.pid for member in self.state().members}
+
+    def mend(self) -> None:
+        """Its supervisor does."""
+
+    def wanted(self) -> set[str]:
+        state = self.state()
+        return {f"{role}-{i}" for role, n in (("prefill", state.prefill), ("decode", state.decode)) for i in range(n)}
+
+
+def is_alive(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def until(condition: Callable[[], bool], timeout_s: float, otherwise: str) -> float:
@@ -109,7 +152,7 @@ def until(condition: Callable[[], bool], timeout_s: float, otherwise: str) -> fl
 
 
 @contextlib.contextmanager
-def running(home: Path, model: Path, prefill: int, decode: int, *flags: str) -> Iterator[Cluster]:
+def running(home: Path, model: Path, prefill: int, decode: int, *flags: str) -> Iterator[LocalCluster]:
     """A cluster for the length of the block, on a free port."""
     words = ("up", "--cluster", NAME, "--home", str(home), "--model", str(model), "--port", "0")
     counts = ("--prefill", str(prefill), "--decode", str(decode), "--ready-timeout-s", str(READY_S))
@@ -122,6 +165,6 @@ def running(home: Path, model: Path, prefill: int, decode: int, *flags: str) -> 
     try:
         state = local.ClusterState.load(folder)
         assert state is not None, "start_detached saw it"
-        yield Cluster(state.url, folder)
+        yield LocalCluster(state.url, folder)
     finally:
         local.stop(folder)

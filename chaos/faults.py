@@ -3,102 +3,68 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
-import signal
+import resource
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
 
+import psutil
 import redis
 
-from chaos.cluster import ChaosFailed, Cluster
-from chaos.streams import Ask, Reference, Verdict
+from chaos.cluster import ChaosFailed, LocalCluster, NotHere, is_alive, until
+from chaos.streams import Ask, Outcome, Reference, Verdict, answer
+from chaos.strikes import CLIENTS, CONT, KILL, LEAK_S, STOP, TERM, Bench, References, Row
 from deploy import local
 
-LEAK_S = 15.0
-"""Everything a fault left behind is back by then."""
+CAMPAIGN_S = 3_000.0
+HERD = 300
+PERSISTENT = 60
+"""Times a client of the herd comes back."""
+CALM = 1.2
+"""Attempts for each request: more would be a storm."""
 
-CLIENTS = 8
-VOCAB = 250
-
-KILL, STOP, CONT, TERM = signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT, signal.SIGTERM
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """What one fault did: `ok` when its promise held for all `streams`."""
-
-    fault: str
-    ok: bool
-    streams: int
-    measured: str
+STARVED_BYTES = 16 << 20
+LIMIT, USAGE = "memory.limit_in_bytes", "memory.usage_in_bytes"
+MEMORY = Path("/sys/fs/cgroup/memory")
 
 
-class Bench:
-    """A cluster, what it answers undisturbed, and the ways to disturb it."""
+class Local(Bench):
+    """What `penumbra up` runs, and what is done to its processes."""
 
-    def __init__(self, cluster: Cluster, many: Reference, short: Reference, long: Reference) -> None:
-        """`long` asks long prompts, which spend seconds in prefill; `short` ones spend theirs in decode; `many` are
-        quickly answered.
+    def __init__(self, cluster: LocalCluster, references: References, points: Path, disk: Path | None) -> None:
+        """`points` is the folder of its failpoints, `disk` the root of a small file system, of its own, that the
+        cluster's state and logs are on.
         """
-        self.cluster, self.many, self.short, self.long = cluster, many, short, long
-        self._retried = 0.0
-        self._random = random.Random(7)
-
-    def strike(
-        self, reference: Reference, hit: Callable[[], None], at: int, *, undo: Callable[[], None] = lambda: None
-    ) -> Verdict:
-        """All of `reference`'s answers at once; `hit` when the first has `at` tokens, or at once with 0."""
-        once = threading.Lock()
-
-        def on_token(ask: Ask, count: int) -> bool:
-            if count >= at and once.acquire(blocking=False):
-                hit()
-            return True
-
-        try:
-            if at == 0 and once.acquire(blocking=False):
-                threading.Timer(0.35, hit).start()
-            verdict, _ = reference.run(reference.questions[:CLIENTS], CLIENTS, on_token)
-        finally:
-            undo()
-        return verdict
-
-    def row(self, fault: str, verdict: Verdict, more: str = "") -> Row:
-        """Wait for the cluster to be whole and idle again, and say how it went."""
-        time.sleep(1.0)  # who was just killed may look alive for a moment
-        whole_s = self.cluster.wait_until_whole()
-        idle_s = self.cluster.wait_until_idle(LEAK_S)
-        retried = sum(
-            value for name, value in self._router().items() if name.startswith("penumbra_request_retries_total")
-        )
-        words = [f"{max(0.0, retried - self._retried):.0f} attempts failed"]
-        self._retried = retried
-        words += [f"longest gap {max(verdict.gaps_s, default=0):.2f} s", f"whole after {whole_s:.0f} s", "0 pages held"]
-        if idle_s > 1:
-            words.append(f"idle after {idle_s:.1f} s")
-        if verdict.why:
-            words.append(f"{verdict.bad} not as they should be, first: {verdict.why[0]}")
-        words += [more] if more else []
-        return Row(fault=fault, ok=not verdict.bad, streams=verdict.streams, measured="; ".join(words))
-
-    def send(self, role: str, number: signal.Signals) -> Callable[[], None]:
-        return lambda: self.cluster.signal(self.cluster.busiest(role), number)
+        super().__init__(cluster, references)
+        self.local, self._points, self._disk = cluster, points, disk
 
     # Prefill.
 
     def prefill_killed_in_queue(self) -> Row:
-        return self.row("F01", self.strike(self.long, self.send("prefill", KILL), 0))
+        return self._at("F01", "prefill.run", self.long)
 
     def prefill_killed_in_prompt(self) -> Row:
-        return self.row("F02", self.strike(self.long, self.send("prefill", KILL), 0))
+        return self._at("F02", "prefill.progress", self.long)
 
     def prefill_killed_when_ready(self) -> Row:
-        return self.row("F03", self.strike(self.short, self.send("prefill", KILL), 1))
+        return self._at("F03", "prefill.finished", self.long)
 
-    def prefill_killed_beside_load(self) -> Row:
-        return self.row("F04", self.strike(self.long, self.send("prefill", KILL), 1))
+    def prefill_killed_in_transfer(self) -> Row:
+        """While the decode workers are busy with other answers."""
+        with ThreadPoolExecutor(1) as beside:
+            busy = beside.submit(self.short.run, self.short.questions[:CLIENTS], CLIENTS)
+            time.sleep(1.0)
+            verdict = self._strike_at("prefill.offer", self.long)
+            verdict.add(busy.result()[0])
+        return self.row("F04", verdict)
 
     def prefill_frozen(self) -> Row:
         return self._frozen("F14", "prefill", self.long, 0)
@@ -108,11 +74,14 @@ class Bench:
 
     # Decode.
 
-    def decode_killed_in_prompt(self) -> Row:
-        return self.row("F05", self.strike(self.long, self.send("decode", KILL), 0))
+    def decode_killed_before_transfer(self) -> Row:
+        return self._at("F05", "decode.start", self.long)
 
     def decode_killed_in_transfer(self) -> Row:
-        return self.row("F06", self.strike(self.long, self.send("decode", KILL), 1))
+        return self._at("F06", "decode.read", self.long)
+
+    def decode_killed_before_its_end(self) -> Row:
+        return self._at("F08", "decode.finished", self.short)
 
     def decode_killed_at_token(self) -> Row:
         total = Verdict()
@@ -120,14 +89,7 @@ class Bench:
         for k in (1, 2, longest // 2, longest - 1):
             self.cluster.wait_until_whole()
             verdict = self.strike(self.short, self.send("decode", KILL), k)
-            total.streams += verdict.streams
-            total.lost, total.doubled, total.altered = (
-                total.lost + verdict.lost,
-                total.doubled + verdict.doubled,
-                total.altered + verdict.altered,
-            )
-            total.gaps_s += verdict.gaps_s
-            total.why += verdict.why
+            total.add(verdict)
         return self.row("F07", total)
 
     def decode_frozen(self) -> Row:
@@ -149,12 +111,64 @@ class Bench:
 
         return self.row(fault, self.strike(reference, freeze, at, undo=thaw))
 
+    def _at(self, fault: str, point: str, reference: Reference) -> Row:
+        return self.row(fault, self._strike_at(point, reference))
+
+    def _strike_at(self, point: str, reference: Reference) -> Verdict:
+        """The first worker that gets to the failpoint dies there."""
+        armed = self._points / point
+        armed.write_text("kill")
+        try:
+            return reference.run(reference.questions[:CLIENTS], CLIENTS)[0]
+        finally:
+            reached = not armed.exists()
+            armed.unlink(missing_ok=True)
+            if not reached:
+                raise ChaosFailed(f"nobody got to {point}")
+
+    # Poison.
+
+    def poison(self) -> Row:
+        """A prompt of which every worker dies that computes it, and one whose every decode worker dies, each in the
+        midst of others: two workers are lost to each, it is refused from then on, and the others are answered.
+        """
+        total, words = Verdict(), []
+        for point, token, reference in (("prefill.progress", 255, self.long), ("decode.tokens", 256, self.short)):
+            deadly = replace(reference.questions[0], prompt=(*reference.questions[0].prompt, token))
+            (self._points / point).write_text(f"kill always {token}")
+            before = set(self.cluster.pids().values())
+            dead: set[int] = set()
+            done = threading.Event()
+
+            def count(dead: set[int] = dead, done: threading.Event = done, before: set[int] = before) -> None:
+                while not done.wait(0.1):
+                    dead |= {pid for pid in before | set(self.cluster.pids().values()) if not is_alive(pid)}
+
+            counter = threading.Thread(target=count)
+            counter.start()
+            try:
+                with ThreadPoolExecutor(1) as beside:
+                    poisoned = beside.submit(answer, self.cluster.url, reference.model, deadly)
+                    total.add(reference.run(reference.questions[1:CLIENTS], CLIENTS)[0])
+                    first = poisoned.result()
+                self.cluster.wait_until_whole()
+                again = answer(self.cluster.url, reference.model, deadly)
+            finally:
+                done.set()
+                counter.join()
+                (self._points / point).unlink()
+            if "request_quarantined" not in first.error or "request_quarantined" not in again.error or len(dead) != 2:
+                total.altered += 1
+                total.why.append(f"{len(dead)} died at {point}; {first.error}; and then: {again.error}")
+            words.append(f"{len(dead)} workers died at {point}")
+        return self.row("F33", total, "; ".join(words))
+
     # Router.
 
     def router_killed(self) -> Row:
         """Streams must break, and none may say that it is done."""
         _, seen = self.short.run(
-            self.short.questions[:CLIENTS], CLIENTS, self._once(5, lambda: self.cluster.signal("router", KILL))
+            self.short.questions[:CLIENTS], CLIENTS, self.once(5, lambda: self.cluster.signal("router", KILL))
         )
         verdict = Verdict(streams=len(seen))
         for ask, one in zip(self.short.questions, seen, strict=False):
@@ -167,7 +181,7 @@ class Bench:
 
     def router_stopped(self) -> Row:
         """What it had must end whole; what came too late for it must be told so before anything else."""
-        on_token = self._once(5, lambda: self.cluster.signal("router", TERM))
+        on_token = self.once(5, lambda: self.cluster.signal("router", TERM))
         _, seen = self.short.run(self.short.questions[:CLIENTS], CLIENTS, on_token)
         verdict, refused = Verdict(), 0
         for ask, one in zip(self.short.questions, seen, strict=False):
@@ -176,16 +190,6 @@ class Bench:
             else:
                 verdict.judge(self.short.of(ask), one)
         return self.row("F10", verdict, f"{refused} came too late and were told so")
-
-    def _once(self, at: int, hit: Callable[[], None]) -> Callable[[Ask, int], bool]:
-        once = threading.Lock()
-
-        def on_token(ask: Ask, count: int) -> bool:
-            if count >= at and once.acquire(blocking=False):
-                hit()
-            return True
-
-        return on_token
 
     # All of a kind.
 
@@ -204,7 +208,7 @@ class Bench:
 
         if at == 0:
             hit()
-        on_token = self._once(at, hit) if at else lambda ask, count: True
+        on_token = self.once(at, hit) if at else lambda ask, count: True
         _, seen = self.short.run(self.short.questions[:CLIENTS], CLIENTS, on_token)
         verdict = Verdict(streams=len(seen))
         for ask, one in zip(self.short.questions, seen, strict=False):
@@ -226,21 +230,18 @@ class Bench:
         return self.row("F52", self.short.run(self.short.questions[:CLIENTS], CLIENTS)[0])
 
     def scaled(self) -> Row:
-        state = self.cluster.state()
+        state = self.local.state()
         counts = {"prefill": state.prefill, "decode": state.decode}
         total = Verdict()
         for more in (1, 0):
             wanted = {role: count + more for role, count in counts.items()}
             scaling = threading.Thread(
-                target=local.scale, args=(self.cluster.folder, state.cluster, wanted), kwargs={"timeout_s": 600.0}
+                target=local.scale, args=(self.local.folder, state.cluster, wanted), kwargs={"timeout_s": 600.0}
             )
             scaling.start()
             while scaling.is_alive():
                 verdict, _ = self.short.run(self.short.questions[:CLIENTS], CLIENTS)
-                total.streams += verdict.streams
-                total.lost, total.altered = total.lost + verdict.bad, total.altered
-                total.why += verdict.why
-                total.gaps_s += verdict.gaps_s
+                total.add(verdict)
         return self.row("F60", total)
 
     # Redis.
@@ -264,7 +265,7 @@ class Bench:
         return self.row("F22", verdict)
 
     def _redis(self, *words: str) -> None:
-        member = next(member for member in self.cluster.state().members if member.name == "redis")
+        member = next(member for member in self.local.state().members if member.name == "redis")
         process = member.process()
         if process is None:
             raise ChaosFailed("Redis is gone before anything was done to it.")
@@ -285,19 +286,120 @@ class Bench:
             longest = max(longest, self.cluster.wait_until_idle(LEAK_S))
         return self.row("F23", Verdict(streams=left), f"everything free {longest:.1f} s after the last one left")
 
+    # The machine.
+
+    def decode_out_of_memory(self) -> Row:
+        """The kernel ends a worker whose memory group is full, in mid-answer."""
+        name = "decode-0"
+        with _memory_group() as group:
+            before = self.cluster.pid(name)
+            self.cluster.signal(name, KILL)
+            # Memory counts for the group a process was in when it took it: in with the next one before it takes any.
+            until(lambda: self.cluster.pid(name) != before, 60.0, f"{name} was not started again")
+            (group / "cgroup.procs").write_text(str(self.cluster.pid(name)))
+            self.cluster.wait_until_whole()
+            killed = self.cluster.pid(name)
+
+            def starve() -> None:
+                used = int((group / USAGE).read_text())
+                (group / LIMIT).write_text(str(used + STARVED_BYTES))
+                hungry = f"import time; time.sleep(1); b = bytearray({4 * STARVED_BYTES}); time.sleep(5)"
+                eater = subprocess.Popen([sys.executable, "-c", hungry])
+                (group / "cgroup.procs").write_text(str(eater.pid))
+                threading.Thread(target=eater.wait).start()
+
+            verdict = self.strike(self.short, starve, 5)
+            until(lambda: self.cluster.pid(name) != killed, 30.0, f"{name} was not killed by the kernel")
+            return self.row("F40", verdict)
+
+    def disk_full(self) -> Row:
+        """No byte can be written to the logs or the state file, and a worker dies meanwhile."""
+        if self._disk is None:
+            raise NotHere("needs root, for a file system of its own")
+        filler = self._disk / "filler"
+
+        def fill() -> None:
+            with filler.open("wb", buffering=0) as file:
+                for size in (1 << 20, 1):
+                    with suppress(OSError):
+                        while True:
+                            file.write(bytes(size))
+            self.cluster.signal(self.cluster.busiest("decode"), KILL)
+
+        def free() -> None:
+            time.sleep(3.0)  # the worker is started again on the full disk
+            filler.unlink()
+
+        return self.row("F42", self.strike(self.short, fill, 5, undo=free))
+
+    def no_descriptors(self) -> Row:
+        """The router can open no more files; then it can again."""
+        pid = self.cluster.pid("router")
+        before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        refused = 0
+
+        def exhaust() -> None:
+            nonlocal refused
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (psutil.Process(pid).num_fds(), before[1]))
+            for _ in range(4):
+                refused += local.fetch_json(f"{self.cluster.url}/liveness", timeout_s=0.5) is None
+
+        def release() -> None:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+
+        verdict = self.strike(self.short, exhaust, 5, undo=release)
+        released = time.monotonic()
+        verdict.add(self.short.run(self.short.questions[:1], 1)[0])
+        back_s = time.monotonic() - released - max(verdict.gaps_s[-1], 0.0)
+        row = self.row(
+            "F43", verdict, f"{refused} of 4 others not answered meanwhile; answering again within {back_s:.1f} s"
+        )
+        return row
+
+    def everybody_comes_at_once(self) -> Row:
+        """The router restarts, and all its clients come back in the same moment; those told to come later do so."""
+        before = self.cluster.pid("router")
+        self.cluster.signal("router", KILL)
+        until(lambda: self.cluster.pid("router") != before, 60.0, "the router was not started again")
+        questions = [self.many.questions[i % 4] for i in range(HERD)]
+        began = time.monotonic()
+
+        def come(ask: Ask) -> Outcome:
+            for _ in range(PERSISTENT):
+                heard = answer(self.cluster.url, self.many.model, ask)
+                if heard.status not in (0, 503):
+                    break
+                time.sleep(heard.retry_after_s or random.uniform(0.1, 1.0))
+            return heard
+
+        verdict = Verdict()
+        with ThreadPoolExecutor(HERD) as clients:
+            for ask, heard in zip(questions, clients.map(come, questions), strict=True):
+                verdict.judge(self.many.of(ask), heard)
+        seconds = time.monotonic() - began
+        attempts = 1 + self._retries() / HERD
+        more = f"{HERD} clients done in {seconds:.0f} s; {attempts:.2f} attempts for each request that was let in"
+        row = self.row("F50", verdict, more)
+        return replace(row, ok=row.ok and attempts <= CALM)
+
+    def _retries(self) -> float:
+        return sum(n for name, n in self.router().items() if name.startswith("penumbra_request_retries_total"))
+
     # Many.
 
-    def campaign(self, streams: int, clients: int, steady_s: float) -> tuple[Verdict, int, dict[str, float]]:
-        """Keep `clients` asking until `streams` have been answered, and kill a worker whenever the cluster has been
-        whole for `steady_s`. -> (verdict, kills, what moving took in seconds: mean for pages and for replay)
+    def campaign(
+        self, streams: int, kills: int, clients: int, steady_s: float
+    ) -> tuple[Verdict, int, dict[str, float]]:
+        """Keep `clients` asking, and kill a worker whenever the cluster has been whole for `steady_s`, until there were
+        at least so many answers and so many kills. -> (verdict, kills, what moving took in seconds: mean for pages and
+        for replay)
         """
         before = self._moves()
-        questions = [self._random.choice(self.many.questions) for _ in range(streams)]
         done = threading.Event()
-        kills = 0
+        total, killed, give_up = Verdict(), 0, time.monotonic() + CAMPAIGN_S
 
         def kill() -> None:
-            nonlocal kills
+            nonlocal killed
             while not done.wait(steady_s):
                 try:
                     self.cluster.wait_until_whole(120.0)
@@ -305,30 +407,58 @@ class Bench:
                         return
                     victims = [worker["worker_id"] for worker in self.cluster.workers()]
                     self.cluster.signal(self._random.choice(victims), KILL)
-                    kills += 1
+                    killed += 1
                 except (ChaosFailed, IndexError):
                     continue  # not whole yet: nobody is killed meanwhile
 
+        def ask() -> Verdict:
+            mine = Verdict()
+            while (total.streams + clients < streams or killed < kills) and time.monotonic() < give_up:
+                question = self._random.choice(self.many.questions)
+                mine.judge(self.many.of(question), answer(self.many.url, self.many.model, question))
+                with counting:
+                    total.streams += 1
+            return mine
+
+        counting = threading.Lock()
         killer = threading.Thread(target=kill)
         killer.start()
         try:
-            verdict, _ = self.many.run(questions, clients)
+            with ThreadPoolExecutor(clients) as pool:
+                verdicts = [one.result() for one in [pool.submit(ask) for _ in range(clients)]]
         finally:
             done.set()
             killer.join()
+        verdict = Verdict()
+        for one in verdicts:
+            verdict.add(one)
         after = self._moves()
-        moved = {name: after[name] - before.get(name, 0.0) for name in after}
-        return verdict, kills, moved
-
-    def _router(self) -> dict[str, float]:
-        return self.cluster.samples(self.cluster.url.removeprefix("http://"))
+        return verdict, killed, {name: after[name] - before.get(name, 0.0) for name in after}
 
     def _moves(self) -> dict[str, float]:
         return {
-            name: value for name, value in self._router().items() if name.startswith("penumbra_request_move_seconds_")
+            name: value for name, value in self.router().items() if name.startswith("penumbra_request_move_seconds_")
         }
 
 
 def _stays(most: int, ask: Ask, count: int) -> bool:
     """A client that hangs up at so many tokens."""
     return count < most
+
+
+@contextmanager
+def _memory_group() -> Iterator[Path]:
+    """A memory group without a limit yet; what is left in it goes back to the root."""
+    if not (MEMORY / LIMIT).exists() and not (MEMORY / "cgroup.procs").exists():
+        raise NotHere(f"needs a memory group under {MEMORY}")
+    group = MEMORY / f"penumbra-chaos-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        raise NotHere(f"needs a memory group of its own: {error}") from error
+    try:
+        yield group
+    finally:
+        for pid in (group / "cgroup.procs").read_text().split():
+            (MEMORY / "cgroup.procs").write_text(pid)
+        group.rmdir()

@@ -7,7 +7,7 @@ import datetime
 from pathlib import Path
 
 from bench.record import RESULTS, commit, load, machine
-from chaos.faults import Row
+from chaos.strikes import Row
 from chaos.table import FAULTS
 
 PAGE = Path(__file__).parent.parent / "docs" / "faults.md"
@@ -71,6 +71,23 @@ def write() -> Path:
     lines += ["", "Machines: " + "; ".join(machines) + "."] if machines else []
     PAGE.write_text(HEAD + "\n".join(lines) + "\n")
     return PAGE
+
+
+def held() -> set[str]:
+    """What held when it was last done, at this very commit."""
+    here = commit()
+    return {row["fault"] for row in _known() if row["ok"] == "yes" and row["commit"] == here and "+" not in here}
+
+
+def rows(names: list[str]) -> list[Row]:
+    """What is kept of these; one that is missing was not done."""
+    known = {row["fault"]: row for row in _known()}
+    return [
+        Row(fault=name, ok=row["ok"] == "yes", streams=int(row["n"]), measured=row["measured"])
+        if (row := known.get(name))
+        else Row(fault=name, ok=False, streams=0, measured="not done")
+        for name in names
+    ]
 
 
 def _known() -> list[dict[str, str]]:

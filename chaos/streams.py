@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
+import secrets
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Self
 
 from chaos.cluster import ChaosFailed
 
 SILENCE_S = 120.0
 """A client's patience with a silent connection: what waits longer counts as a hang."""
+
+
+Headers = Mapping[str, str]
+NO_HEADERS: Headers = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +45,8 @@ class Outcome:
     reason: str = ""
     done: bool = False  # [DONE] came
     seconds: float = 0.0
+    first_s: float = 0.0  # to the first token
+    retry_after_s: float = 0.0
 
     @property
     def longest_s(self) -> float:
@@ -56,8 +66,19 @@ def asks(count: int, *, prompt_tokens: Sequence[int], max_tokens: Sequence[int],
     ]
 
 
-def answer(url: str, model: str, ask: Ask, on_token: Callable[[int], bool] = lambda count: True) -> Outcome:
-    """Stream one answer to its end, whatever that is. `on_token(tokens so far)` returning False hangs up."""
+def answer(
+    url: str,
+    model: str,
+    ask: Ask,
+    on_token: Callable[[int], bool] = lambda count: True,
+    *,
+    headers: Headers = NO_HEADERS,
+    salt: str = "",
+) -> Outcome:
+    """Stream one answer to its end, whatever that is. `on_token(tokens so far)` returning False hangs up.
+
+    Without a `salt`, no answer finds pages of an earlier one: each is in a part of the caches of its own.
+    """
     body = {
         "model": model,
         "prompt": list(ask.prompt),
@@ -67,9 +88,10 @@ def answer(url: str, model: str, ask: Ask, on_token: Callable[[int], bool] = lam
         "stream": True,
         "ignore_eos": True,
         "return_token_ids": True,
+        "cache_salt": salt or secrets.token_hex(8),
     }
     request = urllib.request.Request(
-        f"{url}/v1/completions", data=json.dumps(body).encode(), headers={"content-type": "application/json"}
+        f"{url}/v1/completions", data=json.dumps(body).encode(), headers={"content-type": "application/json", **headers}
     )
     out, began = Outcome(), time.monotonic()
     last: float | None = None
@@ -89,7 +111,9 @@ def answer(url: str, model: str, ask: Ask, on_token: Callable[[int], bool] = lam
                 for choice in event.get("choices", ()):
                     if fresh := choice.get("token_ids"):
                         now = time.monotonic()
-                        if last is not None:
+                        if last is None:
+                            out.first_s = now - began
+                        else:
                             out.gaps_s.append(now - last)
                         last = now
                         out.ids += fresh
@@ -99,6 +123,7 @@ def answer(url: str, model: str, ask: Ask, on_token: Callable[[int], bool] = lam
                     break
     except urllib.error.HTTPError as error:
         out.status, out.error = error.code, error.read().decode(errors="replace")[:300]
+        out.retry_after_s = float(error.headers.get("retry-after") or 0)
     except (OSError, ValueError) as error:
         out.error = f"{type(error).__name__}: {error}"
     out.seconds = time.monotonic() - began
@@ -115,6 +140,16 @@ class Verdict:
     altered: int = 0  # other tokens
     why: list[str] = field(default_factory=list)
     gaps_s: list[float] = field(default_factory=list)  # the longest of each stream
+
+    def add(self, other: Verdict) -> None:
+        self.streams += other.streams
+        self.lost, self.doubled, self.altered = (
+            self.lost + other.lost,
+            self.doubled + other.doubled,
+            self.altered + other.altered,
+        )
+        self.why += other.why
+        self.gaps_s += other.gaps_s
 
     def judge(self, reference: Sequence[int], seen: Outcome) -> None:
         self.streams += 1
@@ -153,6 +188,12 @@ class Reference:
                 raise ChaosFailed(f"Undisturbed, an answer ended after {len(one.ids)} tokens: {one.error}")
         self._answers = {ask: one.ids for ask, one in zip(questions, seen, strict=True)}
         self.questions = list(questions)
+
+    def at(self, url: str) -> Self:
+        """The same questions and answers for another cluster of the same model."""
+        other = copy.copy(self)
+        other.url = url
+        return other
 
     def of(self, ask: Ask) -> list[int]:
         return self._answers[ask]

@@ -6,8 +6,8 @@ import signal
 import time
 from pathlib import Path
 
-from chaos.cluster import Cluster
-from chaos.faults import CONT, KILL, STOP, TERM
+from chaos.cluster import LocalCluster
+from chaos.strikes import CONT, KILL, STOP, TERM
 from deploy import local
 from wire.errors import ConfigError
 
@@ -31,7 +31,7 @@ def do(name: str, folder: Path) -> str:
     if state is None or state.supervisor.process() is None:
         raise ConfigError(f"No cluster runs in {folder}, so nothing can be done to it. Start one with `penumbra up`.")
     who, number = STRIKES[name]
-    cluster = Cluster(state.admin_url or state.url, folder)
+    cluster = LocalCluster(state.admin_url or state.url, folder)
     target = cluster.busiest(who) if who in ("prefill", "decode") else who
     member = next((member for member in state.members if member.name == target), None)
     if member is None:

@@ -78,6 +78,9 @@ TracesEndpoint = Annotated[
         or_variable="OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
     ),
 ]
+TestFailpoints = Annotated[
+    Path | None, flag("test-failpoints", "For tests: files in this folder make workers fail; see wire/failpoints.py.")
+]
 WorkerId = Annotated[str | None, flag("worker-id", "Name in the registry; else one is made up.")]
 RouterUrl = Annotated[str | None, flag("url", "The router; else that of the cluster on this machine.")]
 ApiKey = Annotated[str | None, flag("api-key", "Key to show the router, where it asks for one.")]

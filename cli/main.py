@@ -50,6 +50,7 @@ from cli.flags import (
     RouterUrl,
     ServedName,
     SseKeepalive,
+    TestFailpoints,
     Threads,
     TlsCert,
     TlsKey,
@@ -119,7 +120,11 @@ def up(
     otlp_traces_endpoint: TracesEndpoint = "",
     ready_timeout_s: Annotated[float, flag("ready-timeout-s", "Give up when not ready by then.", min=1)] = 300.0,
     grace_s: Grace = 10.0,
+    restart_pause_s: Annotated[
+        float, flag("restart-pause-s", "Longest pause before who keeps dying is started again.", min=0)
+    ] = 30.0,
     migration_limit: MigrationLimit = 3,
+    test_failpoints: TestFailpoints = None,
     detach: Annotated[bool, flag("detach", "Return once ready; `penumbra down` stops it.", switch=True)] = False,
 ) -> int:
     """Run a whole cluster: Redis, a router, prefill and decode workers."""
@@ -148,6 +153,7 @@ def up(
             "--prefix-cache" if prefix_cache else "--no-prefix-cache",
             *("--draft-tokens", draft_tokens),
             *("--max-requests", str(max_requests), "--max-context", str(max_context), "--transport", transport),
+            *(("--test-failpoints", str(test_failpoints)) if test_failpoints else ()),
             *shared,
         ),
         router_flags=(
@@ -162,6 +168,7 @@ def up(
         threads=threads,
         ready_timeout_s=ready_timeout_s,
         grace_s=grace_s,
+        restart_pause_s=restart_pause_s,
     )
     if detach:
         # The same words once more; of two contradicting switches the last one counts.
@@ -317,12 +324,17 @@ def scale(
 
 @app.command()
 def chaos(
-    only: Annotated[list[str] | None, typer.Argument(help="Such as F07 F13; else all of them.")] = None,
-    streams: Annotated[int, flag("streams", "Answers to kill workers under, after the faults.", min=0)] = 0,
-    steady_s: Annotated[float, flag("steady-s", "Seconds between the cluster being whole and the next kill.")] = 2.0,
+    only: Annotated[list[str] | None, typer.Argument(help="Such as F07 F13 kills pairs; else all of them.")] = None,
+    resume: Annotated[bool, flag("resume", "Leave out what held at this very commit.", switch=True)] = False,
+    streams: Annotated[int, flag("streams", "Answers to kill workers under, at least.", min=1)] = 2_000,
+    kills: Annotated[int, flag("kills", "Workers to kill meanwhile, at least.", min=1)] = 200,
+    steady_s: Annotated[float, flag("steady-s", "Seconds between the cluster being whole and the next kill.")] = 0.5,
     prefill: Annotated[int, flag("prefill", "Prefill workers.", min=1)] = 2,
     decode: Annotated[int, flag("decode", "Decode workers.", min=1)] = 2,
     clients: Annotated[int, flag("clients", "Answers asked for at once meanwhile.", min=1)] = 16,
+    pairs: Annotated[int, flag("pairs", "Pairs of faults to do.", min=1)] = 20,
+    seed: Annotated[int, flag("seed", "Draws the pairs.")] = 1,
+    idle_s: Annotated[float, flag("idle-s", "Seconds of silence for F53.", min=0)] = 1_800.0,
     strike: Annotated[
         str | None, flag("strike", "Do this one thing to the running --cluster instead, such as decode-killed.")
     ] = None,
@@ -340,9 +352,23 @@ def chaos(
 
         print(do(strike, local.cluster_folder(home, cluster)))
         return 0
-    from chaos.run import run
+    from chaos.run import Plan, run
 
-    return run(only=only or (), streams=streams, steady_s=steady_s, prefill=prefill, decode=decode, clients=clients)
+    return run(
+        Plan(
+            only=tuple(only or ()),
+            resume=resume,
+            streams=streams,
+            kills=kills,
+            steady_s=steady_s,
+            prefill=prefill,
+            decode=decode,
+            clients=clients,
+            pairs=pairs,
+            seed=seed,
+            idle_s=idle_s,
+        )
+    )
 
 
 # Single services, as the container images run them.
@@ -454,12 +480,15 @@ def prefill(
     grace_s: Grace = 30.0,
     log_level: LogLevel = "info",
     otlp_traces_endpoint: TracesEndpoint = "",
+    test_failpoints: TestFailpoints = None,
 ) -> int:
     """Run a prefill worker: reads prompts, offers their KV pages."""
     from engine.config import EngineConfig
     from prefill_worker.config import PrefillConfig
     from prefill_worker.process import run
+    from wire import failpoints
 
+    failpoints.enable(test_failpoints)
     return run(
         PrefillConfig(
             engine=EngineConfig(
@@ -514,12 +543,15 @@ def decode(
     grace_s: Grace = 30.0,
     log_level: LogLevel = "info",
     otlp_traces_endpoint: TracesEndpoint = "",
+    test_failpoints: TestFailpoints = None,
 ) -> int:
     """Run a decode worker: pulls pages, draws tokens."""
     from decode_worker.config import DecodeConfig
     from decode_worker.process import run
     from engine.config import EngineConfig
+    from wire import failpoints
 
+    failpoints.enable(test_failpoints)
     return run(
         DecodeConfig(
             engine=EngineConfig(

@@ -52,6 +52,7 @@ from kvtransfer.plan import token_bytes
 from kvtransfer.reader import Reader, ReadResult
 from wire import convert
 from wire.errors import Draining, NumericalError, PenumbraError, StaleAttempt, StreamGone, TransferFailed, WorkerLost
+from wire.failpoints import failpoint
 from wire.rpc import Context, Server, error_from_rpc, open_channel
 from wire.telemetry import WorkerMetrics
 from wire.tracing import NO_SPAN, Span, current_span
@@ -226,6 +227,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             raise Draining(f"decode worker {self._worker_id} is going away; use another")
         if run in self._runs or run in self._kept:
             raise StaleAttempt(f"run {run} is here already; retry with a new attempt")
+        failpoint("decode.start")
         arrived, answered, ended = time.monotonic(), False, False
         kept = self._keep(run, start)
         events = self._runs[run] = asyncio.Queue()
@@ -242,7 +244,11 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                             self._metrics.queue_time.observe(now - arrived)
                             self._metrics.prefix_queries.inc(len(start.prompt))
                             self._metrics.prefix_hits.inc(event.resident_prefix)
+                        elif isinstance(event, Finished):
+                            failpoint("decode.finished")
                         elif isinstance(event, Tokens):
+                            if event.tokens[-1].index > 0:
+                                failpoint("decode.tokens", start.prompt[-1])
                             if not answered:
                                 answered = True
                                 times = clock.times(now)
@@ -380,6 +386,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
                     self._links.submitted(job)
                     try:
                         self._reader.submit(job)
+                        failpoint("decode.read")
                     except PenumbraError as error:
                         # Only a reader that has ended refuses, and it ends before its worker only by a fault.
                         self._broken = f"decode worker {self._worker_id} can not read pages and is restarting"

@@ -39,6 +39,7 @@ from prefill_worker.scheduler import (
 )
 from wire import convert
 from wire.errors import Cancelled, Draining, LayoutMismatch, NumericalError, Overloaded, PenumbraError, WorkerLost
+from wire.failpoints import failpoint
 from wire.rpc import Context, Server, error_from_code
 from wire.telemetry import WorkerMetrics
 from wire.tracing import current_span
@@ -212,6 +213,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
         computed, ended = -1, False
         try:
             async with self._hold_grammar(run_request.sampling.grammar):
+                failpoint("prefill.run")
                 self._engine.post(Submit(run_request))
                 # Only now: the engine may go on with what an earlier attempt has computed.
                 self._free(overtaken)
@@ -219,11 +221,13 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
                 while (event := await events.get()) is not None:
                     ended = ended or not isinstance(event, Progress)
                     if isinstance(event, Progress):
+                        failpoint("prefill.progress", run_request.prompt[-1])
                         if computed < 0:
                             self._metrics.queue_time.observe(time.monotonic() - arrived)
                         self._metrics.prompt_tokens.inc(event.done - event.cached - max(computed, 0))
                         computed = event.done - event.cached
                     elif isinstance(event, RunFinished):
+                        failpoint("prefill.finished")
                         current_span().set(prompt_tokens=event.prompt_tokens, cached_tokens=event.cached_tokens)
                         self._metrics.prefix_queries.inc(event.prompt_tokens)
                         self._metrics.prefix_hits.inc(event.cached_tokens)
@@ -258,6 +262,8 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
                 if offers is None:
                     return
                 for offer in offers:
+                    if offer.seq > 1:
+                        failpoint("prefill.offer")
                     yield convert.page_offer_to_wire(offer)
                     next_seq = offer.seq + 1
                 if not offers:

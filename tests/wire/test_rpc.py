@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import subprocess
 import sys
 from collections.abc import AsyncIterator
 
@@ -141,8 +140,9 @@ from wire import rpc
 
 async def serve():
     server = rpc.Server()
-    print(await server.start(), flush=True)
+    port = await server.start()
     await server.set_serving(True)
+    print(port, flush=True)
     await asyncio.sleep(600)
 
 asyncio.run(serve())
@@ -150,20 +150,21 @@ asyncio.run(serve())
 
 
 async def test_a_server_that_is_frozen_is_a_lost_worker_though_its_kernel_still_answers() -> None:
-    with subprocess.Popen([sys.executable, "-c", FROZEN], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            port = int(await asyncio.to_thread(process.stdout.readline))
-            async with rpc.open_channel(f"127.0.0.1:{port}") as channel, asyncio.timeout(60):
-                watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=""))
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", FROZEN, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        port = int(await process.stdout.readline())
+        async with rpc.open_channel(f"127.0.0.1:{port}") as channel, asyncio.timeout(60):
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=""))
+            serving = await watch.read()
+            assert serving.status == health_pb2.HealthCheckResponse.SERVING
+            process.send_signal(signal.SIGSTOP)
+            with pytest.raises(grpc.aio.AioRpcError) as lost:
                 await watch.read()
-                process.send_signal(signal.SIGSTOP)
-                with pytest.raises(grpc.aio.AioRpcError) as lost:
-                    while await watch.read() is not grpc.aio.EOF:
-                        pass
-                assert isinstance(rpc.error_from_rpc(lost.value), errors.WorkerLost)
-        finally:
-            process.kill()
+            assert isinstance(rpc.error_from_rpc(lost.value), errors.WorkerLost)
+    finally:
+        process.kill()
+        await process.wait()
 
 
 async def test_a_deadline_is_a_deadline() -> None:
