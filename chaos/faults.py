@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -235,14 +235,26 @@ class Local(Bench):
         total = Verdict()
         for more in (1, 0):
             wanted = {role: count + more for role, count in counts.items()}
-            scaling = threading.Thread(
-                target=local.scale, args=(self.local.folder, state.cluster, wanted), kwargs={"timeout_s": 600.0}
-            )
-            scaling.start()
-            while scaling.is_alive():
-                verdict, _ = self.short.run(self.short.questions[:CLIENTS], CLIENTS)
-                total.add(verdict)
+            scale = functools.partial(local.scale, self.local.folder, state.cluster, wanted, timeout_s=600.0)
+            total.add(self._while(scale))
         return self.row("F60", total)
+
+    def rolled(self) -> Row:
+        """Every process is replaced, one after another, under load."""
+        before, began = self.cluster.pids(), time.monotonic()
+        verdict = self._while(lambda: local.restart(self.local.folder, self.local.state().cluster, timeout_s=600.0))
+        more = f"{len(before)} processes replaced in {time.monotonic() - began:.0f} s"
+        return self.row("rolling", verdict, more)
+
+    def _while(self, work: Callable[[], object]) -> Verdict:
+        """Answers for as long as the work takes. Raises what it raises."""
+        total = Verdict()
+        with ThreadPoolExecutor(1) as beside:
+            working = beside.submit(work)
+            while not working.done():
+                total.add(self.short.run(self.short.questions[:CLIENTS], CLIENTS)[0])
+            working.result()
+        return total
 
     # Redis.
 

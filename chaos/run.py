@@ -30,11 +30,14 @@ ROOT = Path(__file__).parent.parent
 KINDS: dict[str, type] = {"local": Local, "proxied": Proxied, "apart": Apart, "overload": Overload}
 """What the live function of a fault belongs to, by where it is done; `silence` has none, it is asked for at the end."""
 
-RUNS = ("kills", "pairs")
+RUNS = ("rolling", "kills", "pairs")
 """What is done besides the faults of the table."""
 
 RESTART_S = 1.0
 """Workers killed again and again are started again as quickly each time: it is we who kill them."""
+
+GRACE_S = 30.0
+"""Longer than any answer here takes: who is asked to go finishes, or hands over."""
 
 DISK_BYTES = 8 << 20
 FIRST_TOKEN = 2.0
@@ -61,7 +64,7 @@ class Plan:
 def run(plan: Plan) -> int:
     """-> 1 when a promise broke. Raises ConfigError for a fault there is not."""
     if unknown := sorted(set(plan.only) - {fault.id for fault in FAULTS} - {*RUNS}):
-        raise ConfigError(f"{', '.join(unknown)} is no fault; they are F01 to F60, and {' and '.join(RUNS)}.")
+        raise ConfigError(f"{', '.join(unknown)} is no fault; they are F01 to F60, {', '.join(RUNS)}.")
     names = [name for name in (*(fault.id for fault in FAULTS), *RUNS) if name in plan.only or not plan.only]
     if plan.resume:
         done = report.held()
@@ -90,9 +93,9 @@ def _live(plan: Plan, faults: Sequence[Fault], runs: Sequence[str], home: Path) 
     with contextlib.ExitStack() as held:
         silence = held.enter_context(_silent(plan, home, model)) if any(f.where == "silence" for f in faults) else None
         references: References | None = None
-        if at["local"] or "kills" in runs:
+        if at["local"] or {"kills", "rolling"} & {*runs}:
             (points := home / "points").mkdir()
-            flags = ("--restart-pause-s", str(RESTART_S), "--test-failpoints", str(points))
+            flags = ("--restart-pause-s", str(RESTART_S), "--test-failpoints", str(points), "--grace-s", str(GRACE_S))
             with (
                 _small_disk(home / "many" / "clusters") as disk,
                 running(home / "many", model, plan.prefill, plan.decode, *flags) as cluster,
@@ -100,6 +103,8 @@ def _live(plan: Plan, faults: Sequence[Fault], runs: Sequence[str], home: Path) 
                 references = undisturbed(cluster.url, model.name)
                 local = Local(cluster, references, points, disk)
                 rows += done(local, at["local"])
+                if "rolling" in runs:
+                    rows.append(_kept("rolling", local.rolled))
                 if "kills" in runs:
                     rows.append(_kept("kills", lambda: _campaign(local, plan)))
         if at["proxied"] or "pairs" in runs:

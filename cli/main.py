@@ -323,6 +323,21 @@ def scale(
 
 
 @app.command()
+def restart(
+    cluster: Cluster = "default",
+    home: Home = None,
+    timeout_s: Annotated[float, flag("timeout-s", "Give up when not done by then.", min=1)] = 600.0,
+    config: ConfigFile = None,
+) -> int:
+    """Replace every process of a running cluster, one after another. Requests go on meanwhile."""
+    from deploy import local
+
+    names = local.restart(local.cluster_folder(home, cluster), cluster, timeout_s=timeout_s)
+    print("restarted: " + " ".join(names))
+    return 0
+
+
+@app.command()
 def chaos(
     only: Annotated[list[str] | None, typer.Argument(help="Such as F07 F13 kills pairs; else all of them.")] = None,
     resume: Annotated[bool, flag("resume", "Leave out what held at this very commit.", switch=True)] = False,
@@ -382,6 +397,9 @@ def router(
     served_model_name: ServedName = None,
     host: Host = "127.0.0.1",
     port: HttpPort = 8000,
+    listen_fd: Annotated[
+        int | None, flag("listen-fd", "Open listening socket to serve on, instead of --port.", min=0)
+    ] = None,
     migration_limit: MigrationLimit = 3,
     keys: Keys = None,
     insecure: Insecure = False,
@@ -390,6 +408,9 @@ def router(
     admin_host: Annotated[str, flag("admin-host", "Address of the administrators' port.")] = "127.0.0.1",
     admin_port: Annotated[
         int | None, flag("admin-port", "Port for what only administrators may see; else --port.", min=0, max=65535)
+    ] = None,
+    admin_listen_fd: Annotated[
+        int | None, flag("admin-listen-fd", "Open listening socket, instead of --admin-port.", min=0)
     ] = None,
     stream_key: Annotated[
         Path | None, flag("stream-key", "File of 32 random bytes or more, the same on all routers: signs stream ids.")
@@ -429,6 +450,8 @@ def router(
             served_model_names=tuple(served_model_name.split(",")) if served_model_name else (),
             host=host,
             port=port,
+            listen_fd=listen_fd,
+            admin_listen_fd=admin_listen_fd,
             redis_url=read_secret(redis),
             migration_limit=migration_limit,
             keys_file=keys,

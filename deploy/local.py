@@ -33,7 +33,7 @@ from rich.status import Status
 from rich.text import Text
 
 import engine
-from deploy.redis import EmbeddedRedis, free_port
+from deploy.redis import EmbeddedRedis
 from deploy.supervisor import RESTART_S, Child, ChildSpec, Restarts, Supervisor
 from wire.errors import ConfigError
 
@@ -271,6 +271,28 @@ def scale(folder: Path, cluster: str, wanted: Mapping[str, int], *, timeout_s: f
     raise ConfigError(f"The cluster has not got to {counts} in {timeout_s:g} s; its logs are in {folder / 'logs'}.")
 
 
+def restart(folder: Path, cluster: str, *, timeout_s: float) -> list[str]:
+    """Have every process of the cluster replaced, one after another, and wait until that is done; -> their names.
+
+    Raises ConfigError when the cluster is not up or does not get there in time.
+    """
+    state = ClusterState.load(folder)
+    if state is None or state.supervisor.process() is None:
+        raise ConfigError(f"The cluster '{cluster}' is not up. Start it with `penumbra up --cluster {cluster}`.")
+    before = {member.name: member.pid for member in state.members}
+    (folder / "restart.json").write_text("{}")
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        state = ClusterState.load(folder)
+        if state is None:
+            raise ConfigError(f"The cluster '{cluster}' went down meanwhile; its logs are in {folder / 'logs'}.")
+        now = {member.name: member.pid for member in state.members}
+        if now.keys() == before.keys() and all(now[name] != before[name] for name in before):
+            return sorted(now)
+        time.sleep(POLL_S)
+    raise ConfigError(f"Not every process was replaced in {timeout_s:g} s; the logs are in {folder / 'logs'}.")
+
+
 def fetch_json(url: str, timeout_s: float = 1.0) -> Any:
     """The JSON behind a local URL, or None when it does not answer 200 in time."""
     try:
@@ -381,9 +403,11 @@ class _Cluster:
         self._folder = folder
         self._console = console
         self._stop = stop
-        self._ports = [config.port + i if config.port else free_port() for i in range(config.routers)]
+        # Held here, so that who connects while a router is replaced finds its successor.
+        self._doors: list[socket.socket] = []
         # With keys, nobody but administrators sees the workers: this process looks at them on a port of their own.
-        self._admin_ports = [free_port() if config.keys else None for _ in self._ports]
+        self._admin_doors: list[socket.socket] = []
+        self._rolling: Iterator[None] | None = None
         self._redis: EmbeddedRedis | None = None
         self._stream_key_written = False
         self._redis_retry_at = 0.0
@@ -403,16 +427,23 @@ class _Cluster:
     @property
     def _urls(self) -> list[str]:
         host = "127.0.0.1" if self._config.host in ("0.0.0.0", "::") else self._config.host
-        return [f"http://{host}:{port}" for port in self._ports]
+        return [f"http://{host}:{door.getsockname()[1]}" for door in self._doors]
 
     @property
     def _admin_url(self) -> str:
-        port = self._admin_ports[0]
-        return self._url if port is None else f"http://127.0.0.1:{port}"
+        return f"http://127.0.0.1:{self._admin_doors[0].getsockname()[1]}" if self._admin_doors else self._url
 
     def run(self) -> int:
         began = time.monotonic()
-        self._require_free_ports()
+        with contextlib.ExitStack() as doors:
+            for index in range(self._config.routers):
+                port = self._config.port and self._config.port + index
+                self._doors.append(doors.enter_context(self._listen(self._config.host, port)))
+                if self._config.keys is not None:
+                    self._admin_doors.append(doors.enter_context(self._listen("127.0.0.1", 0)))
+            return self._run(began)
+
+    def _run(self, began: float) -> int:
         if self._config.model is not None and not (self._config.model / "config.json").is_file():
             raise ConfigError(
                 f"{self._config.model} holds no config.json, so it is no checkpoint folder. Give --model the folder of "
@@ -435,7 +466,8 @@ class _Cluster:
             # Redis was entered first and leaves last: draining workers still take themselves off the registry.
             stack.callback(self._stop_children, supervisor)
             self._model, self._redis_url = model, redis_url
-            (self._folder / "scale.json").unlink(missing_ok=True)
+            for asked in ("scale.json", "restart.json"):
+                (self._folder / asked).unlink(missing_ok=True)
             stack.callback(self._listener.stop)
             for role in ("prefill", "decode"):
                 supervisor.start([self._worker(role, index) for index in range(self._counts[role])])
@@ -488,6 +520,7 @@ class _Cluster:
         while not self._stop.wait(POLL_S):
             self._watch_redis(supervisor)
             self._scale(supervisor)
+            self._restart(supervisor)
             self._watch(supervisor)
             if self._unsaved:
                 self._save(supervisor, ready=True)
@@ -540,11 +573,59 @@ class _Cluster:
             for name, child in here.items():
                 kind, _, number = name.rpartition("-")
                 if kind == role and int(number) >= count:
-                    child.send(signal.SIGTERM)
-                    self._leaving[child] = time.monotonic() + self._config.grace_s + KILL_AFTER_S
+                    self._dismiss(child)
             self._say(f"{role}: {count} instead of {self._counts[role]}")
             self._counts[role] = count
         self._save(supervisor, ready=True)
+
+    def _restart(self, supervisor: Supervisor) -> None:
+        """Go on with what `penumbra restart` asked for."""
+        path = self._folder / "restart.json"
+        if self._rolling is None and path.exists():
+            path.unlink()
+            self._rolling = self._roll(supervisor)
+        if self._rolling is not None and next(self._rolling, self) is self:
+            self._rolling = None
+
+    def _roll(self, supervisor: Supervisor) -> Iterator[None]:
+        """Replace every process, one after another; each turn of the loop takes a step. Routers hand their sockets on,
+        and of each role there is one worker more meanwhile.
+        """
+        for url, router in zip(self._urls, self._current(supervisor, "router"), strict=True):
+            supervisor.succeed(router)
+            self._dismiss(router)
+            while router in supervisor.children or fetch_json(f"{url}/readiness") is None:
+                yield
+        for role, count in self._counts.items():
+            extra = supervisor.add(f"{role}-0", self._worker(role, count))
+            yield from self._until_serving(extra.name)
+            for worker in self._current(supervisor, role)[:count]:
+                self._dismiss(worker)
+                while worker in supervisor.children:
+                    yield
+                supervisor.add(extra.name, worker.spec)
+                yield from self._until_serving(worker.name)
+            self._dismiss(extra)
+            while extra in supervisor.children:
+                yield
+        if self._redis is not None:
+            self._redis.restart()
+        self._say("every process has been replaced")
+        self._save(supervisor, ready=True)
+
+    def _current(self, supervisor: Supervisor, kind: str) -> list[Child]:
+        """The children of a kind that are to stay, in the order of their numbers."""
+        mine = [child for child in supervisor.children if child.name.partition("-")[0] == kind]
+        return sorted((c for c in mine if c not in self._leaving), key=lambda child: (len(child.name), child.name))
+
+    def _dismiss(self, child: Child) -> None:
+        """Have it leave: it finishes what it has, or hands it over."""
+        child.send(signal.SIGTERM)
+        self._leaving[child] = time.monotonic() + self._config.grace_s + KILL_AFTER_S
+
+    def _until_serving(self, name: str) -> Iterator[None]:
+        while _loads(self._admin_url).get(name, {}).get("state") != "serving":
+            yield
 
     def _watch_redis(self, supervisor: Supervisor) -> None:
         """A dead embedded Redis is replaced."""
@@ -566,6 +647,8 @@ class _Cluster:
         return ConfigError.exit_code if code == ConfigError.exit_code else 1
 
     def _stop_children(self, supervisor: Supervisor) -> None:
+        for door in (*self._doors, *self._admin_doors):
+            door.close()  # nobody is to wait for a router that will not come
         asked = self._stop.count
         killed = supervisor.stop(hurry=lambda: self._stop.count > asked)
         if killed:
@@ -574,16 +657,17 @@ class _Cluster:
     # What runs.
 
     def _router(self, index: int, model: Path, redis_url: str) -> ChildSpec:
-        config, admin_port = self._config, self._admin_ports[index]
-        keys = () if config.keys is None else ("--keys", str(config.keys), "--admin-port", str(admin_port))
+        config, doors = self._config, (self._doors[index], *self._admin_doors[index : index + 1])
+        fds = tuple(door.fileno() for door in doors)
+        keys = () if config.keys is None else ("--keys", str(config.keys), "--admin-listen-fd", str(fds[1]))
         command = penumbra_command(
             "router",
             *("--model", str(model), "--served-model-name", self._served, "--redis", redis_url),
-            *("--host", config.host, "--port", str(self._ports[index]), *config.router_flags),
+            *("--host", config.host, "--listen-fd", str(fds[0]), *config.router_flags),
             *("--expected-routers", str(config.routers), "--stream-key", str(self._stream_key()), *keys),
         )
         name = f"router-{index}" if index else "router"
-        return ChildSpec(name=name, command=command, env=threads_environment(1))
+        return ChildSpec(name=name, command=command, env=threads_environment(1), fds=fds)
 
     def _stream_key(self) -> Path:
         """What the routers sign stream ids with: one key for all of them, and a new one for each run."""
@@ -670,21 +754,23 @@ class _Cluster:
                 self._say(f"the state file can not be written: {error}", style="bold red")
             self._unsaved = True
 
-    def _require_free_ports(self) -> None:
-        for port in self._ports:
-            self._require_free(port)
-
-    def _require_free(self, port: int) -> None:
-        with socket.socket(socket.AF_INET6 if ":" in self._config.host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((self._config.host, port))
-            except OSError as error:
-                reason = "it is in use" if error.errno == errno.EADDRINUSE else error.strerror
-                raise ConfigError(
-                    f"Cannot listen on {self._config.host}:{port}: {reason}. Choose another with --port, "
-                    "or let --port 0 find a free one."
-                ) from error
+    def _listen(self, host: str, port: int) -> socket.socket:
+        """A listening socket; port 0 takes a free one. Raises ConfigError when the address can not be had."""
+        # With the protocol spelled out: see router.process.listen.
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        door = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        try:
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            door.bind((host, port))
+            door.listen(1024)
+            return door
+        except OSError as error:
+            door.close()
+            reason = "it is in use" if error.errno == errno.EADDRINUSE else error.strerror
+            raise ConfigError(
+                f"Cannot listen on {host}:{port}: {reason}. Choose another with --port, "
+                "or let --port 0 find a free one."
+            ) from error
 
     def _echo(self, name: str, line: str) -> None:
         style = COLOURS.get(name.partition("-")[0], "")

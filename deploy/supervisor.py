@@ -47,6 +47,7 @@ class ChildSpec:
     name: str
     command: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
+    fds: tuple[int, ...] = ()  # open files of this process that it gets too, under the same numbers
 
 
 class Child:
@@ -66,6 +67,7 @@ class Child:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 process_group=0,  # a Ctrl-C at the terminal is for the supervisor, which then stops us in order
+                pass_fds=spec.fds,
             )
         except OSError as error:
             raise ConfigError(f"Cannot start {spec.name}: {error}.") from error
@@ -170,6 +172,12 @@ class Supervisor:
         child.close()
         again = tier[tier.index(child)] = Child(child.spec, log=child.log, echo=self._echo)
         return again
+
+    def succeed(self, child: Child) -> Child:
+        """Start another one of a child that still runs, in its tier and with its log."""
+        tier = next(tier for tier in self._tiers if child in tier)
+        tier.append(Child(child.spec, log=child.log, echo=self._echo))
+        return tier[-1]
 
     def add(self, beside: str, spec: ChildSpec) -> Child:
         """Start one more child in the tier of the child called `beside`."""

@@ -36,6 +36,7 @@ class RouterConfig:
     served_model_names: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: int = 8000
+    listen_fd: int | None = None  # an open listening socket to serve on instead, which its owner may give to others too
     namespace: str = "penumbra"
     router_id: str = "router"
 
@@ -66,6 +67,7 @@ class RouterConfig:
     tls_key_path: Path | None = None
     admin_host: str = "127.0.0.1"
     admin_port: int | None = None  # for what only administrators may see; None: on `port`, for their keys
+    admin_listen_fd: int | None = None  # as `listen_fd`, instead of `admin_port`
     stream_key_file: Path | None = None  # what signs stream ids, alike on all routers; None: good for this one alone
     expected_routers: int = 1  # what each router's share of a limit goes by while Redis is away
 

@@ -26,6 +26,7 @@ UNLISTED_GRACE_S = 5.0
 """A worker that serves but is not listed stays in placement this long: a registry that came back empty lists
 everyone again within a lease (3 s), and a worker that means to leave says so on its health stream."""
 
+FIND_AGAIN_S = 0.05
 WATCH_BACKOFF_S = (0.1, 2.0)  # first and longest pause between two attempts to watch a worker
 
 log = structlog.get_logger()
@@ -221,6 +222,14 @@ class Fleet:
 
     def snapshot(self) -> FleetSnapshot:
         return self._core.snapshot(time.monotonic())
+
+    async def found(self) -> None:
+        """Returns once there is a worker of each role that serves."""
+        while True:
+            fleet = self.snapshot()
+            if any(view.usable for view in fleet.prefill) and any(view.usable for view in fleet.decode):
+                return
+            await asyncio.sleep(FIND_AGAIN_S)
 
     def epochs(self) -> dict[str, int]:
         """Which life of each known worker is the current one."""

@@ -24,11 +24,17 @@ from router.mirror import PrefixMirror, follow
 from router.replicas import Replicas
 from router.text import Text
 from router.tls import Certificate
-from wire.door import Server, listen
+from wire.door import Server, adopt, listen
 from wire.events import PrefixReader
 from wire.registry import Registry
 from wire.telemetry import RouterMetrics, configure_logging
 from wire.tracing import tracer
+
+LATE_S = 0.5
+"""After the first signal to stop, requests on connections that are open are still taken for so long."""
+
+FIND_S = 10.0
+"""A router that takes over a socket looks for workers for so long before it accepts anybody."""
 
 log = structlog.get_logger()
 
@@ -65,10 +71,11 @@ async def serve(
             certificate = None
             if config.tls_cert_path is not None and config.tls_key_path is not None:
                 certificate = Certificate(config.tls_cert_path, config.tls_key_path)
-            public = held.enter_context(listen(config.host, config.port))
-            doors = [(_server(config, front.app, metrics, certificate), public)]
-            if config.admin_port is not None:
-                admin_listener = held.enter_context(listen(config.admin_host, config.admin_port))
+            public = listen(config.host, config.port) if config.listen_fd is None else adopt(config.listen_fd)
+            doors = [(_server(config, front.app, metrics, certificate), held.enter_context(public))]
+            if config.admin_listen_fd is not None or config.admin_port is not None:
+                fd, port = config.admin_listen_fd, config.admin_port or 0
+                admin_listener = held.enter_context(listen(config.admin_host, port) if fd is None else adopt(fd))
                 doors.append((_server(config, front.admin_app, metrics), admin_listener))
             if own_signals:
                 held.enter_context(_stop_signals([server for server, _ in doors], front))
@@ -82,6 +89,11 @@ async def serve(
                 ]
                 if certificate is not None:
                     watches.append(tasks.create_task(certificate.follow(), name="certificate"))
+                if config.listen_fd is not None:
+                    # Who connects waits until we accept, and may have another router to go to meanwhile.
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(FIND_S):
+                            await fleet.found()
                 url, *others = [_url(listener, server.config.is_ssl) for server, listener in doors]
                 log.info("router_ready", url=url, models=",".join(config.model_names), admin_url=",".join(others))
                 on_ready(url)
@@ -139,15 +151,29 @@ async def _serve_until_told(server: Server, listener: socket.socket, front: Fron
 
 @contextlib.contextmanager
 def _stop_signals(servers: Sequence[Server], front: Front) -> Iterator[None]:
-    """The first signal drains: no new requests, running ones finish. The second one ends them."""
+    """The first signal drains: no new connections, then no new requests on those there are, and running ones finish.
+    The second one ends them.
+    """
+    loop, asked = asyncio.get_running_loop(), False
 
     def stop() -> None:
+        nonlocal asked
         for server in servers:
-            server.force_exit = front.admission.draining
-            server.should_exit = True
-        front.admission.draining = True
+            server.force_exit = asked
+            for listener in getattr(server, "servers", ()):
+                listener.close()
+        if asked:
+            drain()
+        else:
+            # Whoever has just connected is still served: from the next moment on clients find our successor.
+            loop.call_later(LATE_S, drain)
+        asked = True
 
-    loop = asyncio.get_running_loop()
+    def drain() -> None:
+        front.admission.draining = True
+        for server in servers:
+            server.should_exit = True
+
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
     try:

@@ -35,6 +35,20 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
+def adopt(fd: int) -> socket.socket:
+    """The listening socket that whoever started us has opened. Raises ConfigError when it is none."""
+    try:
+        listener = socket.socket(fileno=fd)
+        if listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return listener
+        listener.detach()
+    except OSError:
+        pass
+    raise ConfigError(
+        f"File descriptor {fd} is no listening socket. Open one before starting the process, or give it a port."
+    )
+
+
 _TURNS_TO_CONNECT = 3
 
 

@@ -212,13 +212,37 @@ def test_a_cluster_grows_and_shrinks_while_it_answers(model: Path, tmp_path: Pat
         settle(cluster)
 
 
-def penumbra(cluster: LocalCluster, *words: str) -> str:
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_every_process_is_replaced_while_the_cluster_answers(model: Path, tmp_path: Path) -> None:
+    """Nobody is refused, and nothing breaks off: routers hand their sockets on, workers their answers."""
+    with (
+        local_cluster(tmp_path / "home", model, "--routers", "2", "--grace-s", "60") as cluster,
+        ThreadPoolExecutor(4) as clients,
+    ):
+        undisturbed = stream_ids(cluster, model, 200)
+        before = cluster.members
+        restarting = clients.submit(penumbra, cluster, "restart", timeout_s=800)
+        asked = 0
+        while not restarting.done():
+            for answer in [clients.submit(stream_ids, cluster, model, 200) for _ in range(3)]:
+                assert answer.result() == undisturbed
+                asked += 1
+        assert restarting.result() == f"restarted: {' '.join(sorted(before))}\n"
+        assert asked > 3
+        after = cluster.members
+        assert after.keys() == before.keys() == {"decode-0", "prefill-0", "redis", "router", "router-1"}
+        assert not set(after.values()) & set(before.values())
+        settle(cluster)
+
+
+def penumbra(cluster: LocalCluster, *words: str, timeout_s: float = 200) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "cli", *words, "--cluster", "test", "--home", str(cluster.folder.parents[1])],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=timeout_s,
         check=False,
     )
     assert done.returncode == 0, done.stderr + cluster.logs()

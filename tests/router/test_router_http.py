@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,7 +16,7 @@ import pytest_asyncio
 from router.config import RouterConfig
 from router.process import serve
 from tests.router.conftest import MAX_CONTEXT, MODEL, RouterStarter, byte_ids
-from wire.door import listen
+from wire.door import adopt, listen
 from wire.errors import ConfigError
 
 COMPLETIONS = "/v1/completions"
@@ -173,6 +174,17 @@ async def test_a_taken_port_and_a_bad_redis_url_are_refused_at_start(model_dir: 
         await serve(RouterConfig(model=model_dir, redis_url="teapot://x", port=0))
     with pytest.raises(ConfigError, match=r"config\.json can not be read"):
         await serve(RouterConfig(model=model_dir / "nothing", redis_url=redis_url, port=0))
+
+
+async def test_a_router_serves_on_the_socket_it_is_given_and_on_nothing_else():
+    with listen("127.0.0.1", 0) as listener, adopt(os.dup(listener.fileno())) as adopted:
+        assert adopted.getsockname() == listener.getsockname()
+        with socket.create_connection(listener.getsockname()), adopted.accept()[0]:
+            pass
+    with socket.socket() as deaf, pytest.raises(ConfigError, match="is no listening socket"):
+        adopt(deaf.fileno())
+    with pytest.raises(ConfigError, match="File descriptor 9999 is no listening socket"):
+        adopt(9999)
 
 
 async def test_answers_are_sent_without_waiting_for_acknowledgements(model_dir: Any, redis_url: str):
