@@ -101,8 +101,10 @@ class Network:
         for proxy in self._proxies:
             proxy.hold(False)
             self._wait_for(proxy.close())
+        self._wait_for(_end_others())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5.0)
+        self._loop.close()
 
     def proxy(self, target: tuple[str, int], listen: tuple[str, int] = ("127.0.0.1", 0)) -> Proxy:
         """A proxy in front of `target`; port 0 takes a free one."""
@@ -116,3 +118,10 @@ class Network:
 
     def _wait_for(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(10.0)
+
+
+async def _end_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

@@ -22,6 +22,7 @@ import redis.asyncio as aioredis
 import structlog
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from wire.convert import WORKER_ID
@@ -276,4 +277,20 @@ def connect(url: str, timeout_s: float, retry: Retry, *, max_connections: int = 
     except ValueError as error:
         # Not with the URL itself, which may hold a password.
         raise ConfigError(f"The redis URL makes no sense: {error}") from error
+    pool.connection_class = type("Connection", (_Told, pool.connection_class), {})
     return aioredis.Redis.from_pool(pool)
+
+
+class _Told:
+    """A connection whose end is told as redis-py tells it, whatever the event loop says.
+
+    uvloop answers a write to a connection that the other side has reset with a RuntimeError, which is nobody's idea of
+    Redis being away.
+    """
+
+    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        try:
+            await super().send_packed_command(command, check_health)  # type: ignore[misc]
+        except RuntimeError as error:
+            await self.disconnect(nowait=True)  # type: ignore[attr-defined]
+            raise RedisConnectionError(f"The connection to Redis is gone: {error}") from error

@@ -9,7 +9,9 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, replace
 
 import pytest
+import uvloop
 
+from chaos.proxy import Network, Proxy
 from wire.errors import ConfigError, Superseded
 from wire.registry import MAX_LINKS, Registry, Snapshot, decode_record, encode_record
 from wire.types import Link, Role, WorkerInfo
@@ -86,6 +88,26 @@ async def test_killing_redis_raises_nothing_and_an_empty_one_is_filled_again(red
         redis_server.start()
         fresh = await until(registry, lambda s: s.stale_since is None and "prefill-0" in s.workers, within_s=3)
         assert fresh.workers == {"prefill-0": INFO}
+
+
+def test_connections_that_redis_resets_raise_nothing_on_the_routers_event_loop(redis_server) -> None:
+    """uvloop answers a write to such a connection with a RuntimeError."""
+
+    async def look(proxy: Proxy) -> list[bool]:
+        fresh = []
+        async with Registry(f"redis://127.0.0.1:{proxy.address[1]}/0") as registry:
+            for _ in range(20):
+                fresh.append((await registry.snapshot()).stale_since is None)
+                # In the same turn of the loop, so that it hears of the reset when it writes.
+                await asyncio.to_thread(network.reset, proxy)
+            await asyncio.sleep(0.1)
+            fresh.append((await registry.snapshot()).stale_since is None)
+        return fresh
+
+    with Network() as network:
+        fresh = uvloop.run(look(network.proxy(("127.0.0.1", redis_server.port))))
+    assert fresh[0]
+    assert len(fresh) == 21
 
 
 async def test_a_flushed_redis_is_filled_again(redis_server) -> None:
