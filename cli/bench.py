@@ -27,6 +27,18 @@ def bench_transfer(
     return 0
 
 
+@app.command("verification")
+def bench_verification(
+    lengths: Annotated[str, flag("lengths", "Prompt lengths in tokens.")] = "1024,8192,65536",
+    config: ConfigFile = None,
+) -> int:
+    """What checksums cost of the time to the first token."""
+    from bench.verification import run
+
+    run(integers("--lengths", lengths, "1024,8192"))
+    return 0
+
+
 @app.command("engine")
 def bench_engine(
     lengths: Annotated[str, flag("lengths", "Prompt lengths in tokens.")] = "1024,4096,16384,65536",

@@ -111,6 +111,9 @@ OnNoPrefill = Annotated[
     flag("on-no-prefill", "Without any prefill worker: let decode workers compute prompts, or refuse requests."),
 ]
 QueueSize = Annotated[int, flag("queue-size", "Requests that may wait for room on one router.", min=1)]
+PrefillBacklog = Annotated[
+    float, flag("prefill-backlog-s", "Seconds of prefill's work that may be let in ahead, for each lane.", min=0)
+]
 SseKeepalive = Annotated[
     float, flag("sse-keepalive-s", "Seconds after which a silent stream gets a sign of life; 0: never.", min=0)
 ]

@@ -42,6 +42,7 @@ from cli.flags import (
     Model,
     OnNoPrefill,
     Policy,
+    PrefillBacklog,
     PrefixCache,
     QueueSize,
     QueueTimeout,
@@ -101,6 +102,7 @@ def up(
     on_no_prefill: OnNoPrefill = "reject",
     queue_size: QueueSize = 256,
     queue_timeout_s: QueueTimeout = 60.0,
+    prefill_backlog_s: PrefillBacklog = 10.0,
     sse_keepalive_s: SseKeepalive = 5.0,
     json_keepalive_s: JsonKeepalive = 30.0,
     device: Device = "cpu",
@@ -161,6 +163,7 @@ def up(
             *("--policy", policy, "--local-prefill-tokens", str(local_prefill_tokens)),
             *("--on-no-prefill", on_no_prefill),
             *("--queue-size", str(queue_size), "--queue-timeout-s", str(queue_timeout_s)),
+            *("--prefill-backlog-s", str(prefill_backlog_s)),
             *("--sse-keepalive-s", str(sse_keepalive_s), "--json-keepalive-s", str(json_keepalive_s)),
             "--insecure" if insecure else "--no-insecure",
             *shared,
@@ -350,6 +353,7 @@ def chaos(
     pairs: Annotated[int, flag("pairs", "Pairs of faults to do.", min=1)] = 20,
     seed: Annotated[int, flag("seed", "Draws the pairs.")] = 1,
     idle_s: Annotated[float, flag("idle-s", "Seconds of silence for F53.", min=0)] = 1_800.0,
+    into: Annotated[Path | None, flag("into", "Folder for faults.md and its rows; else those of the checkout.")] = None,
     strike: Annotated[
         str | None, flag("strike", "Do this one thing to the running --cluster instead, such as decode-killed.")
     ] = None,
@@ -382,6 +386,7 @@ def chaos(
             pairs=pairs,
             seed=seed,
             idle_s=idle_s,
+            into=into,
         )
     )
 
@@ -423,6 +428,7 @@ def router(
     ] = 1024,
     queue_size: QueueSize = 256,
     queue_timeout_s: QueueTimeout = 60.0,
+    prefill_backlog_s: PrefillBacklog = 10.0,
     sse_keepalive_s: SseKeepalive = 5.0,
     json_keepalive_s: JsonKeepalive = 30.0,
     policy: Policy = "expected_ttft",
@@ -465,6 +471,7 @@ def router(
             max_concurrent_requests=max_concurrent_requests,
             queue_size=queue_size,
             queue_timeout_s=queue_timeout_s,
+            prefill_backlog_s=prefill_backlog_s,
             sse_keepalive_s=sse_keepalive_s,
             json_keepalive_s=json_keepalive_s,
             policy=policy,

@@ -348,6 +348,11 @@ class DecodeCore:
     def classes(self) -> tuple[RegionClass, ...]:
         return self._pools.classes
 
+    @property
+    def max_requests(self) -> int:
+        """Requests that run at once, at most."""
+        return self._pools.slots.capacity
+
     def step(self, now_s: float, event: DecodeEvent | Tick | StepFailed) -> list[DecodeAction]:
         match event:
             case Start(request, secret):

@@ -137,6 +137,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
         )
         self._total_tokens = self._engine.load.free_tokens  # nothing is held yet
         self._kv_token_bytes = token_bytes(core.classes)
+        self._max_requests = core.max_requests
         self._reads = Recent()
         self._exposed = Recent()
         self._not_finite = 0
@@ -184,6 +185,7 @@ class DecodeService(worker_pb2_grpc.DecodeServicer):
             total_tokens=self._total_tokens,
             running=load.running,
             waiting=load.waiting,
+            max_requests=self._max_requests,
             queued_tokens=load.queued_tokens,
             prefill_token_ns=load.prefill_token_ns,
             prefill_depth_ns=load.prefill_depth_ns,

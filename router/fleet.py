@@ -43,6 +43,7 @@ class WorkerView:
     serving: bool
     assigned_requests: int = 0
     assigned_tokens: int = 0  # prompt tokens still to prefill, or decode's prompt and answer tokens
+    assigned_at_report: int = 0  # requests, when the worker's record came
 
     @property
     def usable(self) -> bool:
@@ -56,6 +57,14 @@ class WorkerView:
     @property
     def num_requests(self) -> int:
         return max(self.info.running + self.info.waiting, self.assigned_requests)
+
+    @property
+    def free_places(self) -> int | None:
+        """Requests that can run beside those there are; None where the worker does not say how many it takes."""
+        if not self.info.max_requests:
+            return None
+        of_others = max(0, self.info.running + self.info.waiting - self.assigned_at_report)
+        return self.info.max_requests - self.assigned_requests - of_others
 
     @property
     def free_tokens(self) -> int:
@@ -117,6 +126,7 @@ FleetAction = StartWatch | StopWatch
 class _Known:
     info: WorkerInfo
     serving: bool = False
+    assigned_at_report: int = 0
     unlisted_since: float | None = None
 
 
@@ -160,6 +170,8 @@ class FleetCore:
         for worker_id, info in workers.items():
             known = self._known.get(worker_id)
             if known is not None and known.info.ref == info.ref:
+                if known.info != info:
+                    known.assigned_at_report = self._loads.get(worker_id, _Load()).requests
                 known.info, known.unlisted_since = info, None
                 continue
             if known is not None:  # the same id in a new life: nothing known of the old one holds
@@ -185,6 +197,7 @@ class FleetCore:
                     serving=known.serving,
                     assigned_requests=load.requests,
                     assigned_tokens=load.tokens,
+                    assigned_at_report=known.assigned_at_report,
                 )
             )
         return FleetSnapshot(

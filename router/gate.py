@@ -12,8 +12,8 @@ Within a lane the lower priority number goes first, then the tenant that has bee
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
-from dataclasses import dataclass
+from collections import Counter, deque
+from dataclasses import dataclass, field
 
 from router.fleet import FleetSnapshot
 from router.placement import kind_of
@@ -27,6 +27,9 @@ LONG_RESERVE = 0.05
 
 AGED_SHARE = 0.125
 """Of all decode pages, what another lane may hold while somebody has waited too long for room."""
+
+SHED_SHARE = 0.5
+"""Who would wait for more than this share of the longest wait is told at once: he who is let into the line gets in."""
 
 RETRY_AFTER_S = (1.0, 120.0)
 """The least and the most a client is told to wait, whatever was computed."""
@@ -66,6 +69,7 @@ class Desk:
     free_tokens: int
     total_tokens: int
     idle: bool
+    free_places: int | None = None  # requests that can run beside those there are; None: as many as there are pages for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +96,7 @@ def room_of(fleet: FleetSnapshot) -> Room:
                 free_tokens=worker.free_tokens,
                 total_tokens=worker.info.total_tokens,
                 idle=worker.num_requests == 0,
+                free_places=worker.free_places,
             )
             for worker in decode
         ),
@@ -172,6 +177,14 @@ class _Inside:
     computed: bool = False
 
 
+@dataclass(slots=True)
+class _Line:
+    """That of a lane in which somebody waits, since when, and when requests of the lane left the workers since."""
+
+    since_s: float
+    left: deque[float] = field(default_factory=deque)
+
+
 class GateCore:
     """Requests at and behind the gate. Times are monotonic seconds."""
 
@@ -185,6 +198,7 @@ class GateCore:
         self._turns: dict[str, float] = {}  # where each waiting tenant's next request stands in them
         self._left_at: float | None = None
         self._between_s = 0.0  # two requests that leave, lately
+        self._lines: dict[int, _Line] = {}  # by lane, where somebody waits
 
     @property
     def num_waiting(self) -> int:
@@ -215,7 +229,10 @@ class GateCore:
             case Looked(room):
                 self._room = room
                 actions = self._expire(now)
-        return actions + self._let_in(now)
+        actions += self._let_in(now)
+        waiting = {waiting.lane for waiting in self._waiting.values()}
+        self._lines = {lane: self._lines.get(lane) or _Line(now) for lane in waiting}
+        return actions
 
     def _arrive(self, now: float, ask: Ask) -> list[GateAction]:
         self._num_arrived += 1
@@ -229,7 +246,7 @@ class GateCore:
                 return [
                     Refuse(ask.request_id, WouldWait("There is no room right now, and the request is not to wait."))
                 ]
-            refused = self._make_place(waiting)
+            refused = self._make_place(now, waiting)
             if refused is not None:
                 actions.append(refused)
                 if refused.request_id == ask.request_id:
@@ -241,7 +258,7 @@ class GateCore:
         before = self._first(newcomer.lane)
         return (before is not None and before.rank < newcomer.rank) or not self._fits(now, newcomer)
 
-    def _make_place(self, newcomer: _Waiting) -> Refuse | None:
+    def _make_place(self, now: float, newcomer: _Waiting) -> Refuse | None:
         """A place in line for the newcomer: None if there is one, or who is told to come again so that there is."""
         limits, ask = self._limits, newcomer.ask
         retry_s = self.retry_after_s()
@@ -253,6 +270,11 @@ class GateCore:
                 RateLimited(f"{mine} requests of this API key wait for room already. Retry later.").after(retry_s),
             )
         tokens = sum(waiting.ask.prompt_tokens for waiting in self._waiting.values())
+        if (wait_s := self._wait_s(now, newcomer)) > SHED_SHARE * limits.timeout_s:
+            return Refuse(
+                ask.request_id,
+                Overloaded(f"There will be no room for about {wait_s:.1f} s. Retry later.").after(retry_s),
+            )
         if len(self._waiting) < limits.max_waiting and tokens + ask.prompt_tokens <= limits.max_waiting_tokens:
             return None
         last = max((*self._waiting.values(), newcomer), key=lambda waiting: waiting.rank)
@@ -268,9 +290,24 @@ class GateCore:
         )
         return Refuse(last.ask.request_id, error.after(retry_s))
 
+    def _wait_s(self, now: float, newcomer: _Waiting) -> float:
+        """How long the newcomer would wait, at the pace others make room. While nobody has made any yet, that is slower
+        with every moment.
+        """
+        line = self._lines.get(newcomer.lane)
+        if line is None:
+            return 0.0
+        oldest = max(line.since_s, now - self._limits.timeout_s)
+        while line.left and line.left[0] < oldest:
+            line.left.popleft()
+        before = sum(w.lane == newcomer.lane and w.rank < newcomer.rank for w in self._waiting.values())
+        return (before + 1) * (now - oldest) / (len(line.left) + 1)
+
     def _leave(self, now: float, request_id: str) -> None:
         self._waiting.pop(request_id, None)
-        if self._inside.pop(request_id, None) is not None:
+        if (inside := self._inside.pop(request_id, None)) is not None:
+            if (line := self._lines.get(inside.lane)) is not None:
+                line.left.append(now)
             if self._left_at is not None:
                 self._between_s += 0.2 * (now - self._left_at - self._between_s)
             self._left_at = now
@@ -323,8 +360,9 @@ class GateCore:
         room, ask = self._room, waiting.ask
         if not room.desks or ask.kv_tokens > max(desk.total_tokens for desk in room.desks):
             return True  # there is nothing to wait for; placement says what is wrong
-        unplaced = sum(inside.ask.kv_tokens for inside in self._inside.values() if not inside.placed)
-        if not any(self._has_room(desk, ask.kv_tokens + unplaced, waiting.lane) for desk in room.desks):
+        unplaced = [inside.ask.kv_tokens for inside in self._inside.values() if not inside.placed]
+        desks = [desk for desk in room.desks if desk.free_places is None or desk.free_places > len(unplaced)]
+        if not any(self._has_room(desk, ask.kv_tokens + sum(unplaced), waiting.lane) for desk in desks):
             return False
         if not self._is_fair(now, waiting):
             return False

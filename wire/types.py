@@ -108,6 +108,7 @@ class WorkerInfo:
     total_tokens: int = 0
     running: int = 0
     waiting: int = 0
+    max_requests: int = 0  # running at once, at most; 0: it does not say
     queued_tokens: int = 0
     # What the worker has measured on itself; 0 while it has not.
     prefill_token_ns: int = 0  # computing one prompt token at the start of a prompt

@@ -102,6 +102,23 @@ def test_a_restarted_worker_is_a_new_one_and_late_news_of_the_old_life_is_ignore
     assert usable(core) == ["p0", "d0"]
 
 
+def test_free_places_are_those_neither_we_nor_other_routers_have_taken():
+    core = serving_core()
+    d0 = replace(D0, max_requests=8)
+
+    def free() -> int | None:
+        return core.snapshot(0.0).decode[0].free_places
+
+    assert free() is None  # it does not say how many it takes
+    core.step(0.0, listed(P0, d0))
+    core.step(0.0, Assigned("d0", 3, 300))
+    assert free() == 5
+    core.step(0.0, listed(P0, replace(d0, running=4, waiting=1)))  # two of them are another router's
+    assert free() == 3
+    core.step(0.0, Assigned("d0", -3, -300))  # ours are done, and count no more, whatever the record still says
+    assert free() == 6
+
+
 def test_assigned_work_shows_until_it_is_taken_back():
     core = serving_core()
     core.step(0.0, Assigned("d0", 1, 300))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -324,3 +325,51 @@ def test_only_workers_with_a_partner_are_room():
         prefill_tokens_per_s=pytest.approx(3_000),
     )
     assert room_of(FleetSnapshot()) == Room()
+
+
+def test_who_finds_pages_but_no_place_waits_for_one():
+    def places(free: int) -> Room:
+        return Room(desks=(Desk(free_tokens=9_000, total_tokens=9_999, idle=False, free_places=free),), num_prefill=1)
+
+    drive = Driver(first=places(2))
+    assert drive.arrive("a") == [Admit("a")]
+    assert drive.arrive("b") == [Admit("b")]  # "a" is not placed yet, and will take one of the two
+    assert drive.arrive("c") == []
+    for name in "ab":
+        drive.step(Placed(name))
+    assert drive.look(places(0)) == []
+    assert drive.look(places(1)) == ["c"]
+
+
+def test_who_would_wait_too_long_at_the_pace_others_leave_is_told_at_once():
+    drive = Driver(replace(LIMITS, max_waiting=1_000, timeout_s=20.0), first=room())
+    for i in range(40):
+        drive.arrive(f"in-{i}")
+    drive.look(FULL)
+    assert [drive.arrive(f"waits-{i}") for i in range(9)] == [[]] * 9  # nobody knows how long it will be
+    for i in range(19):  # one a second
+        drive.now += 1.0
+        drive.finish(f"in-{i}")
+    assert drive.arrive("last") == []  # in ten seconds or so
+    late = refusal(drive.arrive("late"))
+    assert isinstance(late.error, Overloaded)
+    assert "no room for about 10.4 s" in str(late.error)
+    assert late.error.retry_after_s is not None
+    assert late.error.retry_after_s > 5
+    assert drive.arrive("urgent", priority=-1) == []  # nobody is before it
+    assert drive.arrive("elsewhere", tokens=5_000) == []  # nor in its lane
+
+
+def test_the_longer_nobody_leaves_the_fewer_may_wait():
+    drive = Driver(replace(LIMITS, max_waiting=1_000, timeout_s=4.0), first=room())
+    drive.arrive("in")
+    drive.look(FULL)
+    assert [drive.arrive(f"at-once-{i}") for i in range(50)] == [[]] * 50
+    for i in range(47):
+        drive.step(Left(f"at-once-{i}"))
+    drive.now += 0.5
+    assert drive.arrive("one-more") == []  # three are before it, and half a second has passed
+    assert isinstance(refusal(drive.arrive("too-many")).error, Overloaded)
+    for name in ("at-once-47", "at-once-48", "at-once-49", "one-more"):
+        drive.step(Left(name))
+    assert drive.arrive("first-again") == []  # the line is a new one
