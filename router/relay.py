@@ -850,6 +850,9 @@ class _Shell:
         rules, turn, avoid = self._rules, self._fleet.next_turn(), place.avoid
         others = self._quarantine.trying(self._request.request_id) if alone else frozenset[str]()
         decode, prefill = ({view.info.worker_id for view in views} for views in (fleet.decode, fleet.prefill))
+        if any(worker_id in decode and tokens for worker_id, tokens in place.held):
+            # It may go on from there by itself, where that is quicker than to compute those pages once more.
+            rules = replace(rules, local_prefill_tokens=max(rules.local_prefill_tokens, prompt_tokens))
         for excluded in dict.fromkeys((avoid, avoid & decode, avoid & prefill, frozenset[str]())):
             placement = choose(fleet, prompt_tokens, max_tokens, excluded | others, resident, rules=rules, turn=turn)
             if placement is not None:
