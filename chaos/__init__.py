@@ -7,9 +7,10 @@ as a user and an unkind operator would, and knows no more of it than they do.
     cluster.py   a cluster to do it to: signals, and what its workers say they hold
     hosts.py     one whose workers are hosts of their own, behind proxies (proxy.py) or in network namespaces (apart.py)
     streams.py   answers, compared token by token with those of a cluster that nothing happened to
-    strikes.py   striking a cluster while it answers
+    judge.py     striking a cluster while it answers
     faults.py    the faults of processes, of Redis, of clients and of the machine
     network.py   those of networks, and pairs of faults
+    strike.py    one blow to a cluster that is somebody's own
     overload.py  more load than there is room for
     report.py    docs/faults.md, from the rows of the last runs
 """

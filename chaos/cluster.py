@@ -37,8 +37,8 @@ class NotHere(ChaosFailed):
 class Cluster(abc.ABC):
     """Processes by name, a router, and what its workers say."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, logs: Path) -> None:
+        self.url, self.logs = url, logs
 
     @abc.abstractmethod
     def pids(self) -> dict[str, int]:
@@ -115,7 +115,7 @@ class LocalCluster(Cluster):
     """What `penumbra up` started."""
 
     def __init__(self, url: str, folder: Path) -> None:
-        super().__init__(url)
+        super().__init__(url, folder)
         self.folder = folder
 
     def state(self) -> local.ClusterState:

@@ -20,9 +20,12 @@ import psutil
 import redis
 
 from chaos.cluster import ChaosFailed, LocalCluster, NotHere, is_alive, until
+from chaos.judge import CLIENTS, CONT, KILL, KILLED_S, LEAK_S, NOTICED_S, STOP, TERM, Bench, References, Row
 from chaos.streams import Ask, Outcome, Reference, Verdict, answer
-from chaos.strikes import CLIENTS, CONT, KILL, LEAK_S, STOP, TERM, Bench, References, Row
 from deploy import local
+
+CANCELLED_S = 1.0
+"""Both sides have heard by then that a client has left, and hold nothing for it."""
 
 CAMPAIGN_S = 3_000.0
 HERD = 300
@@ -67,7 +70,12 @@ class Local(Bench):
         return self.row("F04", verdict)
 
     def prefill_frozen(self) -> Row:
-        return self._frozen("F14", "prefill", self.long, 0)
+        """At its first word of progress; thawed when all answers are there."""
+        try:
+            verdict = self._strike_at("prefill.progress", self.long, "freeze")
+        finally:
+            self._thaw()
+        return self.row("F14", verdict, gap_s=NOTICED_S)
 
     def prefill_stopped(self) -> Row:
         return self.row("F44", self.strike(self.long, self.send("prefill", TERM), 0))
@@ -84,40 +92,42 @@ class Local(Bench):
         return self._at("F08", "decode.finished", self.short)
 
     def decode_killed_at_token(self) -> Row:
-        total = Verdict()
+        total, noticed_s = Verdict(), list[float]()
         longest = max(ask.max_tokens for ask in self.short.questions)
         for k in (1, 2, longest // 2, longest - 1):
             self.cluster.wait_until_whole()
-            verdict = self.strike(self.short, self.send("decode", KILL), k)
-            total.add(verdict)
-        return self.row("F07", total)
+            total.add(self.strike(self.short, self.hit_and_watch("decode", KILL, noticed_s), k))
+            self.watched()
+        return self._noticed(self.row("F07", total), noticed_s, KILLED_S)
 
     def decode_frozen(self) -> Row:
-        return self._frozen("F13", "decode", self.short, 5)
+        noticed_s: list[float] = []
+        hit = self.hit_and_watch("decode", STOP, noticed_s)
+        try:
+            verdict = self.strike(self.short, hit, 5)
+            self.watched()
+        finally:
+            self._thaw()
+        return self._noticed(self.row("F13", verdict, gap_s=NOTICED_S), noticed_s, NOTICED_S)
+
+    def _noticed(self, row: Row, noticed_s: list[float], bound_s: float) -> Row:
+        words = f"{row.measured}; noticed after {max(noticed_s):.2f} s (bound {bound_s:g} s)"
+        return replace(row, ok=row.ok and max(noticed_s) <= bound_s, measured=words)
+
+    def _thaw(self) -> None:
+        for worker in self.cluster.wanted():
+            self.cluster.signal(worker, CONT)
 
     def decode_stopped(self) -> Row:
         return self.row("F45", self.strike(self.short, self.send("decode", TERM), 5))
 
-    def _frozen(self, fault: str, role: str, reference: Reference, at: int) -> Row:
-        frozen: list[str] = []
-
-        def freeze() -> None:
-            frozen.append(self.cluster.busiest(role))
-            self.cluster.signal(frozen[0], STOP)
-
-        def thaw() -> None:
-            for name in frozen:
-                self.cluster.signal(name, CONT)
-
-        return self.row(fault, self.strike(reference, freeze, at, undo=thaw))
-
     def _at(self, fault: str, point: str, reference: Reference) -> Row:
         return self.row(fault, self._strike_at(point, reference))
 
-    def _strike_at(self, point: str, reference: Reference) -> Verdict:
-        """The first worker that gets to the failpoint dies there."""
+    def _strike_at(self, point: str, reference: Reference, action: str = "kill") -> Verdict:
+        """The first worker that gets to the failpoint dies there, or stands still."""
         armed = self._points / point
-        armed.write_text("kill")
+        armed.write_text(action)
         try:
             return reference.run(reference.questions[:CLIENTS], CLIENTS)[0]
         finally:
@@ -296,7 +306,8 @@ class Local(Bench):
             reference.run(stages, CLIENTS, functools.partial(_stays, max(at, 1)))
             left += len(stages)
             longest = max(longest, self.cluster.wait_until_idle(LEAK_S))
-        return self.row("F23", Verdict(streams=left), f"everything free {longest:.1f} s after the last one left")
+        row = self.row("F23", Verdict(streams=left), f"everything free {longest:.1f} s after the last one left")
+        return replace(row, ok=row.ok and longest <= CANCELLED_S)
 
     # The machine.
 
@@ -315,10 +326,10 @@ class Local(Bench):
             def starve() -> None:
                 used = int((group / USAGE).read_text())
                 (group / LIMIT).write_text(str(used + STARVED_BYTES))
-                hungry = f"import time; time.sleep(1); b = bytearray({4 * STARVED_BYTES}); time.sleep(5)"
-                eater = subprocess.Popen([sys.executable, "-c", hungry])
+                hungry = f"import time; input(); b = bytearray(b'x') * {4 * STARVED_BYTES}; time.sleep(1)"
+                eater = subprocess.Popen([sys.executable, "-c", hungry], stdin=subprocess.PIPE)
                 (group / "cgroup.procs").write_text(str(eater.pid))
-                threading.Thread(target=eater.wait).start()
+                threading.Thread(target=eater.communicate, args=(b"\n",)).start()
 
             verdict = self.strike(self.short, starve, 5)
             until(lambda: self.cluster.pid(name) != killed, 30.0, f"{name} was not killed by the kernel")

@@ -44,10 +44,16 @@ class Hosts(Cluster):
     """Held by `proxied` or `apart`. Workers that die are started again when somebody waits for the cluster."""
 
     def __init__(
-        self, urls: tuple[str, ...], hosts: dict[str, Host], supervisor: Supervisor, network: Network, redis: Proxy
+        self,
+        urls: tuple[str, ...],
+        logs: Path,
+        hosts: dict[str, Host],
+        supervisor: Supervisor,
+        network: Network,
+        redis: Proxy,
     ) -> None:
         """`redis` is the routers' proxy to Redis."""
-        super().__init__(urls[0])
+        super().__init__(urls[0], logs)
         self.urls, self.hosts, self.network, self.redis = urls, hosts, network, redis
         self._supervisor = supervisor
 
@@ -88,7 +94,6 @@ def proxied(
 def apart(folder: Path, model: Path, redis: EmbeddedRedis, *, prefill: int, decode: int) -> Iterator[Hosts]:
     """A cluster in network namespaces, ready. The caller is root, in a network namespace that it may change."""
     with Network() as network, contextlib.ExitStack() as held:
-        _ip("link", "set", "lo", "up")
         _ip("link", "add", "hub", "type", "bridge")
         held.callback(_ip, "link", "del", "hub")
         _ip("addr", "add", f"{BRIDGE}/24", "dev", "hub")
@@ -106,6 +111,11 @@ def apart(folder: Path, model: Path, redis: EmbeddedRedis, *, prefill: int, deco
             host.spec = ChildSpec(name=name, command=inside + spec.command, env={**spec.env, "UCX_TLS": "tcp"})
         with _started(folder, model, redis, network, hosts, 1) as cluster:
             yield cluster
+
+
+def raise_loopback() -> None:
+    """In a new network namespace nobody can talk to himself before."""
+    _ip("link", "set", "lo", "up")
 
 
 def plug(host: Host, *, connected: bool) -> None:
@@ -155,7 +165,7 @@ def _started(
     urls = tuple(f"http://127.0.0.1:{port}" for port in ports)
     folder.mkdir(parents=True, exist_ok=True)
     with Supervisor(log_dir=folder, echo=lambda name, line: None, grace_s=GRACE_S) as supervisor:
-        cluster = Hosts(urls, hosts, supervisor, network, to_redis)
+        cluster = Hosts(urls, folder, hosts, supervisor, network, to_redis)
         supervisor.start(specs)
         supervisor.start([host.spec for host in hosts.values() if host.spec is not None])
         cluster.wait_until_whole()

@@ -14,13 +14,10 @@ import redis
 
 from chaos.cluster import until
 from chaos.hosts import Host, Hosts, deafen, plug
+from chaos.judge import CLIENTS, CONT, KILL, NOTICED_S, STOP, TERM, Bench, References, Row
 from chaos.proxy import Proxy
 from chaos.streams import Ask, Outcome, Verdict, answer
-from chaos.strikes import CLIENTS, CONT, KILL, STOP, TERM, Bench, References, Row
 from deploy.redis import EmbeddedRedis
-
-NOTICED_S = 5.0
-"""A stream is never silent for longer, whoever froze or vanished."""
 
 PARTITION_S = 30.0
 BETWEEN_S = 2.0

@@ -6,19 +6,21 @@ import asyncio
 import json
 import random
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from chaos.cluster import running
-from chaos.strikes import VOCAB, Row
+from chaos.judge import VOCAB, Row
 
 PROMPT_TOKENS, ANSWER_TOKENS = 64, 32
 FIRST_S, TOKEN_S = 4.0, 0.25
 """The service level: the first token by then, and each further one so long after the last, on average."""
 
 PATIENCE_S = 30.0
+REFUSED = (408, 429, 503)
 LEVELS = (2, 4, 8, 16, 32, 64)
 """Clients at once while the peak is looked for."""
 LEVEL_S = 8.0
@@ -29,8 +31,7 @@ CALM_SHARE = 0.7
 GOODPUT_SHARE, REJECT_S, RECOVERY_S = 0.9, 0.05, 15.0
 """What must hold."""
 
-QUEUE_S = 2.0
-FLAGS = ("--queue-timeout-s", str(QUEUE_S))
+FLAGS = ("--queue-timeout-s", "2", "--prefill-backlog-s", "2")
 """What an operator with this service level sets: who would wait for longer is told so at once."""
 
 
@@ -64,13 +65,13 @@ class Overload:
     slowest_first_s: float
 
     def saturated(self) -> Row:
-        rejected = [visit for visit in self.pressed if visit.status in (429, 503)]
+        rejected = [visit for visit in self.pressed if visit.status in REFUSED]
         told = sum(visit.told_when for visit in rejected)
-        odd = [visit for visit in self.pressed if visit.status not in (200, 429, 503)]
+        odd = Counter(visit.status for visit in self.pressed if visit.status not in (200, *REFUSED))
         p99 = share(0.99, [visit.headers_s for visit in rejected])
         words = f"{len(rejected)} of {len(self.pressed)} refused, {told} of them with Retry-After, in p50 "
         words += f"{1000 * share(0.5, [v.headers_s for v in rejected]):.0f} ms, p99 {1000 * p99:.0f} ms "
-        words += f"(bound {1000 * REJECT_S:.0f} ms); {len(odd)} answered otherwise"
+        words += f"(bound {1000 * REJECT_S:.0f} ms); answered otherwise: {dict(odd) or 'none'}"
         ok = not odd and told == len(rejected) > 0 and p99 <= REJECT_S
         return Row(fault="F41", ok=ok, streams=len(self.pressed), measured=words)
 

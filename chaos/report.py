@@ -7,11 +7,12 @@ import datetime
 from pathlib import Path
 
 from bench.record import RESULTS, commit, load, machine
-from chaos.strikes import Row
+from chaos.judge import Row
 from chaos.table import FAULTS
 
 PAGE = Path(__file__).parent.parent / "docs" / "faults.md"
 ROWS = RESULTS / "faults.csv"
+"""Where the page and its rows are, until `into` says otherwise."""
 COLUMNS = ("fault", "date", "commit", "machine", "load", "how", "ok", "n", "measured")
 
 HEAD = """# Faults
@@ -24,6 +25,12 @@ proof of never: 3/N bounds the rate at 95%.
 Generated; `make chaos` rewrites it.
 
 """
+
+
+def into(folder: Path) -> None:
+    """Keep rows and page there from now on."""
+    global PAGE, ROWS
+    PAGE, ROWS = folder / "faults.md", folder / "faults.csv"
 
 
 def keep(rows: list[Row], how: str) -> None:
@@ -58,8 +65,6 @@ def write() -> Path:
         row = known.get(fault.id)
         if row is not None:
             cells = (row["how"], row["ok"], row["n"], f"{row['measured']} ({row['commit']})")
-        elif fault.why_not:
-            cells = ("not", "", "", fault.why_not)
         else:
             cells = ("live" if fault.live else "tests", "", "", "not run yet")
         lines.append(f"| {fault.id} | {fault.what} | {fault.promise} | {' | '.join(cells)} |")

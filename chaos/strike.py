@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from chaos.cluster import LocalCluster
-from chaos.strikes import CONT, KILL, STOP, TERM
+from chaos.judge import CONT, KILL, STOP, TERM
 from deploy import local
 from wire.errors import ConfigError
 

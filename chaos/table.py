@@ -1,7 +1,7 @@
 """The faults, what is promised of each, and how it is done here.
 
 A fault is done live, to a cluster of the kind that `where` names; or by tests that do it without processes (pytest
-nodes); or not at all, and then `why_not` says what one machine lacks for it.
+nodes). What a machine or its user can not do is found out when it is tried, and the row says why.
 """
 
 from __future__ import annotations
@@ -18,14 +18,10 @@ class Fault:
     where: str = "local"
     tests: tuple[str, ...] = ()
     long: bool = False  # the tests' long forms too
-    why_not: str = ""
 
 
 RELAY, SERVICE = "tests/router/test_router_relay.py", "tests/decode_worker/test_service.py"
 OWNER, READER = "tests/kvtransfer/test_owner.py", "tests/kvtransfer/test_reader_core.py"
-TLS = (
-    "connections carry no TLS, so there are no certificates to change: what is between hosts encrypts, if anything does"
-)
 
 FAULTS = (
     Fault(id="F01", what="prefill killed while prompts wait", promise="lossless", live="prefill_killed_in_queue"),
@@ -129,6 +125,7 @@ FAULTS = (
           tests=("tests/decode_worker/test_reuse.py",)),
     Fault(id="F58", what="a step that takes seconds", promise="no lease runs out",
           tests=("tests/wire/test_worker.py",)),
-    Fault(id="F59", what="certificates change", promise="streams go on", why_not=TLS),
+    Fault(id="F59", what="certificates change", promise="new connections get the new one, streams go on",
+          tests=("tests/router/test_router_tls.py",)),
     Fault(id="F60", what="a worker more and a worker less under load", promise="lossless", live="scaled"),
 )  # fmt: skip

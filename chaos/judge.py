@@ -16,6 +16,13 @@ from chaos.streams import Ask, Reference, Verdict
 LEAK_S = 15.0
 """Everything a fault left behind is back by then."""
 
+NOTICED_S = 5.0
+"""A stream is never silent for longer, whoever froze or vanished."""
+
+KILLED_S = 2.0
+"""And so quickly a router knows that a worker was killed."""
+WATCHED_S = 30.0
+
 CLIENTS = 8
 VOCAB = 250
 
@@ -52,6 +59,7 @@ class Bench:
             reference.at(cluster.url) for reference in (references.many, references.short, references.long)
         )
         self._retried = 0.0
+        self._watching: list[threading.Thread] = []
         self._random = random.Random(7)
 
     def strike(
@@ -93,6 +101,33 @@ class Bench:
             words.append(f"{verdict.bad} not as they should be, first: {verdict.why[0]}")
         words += [more] if more else []
         return Row(fault=fault, ok=not verdict.bad and gap <= gap_s, streams=verdict.streams, measured="; ".join(words))
+
+    def hit_and_watch(self, role: str, number: signal.Signals, noticed_s: list[float]) -> Callable[[], None]:
+        """Sends the signal to the busiest worker of the role, and adds how long the router took it to serve."""
+
+        def hit() -> None:
+            name = self.cluster.busiest(role)
+            self.cluster.signal(name, number)
+            began = time.monotonic()
+
+            def serves() -> bool:
+                return any(w["worker_id"] == name and w["state"] == "serving" for w in self.cluster.workers())
+
+            def watch() -> None:
+                while serves() and time.monotonic() - began < WATCHED_S:
+                    time.sleep(0.02)
+                noticed_s.append(time.monotonic() - began)
+
+            watching = threading.Thread(target=watch)
+            watching.start()
+            self._watching.append(watching)
+
+        return hit
+
+    def watched(self) -> None:
+        """Wait for those that watch."""
+        while self._watching:
+            self._watching.pop().join()
 
     def send(self, role: str, number: signal.Signals) -> Callable[[], None]:
         return lambda: self.cluster.signal(self.cluster.busiest(role), number)
