@@ -24,6 +24,8 @@ def test_help_lists_every_command(penumbra):
         "model",
         "config",
         "bench",
+        "train",
+        "eval",
     ):
         assert f"│ {command} " in result.stdout
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.model.survey import tensor_table
 from engine.model.weights import load_checkpoint
 from tests.cli.conftest import Ended, penumbra_here  # noqa: F401
 from training.config import Optimiser, Stage, load_config, parse_config
@@ -132,3 +133,7 @@ def test_the_bundled_runs_can_be_read(name: str) -> None:
     config = load_config(Path(__file__).resolve().parents[2] / "models" / "nano" / f"{name}.toml")
     assert config.model.layers.count(4) == 2
     assert config.model.index_heads == 4
+    tensors = tensor_table(config.model.config(), mtp=True)
+    assert sum(spec.num_bytes for spec in tensors.values()) + len(tensors) * 120 < 15_700_000, (
+        "with a tokenizer of 0.25 MB it stays below 16 MB"
+    )
