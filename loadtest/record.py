@@ -11,9 +11,14 @@ from loadtest.scenario import Scenario, ScenarioError, parse
 
 VERSION = 1
 
-REFUSALS = (408, 429, 503, 529)
 UNFINISHED, SILENCE = "unfinished", "silence"
-"""Errors of requests that waited in vain: until the run's end, and until their client lost its patience."""
+"""Errors of requests that waited until the run's end, and until their client lost its patience."""
+IN_VAIN = (UNFINISHED, SILENCE, "queue_timeout")
+"""Errors that end a wait: theirs was at least so long, and belongs to the latencies."""
+REFUSALS = (408, 429, 503, 529)
+REFUSAL_CODES = ("queue_timeout", "overloaded", "overloaded_error", "rate_limit_exceeded", "slow_down",
+                 "server_is_overloaded")  # fmt: skip
+"""What a server says that has too much to do: as a status, or in a stream that has begun, as its error's code."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,7 +53,11 @@ class Outcome:
     @property
     def refused(self) -> bool:
         """Whether the server said that it has too much to do."""
-        return self.status in REFUSALS
+        return bool(self.error) and (self.status in REFUSALS or self._code in REFUSAL_CODES)
+
+    @property
+    def _code(self) -> str:
+        return self.error.rpartition(" ")[2]
 
     @property
     def whole(self) -> bool:
@@ -62,7 +71,7 @@ class Outcome:
     @property
     def ttft_ms(self) -> float | None:
         """From when it was due. Who waited in vain to the end is in it with that wait, which is the least it can be."""
-        if self.first_s is None and self.error in (UNFINISHED, SILENCE):
+        if self.first_s is None and self._code in IN_VAIN:
             return (self.ended_s - self.due_s) * 1e3
         return None if self.first_s is None else (self.first_s - self.due_s) * 1e3
 

@@ -26,7 +26,7 @@ def test_latency_counts_from_when_a_request_was_due_and_not_from_when_it_was_sen
     assert summarize(record([late])).all.ttft_ms == (2500, 2500, 2500)
 
 
-@pytest.mark.parametrize("error", ["unfinished", "silence"])
+@pytest.mark.parametrize("error", ["unfinished", "silence", "408 queue_timeout", "stream queue_timeout"])
 def test_who_waits_in_vain_is_in_the_latencies_with_that_wait(error):
     answered = [outcome(n) for n in range(9)]
     vain = outcome(9, ttft_s=None, error=error, ended_s=30.0)
@@ -43,8 +43,12 @@ def test_who_is_refused_at_once_makes_no_latency_better():
 
 
 def test_refusals_are_no_failures_where_the_scenario_is_out_for_them():
-    outcomes = [outcome(0, status=429, error="429 slow_down"), outcome(1, error="broken")]
-    assert summarize(record(outcomes)).failed == 2
+    outcomes = [
+        outcome(0, status=429, error="429 slow_down"),
+        outcome(1, error="stream queue_timeout"),
+        outcome(2, error="broken"),
+    ]
+    assert summarize(record(outcomes)).failed == 3
     assert summarize(Record(scenario=load("overload-3x"), about={}, outcomes=outcomes)).failed == 1
 
 
