@@ -378,7 +378,8 @@ class RelayCore:
                 self._wait(now, self._limits.admission_s, Role.DECODE, "The decode worker did not admit the request")
                 return [StartDecode(attempt, placement, tuple(self._emitted))]
             case NotPlaced(_, error):
-                if self._emitted and error.retryable and now < self._place_until and self._place_again is not None:
+                # Who has lost a worker waits for another: it may be starting again. Who has had none is told so.
+                if error.retryable and now < self._place_until and self._place_again is not None:
                     return [replace(self._place_again, pause_s=PLACE_AGAIN_S)]
                 return self._end(Fail(error))
             case Leaving():
@@ -571,7 +572,8 @@ class RelayCore:
             return False
         if role is Role.PREFILL:
             return self._computing and not self._prefill_done and not self._emitted
-        return self._decoding and self._drawn == self._first_here
+        # With its pages there it is in the next step, whether or not anything was heard of that.
+        return (self._decoding or self._prefill_done) and self._drawn == self._first_here
 
     def _release(self) -> list[RelayAction]:
         """The pages an earlier attempt kept have been taken over, or nobody will come for them."""

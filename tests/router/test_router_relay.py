@@ -10,6 +10,7 @@ import pytest
 from router.placement import Placement
 from router.quarantine import Quarantine, fingerprint
 from router.relay import (
+    PLACE_AGAIN_S,
     Acquit,
     Begun,
     Broke,
@@ -317,6 +318,28 @@ def test_who_waited_or_was_well_under_way_when_workers_died_is_not_to_blame():
     driver.step(Broke(3, Role.DECODE, WorkerLost("died in mid-answer")))
     driver.admitted(4, OTHER)
     assert ids(driver.decode(tokens(14, first=3, attempt=4), 4)) == [14]
+
+
+def test_who_lost_its_only_worker_waits_for_another_and_who_never_had_one_is_told_at_once():
+    driver = Driver()
+    driver.admitted()
+    driver.step(Broke(1, Role.PREFILL, WorkerLost("died")))
+    again = driver.step(NotPlaced(2, NoWorkers("none serves")))
+    assert again == [replace(again[0], pause_s=PLACE_AGAIN_S)]
+    driver.now += LIMITS.migration_patience_s
+    assert isinstance(failure(driver.step(NotPlaced(2, NoWorkers("none serves")))), NoWorkers)
+    fresh = Driver()
+    fresh.step(Begun())
+    assert isinstance(failure(fresh.step(NotPlaced(1, NoWorkers("none serves")))), NoWorkers)
+
+
+def test_a_decode_worker_that_dies_with_the_pages_there_and_no_token_drawn_may_have_died_of_it():
+    driver = Driver()
+    for attempt, pair in ((1, PAIR), (2, OTHER)):
+        driver.admitted(attempt, pair)
+        driver.prefill(RunFinished(prompt_tokens=3, cached_tokens=0), attempt)
+        ended = driver.step(Broke(attempt, Role.DECODE, WorkerLost("died")))
+    assert isinstance(failure(ended), RequestQuarantined)
 
 
 def test_of_two_that_workers_died_of_together_neither_is_to_blame_until_one_is_alone():
