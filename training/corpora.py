@@ -43,7 +43,8 @@ def read_corpus(package: str, held_out: float) -> Corpus:
     pieces = [piece for text in _READERS[package](files) for piece in cut(text)]
     if not pieces:
         raise ConfigError(
-            f"data.packages: {package} {distribution.version} holds no text where version 0 of ours read."
+            f"data.packages: {package} {distribution.version} has no text where it used to be. Install the "
+            "version that the train extra names."
         )
     judged = [_held(piece, held_out) for piece in pieces]
     return Corpus(

@@ -6,7 +6,6 @@ B sequences of T tokens.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -55,7 +54,6 @@ class Texts:
         self.held_out = self.tokens([piece for corpus in corpora for piece in corpus.held_out])
         self.filler = sentences(pieces)
         self.held_out_filler = sentences([piece for corpus in corpora for piece in corpus.held_out])
-        self.end = self.tokenizer.token_to_id(tasks.EOS)
         self.pad = 2
 
     @classmethod
@@ -176,9 +174,3 @@ class Batches(Dataset[Batch]):
 def share(count: int, rank: int, world: int) -> tuple[int, int]:
     """(first, end) of the sequences of one process; sizes differ by one at most."""
     return count * rank // world, count * (rank + 1) // world
-
-
-def tokenizer_size(tokenizer_json: str) -> int:
-    """Ids a tokenizer.json uses."""
-    made = json.loads(tokenizer_json)
-    return max(token["id"] for token in made["added_tokens"]) + 1
