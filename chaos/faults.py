@@ -143,6 +143,11 @@ class Local(Bench):
         midst of others: two workers are lost to each, it is refused from then on, and the others are answered.
         """
         total, words = Verdict(), []
+        state = self.local.state()
+        counts = {"prefill": state.prefill, "decode": state.decode}
+        # Somebody is left to answer the others when two have died.
+        more = {role: max(3, count) for role, count in counts.items()}
+        local.scale(self.local.folder, state.cluster, more, timeout_s=600.0)
         for point, token, reference in (("prefill.progress", 255, self.long), ("decode.tokens", 256, self.short)):
             deadly = replace(reference.questions[0], prompt=(*reference.questions[0].prompt, token))
             (self._points / point).write_text(f"kill always {token}")
@@ -171,6 +176,7 @@ class Local(Bench):
                 total.altered += 1
                 total.why.append(f"{len(dead)} died at {point}; {first.error}; and then: {again.error}")
             words.append(f"{len(dead)} workers died at {point}")
+        local.scale(self.local.folder, state.cluster, counts, timeout_s=600.0)
         return self.row("F33", total, "; ".join(words))
 
     # Router.
