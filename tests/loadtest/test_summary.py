@@ -48,7 +48,7 @@ def test_refusals_are_no_failures_where_the_scenario_is_out_for_them():
         outcome(1, error="stream queue_timeout"),
         outcome(2, error="broken"),
     ]
-    assert summarize(record(outcomes)).failed == 3
+    assert summarize(Record(scenario=load("chat-2k"), about={}, outcomes=outcomes)).failed == 3
     assert summarize(Record(scenario=load("overload-3x"), about={}, outcomes=outcomes)).failed == 1
 
 
@@ -162,7 +162,13 @@ def test_a_row_and_a_comparison_hold_what_the_summary_says():
     run, slower = a_run(), a_run(slower=2.0)
     summary = summarize(run)
     figures = row(run, summary)
-    assert (figures["scenario"], figures["requests"], figures["errors"], figures["hung_up"]) == ("smoke", 120, 1, 1)
+    assert [figures[name] for name in ("scenario", "requests", "errors", "refused", "hung_up")] == [
+        "smoke",
+        120,
+        0,
+        1,
+        1,
+    ]
     assert (figures["same"], figures["different"]) == (58, 0)
     assert figures["ttft_p99_ms"] == round(summary.all.ttft_ms[2], 2)
     table = {name: (first, second, times) for name, first, second, times in compared(summary, summarize(slower))}
