@@ -35,7 +35,9 @@ up: install
 test: lint
 	$(BIN)/python -m pytest -m "not long and not gpu" --durations=15 $(ARGS)
 
-test-long: install-dev
+# With Ray, which CI does without: it starts too slowly for tests that run with every change.
+test-long:
+	@$(need_python)$(PYTHON) deploy/install.py dev ray $(EXTRAS)
 	$(BIN)/python -m pytest -m "long and not gpu" --timeout=3600 --junitxml=build/test-long.xml $(ARGS); \
 	  code=$$?; $(BIN)/python -m bench.long_tests build/test-long.xml && exit $$code
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.local import ClusterState, cluster_folder, fetch_json, stop
+from deploy.state import ClusterState, cluster_folder, fetch_json, stop
 
 BYTE_TOKENS = (3, 259)
 """Ids of the bundled tokenizer that are plain bytes."""

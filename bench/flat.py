@@ -19,7 +19,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from bench.record import append_rows, commit, load, machine
-from deploy.local import BUNDLED_RECIPE
+from deploy.cluster import BUNDLED_RECIPE
 from engine.batch import Segment, Sequence, StepMeta
 from engine.cache.pools import KvPools, item_bytes
 from engine.config import C4_RATIO, C128_RATIO, EngineConfig, KvLayout

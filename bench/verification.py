@@ -18,7 +18,7 @@ from rich.table import Table
 
 from bench.cluster import BYTE_TOKENS, cluster
 from bench.record import append_rows, commit, load, machine
-from deploy.local import BUNDLED_RECIPE
+from deploy.cluster import BUNDLED_RECIPE
 from engine.config import EngineConfig
 from engine.model.tiny import write_tiny
 from engine.runner import Runner

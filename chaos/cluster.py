@@ -15,7 +15,8 @@ from typing import Any
 import psutil
 from rich.console import Console
 
-from deploy import local
+from deploy.cluster import ClusterConfig, start_detached
+from deploy.state import ClusterState, cluster_folder, fetch_json, stop
 from wire.errors import PenumbraError
 
 READY_S = 600.0
@@ -56,7 +57,7 @@ class Cluster(abc.ABC):
         return self.pids()[name]
 
     def workers(self, role: str = "") -> list[dict[str, Any]]:
-        found = local.fetch_json(f"{self.url}/workers", timeout_s=10.0) or {"workers": []}
+        found = fetch_json(f"{self.url}/workers", timeout_s=10.0) or {"workers": []}
         return [worker for worker in found["workers"] if worker["role"] == role or not role]
 
     def samples(self, address: str) -> dict[str, float]:
@@ -118,8 +119,8 @@ class LocalCluster(Cluster):
         super().__init__(url, folder)
         self.folder = folder
 
-    def state(self) -> local.ClusterState:
-        state = local.ClusterState.load(self.folder)
+    def state(self) -> ClusterState:
+        state = ClusterState.load(self.folder)
         if state is None:
             raise ChaosFailed(f"The cluster of {self.folder} is gone; its logs are there.")
         return state
@@ -156,15 +157,15 @@ def running(home: Path, model: Path, prefill: int, decode: int, *flags: str) -> 
     """A cluster for the length of the block, on a free port."""
     words = ("up", "--cluster", NAME, "--home", str(home), "--model", str(model), "--port", "0")
     counts = ("--prefill", str(prefill), "--decode", str(decode), "--ready-timeout-s", str(READY_S))
-    settings = local.ClusterConfig(
+    settings = ClusterConfig(
         cluster=NAME, home=home, model=model, prefill=prefill, decode=decode, port=0, ready_timeout_s=READY_S
     )
-    folder = local.cluster_folder(home, NAME)
-    if (code := local.start_detached(settings, (*words, *counts, *flags), Console(quiet=True))) != 0:
+    folder = cluster_folder(home, NAME)
+    if (code := start_detached(settings, (*words, *counts, *flags), Console(quiet=True))) != 0:
         raise ChaosFailed(f"The cluster did not start (exit code {code}); its log is {folder / 'penumbra.log'}.")
     try:
-        state = local.ClusterState.load(folder)
+        state = ClusterState.load(folder)
         assert state is not None, "start_detached saw it"
         yield LocalCluster(state.url, folder)
     finally:
-        local.stop(folder)
+        stop(folder)

@@ -22,7 +22,7 @@ import redis
 from chaos.cluster import ChaosFailed, LocalCluster, NotHere, is_alive, until
 from chaos.judge import CLIENTS, CONT, KILL, KILLED_S, LEAK_S, NOTICED_S, STOP, TERM, Bench, References, Row
 from chaos.streams import Ask, Outcome, Reference, Verdict, answer
-from deploy import local
+from deploy.state import fetch_json, restart, scale
 
 CANCELLED_S = 1.0
 """Both sides have heard by then that a client has left, and hold nothing for it."""
@@ -147,7 +147,7 @@ class Local(Bench):
         counts = {"prefill": state.prefill, "decode": state.decode}
         # Somebody is left to answer the others when two have died.
         more = {role: max(3, count) for role, count in counts.items()}
-        local.scale(self.local.folder, state.cluster, more, timeout_s=600.0)
+        scale(self.local.folder, state.cluster, more, timeout_s=600.0)
         for point, token, reference in (("prefill.progress", 255, self.long), ("decode.tokens", 256, self.short)):
             deadly = replace(reference.questions[0], prompt=(*reference.questions[0].prompt, token))
             (self._points / point).write_text(f"kill always {token}")
@@ -176,7 +176,7 @@ class Local(Bench):
                 total.altered += 1
                 total.why.append(f"{len(dead)} died at {point}; {first.error}; and then: {again.error}")
             words.append(f"{len(dead)} workers died at {point}")
-        local.scale(self.local.folder, state.cluster, counts, timeout_s=600.0)
+        scale(self.local.folder, state.cluster, counts, timeout_s=600.0)
         return self.row("F33", total, "; ".join(words))
 
     # Router.
@@ -251,14 +251,14 @@ class Local(Bench):
         total = Verdict()
         for more in (1, 0):
             wanted = {role: count + more for role, count in counts.items()}
-            scale = functools.partial(local.scale, self.local.folder, state.cluster, wanted, timeout_s=600.0)
-            total.add(self._while(scale))
+            scaling = functools.partial(scale, self.local.folder, state.cluster, wanted, timeout_s=600.0)
+            total.add(self._while(scaling))
         return self.row("F60", total)
 
     def rolled(self) -> Row:
         """Every process is replaced, one after another, under load."""
         before, began = self.cluster.pids(), time.monotonic()
-        verdict = self._while(lambda: local.restart(self.local.folder, self.local.state().cluster, timeout_s=600.0))
+        verdict = self._while(lambda: restart(self.local.folder, self.local.state().cluster, timeout_s=600.0))
         more = f"{len(before)} processes replaced in {time.monotonic() - began:.0f} s"
         return self.row("rolling", verdict, more)
 
@@ -371,7 +371,7 @@ class Local(Bench):
             nonlocal refused
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (psutil.Process(pid).num_fds(), before[1]))
             for _ in range(4):
-                refused += local.fetch_json(f"{self.cluster.url}/liveness", timeout_s=0.5) is None
+                refused += fetch_json(f"{self.cluster.url}/liveness", timeout_s=0.5) is None
 
         def release() -> None:
             resource.prlimit(pid, resource.RLIMIT_NOFILE, before)

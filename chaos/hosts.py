@@ -18,8 +18,8 @@ from pathlib import Path
 
 from chaos.cluster import ChaosFailed, Cluster, until
 from chaos.proxy import Network, Proxy
-from deploy.local import penumbra_command, threads_environment
 from deploy.redis import EmbeddedRedis, free_port
+from deploy.services import penumbra_command, threads_environment
 from deploy.supervisor import ChildSpec, Supervisor, tethered
 
 GRACE_S = 30.0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from chaos.cluster import LocalCluster
 from chaos.judge import CONT, KILL, STOP, TERM
-from deploy import local
+from deploy.state import ClusterState
 from wire.errors import ConfigError
 
 FROZEN_S = 5.0
@@ -27,7 +27,7 @@ def do(name: str, folder: Path) -> str:
     """Strike the cluster of `folder`. -> what was done. Raises ConfigError for an unknown strike or no cluster."""
     if name not in STRIKES:
         raise ConfigError(f"'{name}' is no strike; choose from {', '.join(STRIKES)}.")
-    state = local.ClusterState.load(folder)
+    state = ClusterState.load(folder)
     if state is None or state.supervisor.process() is None:
         raise ConfigError(f"No cluster runs in {folder}, so nothing can be done to it. Start one with `penumbra up`.")
     who, number = STRIKES[name]

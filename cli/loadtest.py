@@ -23,7 +23,7 @@ from cli.settings import flag
 from wire.errors import ConfigError
 
 if TYPE_CHECKING:
-    from deploy import local
+    from deploy.state import ClusterState
     from loadtest.scenario import Scenario
 
 app = typer.Typer(no_args_is_help=True, help="Load tests: what users see, measured over HTTP, with a report.")
@@ -137,13 +137,13 @@ class _Target:
 @contextlib.contextmanager
 def _target(scenario: Scenario, url: str | None, cluster: str, home: Path | None) -> Iterator[_Target]:
     """The server to test, for the length of the block."""
-    from deploy import local
+    from deploy.state import ClusterState, cluster_folder, stop
 
     if url is not None:
         yield _Target(url, None, {})
         return
-    folder = local.cluster_folder(home, cluster)
-    state = local.ClusterState.load(folder)
+    folder = cluster_folder(home, cluster)
+    state = ClusterState.load(folder)
     if state is not None and state.supervisor.process() is not None:
         yield _joined(state, cluster, home, f"{state.prefill} prefill, {state.decode} decode; it was up already")
         return
@@ -158,20 +158,20 @@ def _target(scenario: Scenario, url: str | None, cluster: str, home: Path | None
     ]
     print(f"starting {wanted.prefill} prefill and {wanted.decode} decode", flush=True)
     if subprocess.run([*words, *wanted.flags], stdout=subprocess.DEVNULL, timeout=400, check=False).returncode != 0:
-        folder = local.cluster_folder(home, OWN_CLUSTER)
+        folder = cluster_folder(home, OWN_CLUSTER)
         raise ConfigError(f"The cluster did not start; its log is {folder / 'penumbra.log'}.")
-    folder = local.cluster_folder(home, OWN_CLUSTER)
+    folder = cluster_folder(home, OWN_CLUSTER)
     try:
-        state = local.ClusterState.load(folder)
+        state = ClusterState.load(folder)
         assert state is not None, "a detached cluster leaves a state file"
         flags = " ".join(wanted.flags)
         yield _joined(state, OWN_CLUSTER, home, f"{wanted.prefill} prefill, {wanted.decode} decode {flags}".strip())
     finally:
-        local.stop(folder)
+        stop(folder)
 
 
-def _joined(state: local.ClusterState, name: str, home: Path | None, told: str) -> _Target:
-    from deploy import local
+def _joined(state: ClusterState, name: str, home: Path | None, told: str) -> _Target:
+    from deploy.cluster import BUNDLED_MODEL
 
     words = [
         sys.executable,
@@ -184,7 +184,7 @@ def _joined(state: local.ClusterState, name: str, home: Path | None, told: str) 
         "--strike",
     ]
     about = {"cluster": told}
-    if state.model == local.BUNDLED_MODEL:
+    if state.model == BUNDLED_MODEL:
         about["weights"] = RANDOM_WEIGHTS
     return _Target(state.url, shlex.join(words), about)
 

@@ -127,18 +127,36 @@ def up(
     ] = 30.0,
     migration_limit: MigrationLimit = 3,
     test_failpoints: TestFailpoints = None,
+    on: Annotated[
+        Literal["local", "ray"], flag("on", "Where the workers run: this machine, or where Ray places them.")
+    ] = "local",
+    ray_address: Annotated[
+        str | None,
+        flag(
+            "ray-address",
+            "Ray cluster that this machine is a node of, such as 10.0.0.7:6379; else a Ray of one node is started.",
+        ),
+    ] = None,
+    worker_cpus: Annotated[
+        float | None,
+        flag(
+            "worker-cpus", "CPUs that Ray sets aside for a worker, fractions allowed; else as many as --threads.", min=0
+        ),
+    ] = None,
     detach: Annotated[bool, flag("detach", "Return once ready; `penumbra down` stops it.", switch=True)] = False,
 ) -> int:
     """Run a whole cluster: Redis, a router, prefill and decode workers."""
     from rich.console import Console
 
-    from deploy import local
+    from deploy.cluster import ClusterConfig, RayConfig, run, start_detached
 
+    if on != "ray" and ray_address is not None:
+        raise typer.BadParameter("--ray-address is for a cluster --on ray")
     shared = (
         *("--grace-s", str(grace_s), "--log-level", log_level, "--otlp-traces-endpoint", otlp_traces_endpoint),
         *(("--config", str(config)) if config else ()),
     )
-    settings = local.ClusterConfig(
+    settings = ClusterConfig(
         cluster=cluster,
         home=home,
         model=model,
@@ -172,19 +190,26 @@ def up(
         ready_timeout_s=ready_timeout_s,
         grace_s=grace_s,
         restart_pause_s=restart_pause_s,
+        ray=RayConfig(
+            address=ray_address,
+            worker_cpus=float(threads) if worker_cpus is None else worker_cpus,
+            worker_gpus=1.0 if device == "cuda" else 0.0,
+        )
+        if on == "ray"
+        else None,
     )
     if detach:
         # The same words once more; of two contradicting switches the last one counts.
-        return local.start_detached(settings, (*context.obj, "--no-detach"), Console())
-    return local.run(settings, Console())
+        return start_detached(settings, (*context.obj, "--no-detach"), Console())
+    return run(settings, Console())
 
 
 @app.command()
 def down(cluster: Cluster = "default", home: Home = None, config: ConfigFile = None) -> int:
     """Stop a cluster that `penumbra up` started, wherever it runs on this machine."""
-    from deploy import local
+    from deploy.state import cluster_folder, stop
 
-    killed = local.stop(local.cluster_folder(home, cluster))
+    killed = stop(cluster_folder(home, cluster))
     if killed is None:
         print(f"the cluster '{cluster}' is not up")
     elif killed:
@@ -210,10 +235,10 @@ def status(
     from rich.console import Console
 
     from cli.remote import find_url
-    from deploy import local
+    from deploy.state import cluster_folder, show_status
 
     if not watch and url is None:
-        return local.show_status(local.cluster_folder(home, cluster), cluster, Console())
+        return show_status(cluster_folder(home, cluster), cluster, Console())
     from cli.watch import run
 
     return run(find_url(url, home, cluster), api_key, Console(), rounds=None if watch else 1)
@@ -290,8 +315,8 @@ def key(config: ConfigFile = None) -> int:
 def scale(
     wanted: Annotated[list[str], typer.Argument(help="Such as prefill=3 decode=2.", show_default=False)],
     on: Annotated[
-        Literal["local", "kubernetes"],
-        flag("on", "What runs the cluster; on Kubernetes any pool of the release scales."),
+        Literal["local", "ray", "kubernetes"],
+        flag("on", "What runs the cluster: `up` on this machine, or a Helm release, any pool of which scales."),
     ] = "local",
     cluster: Cluster = "default",
     home: Home = None,
@@ -317,10 +342,10 @@ def scale(
             kubernetes.Release(client, release=release, namespace=namespace).scale(counts, timeout_s=timeout_s)
     else:
         if unknown := sorted(set(counts) - {"prefill", "decode"}):
-            raise typer.BadParameter(f"a cluster on this machine has no pool {unknown[0]}, only prefill and decode")
-        from deploy import local
+            raise typer.BadParameter(f"a cluster of `penumbra up` has no pool {unknown[0]}, only prefill and decode")
+        from deploy import state
 
-        local.scale(local.cluster_folder(home, cluster), cluster, counts, timeout_s=timeout_s)
+        state.scale(state.cluster_folder(home, cluster), cluster, counts, timeout_s=timeout_s)
     print(" ".join(f"{pool}={count}" for pool, count in counts.items()))
     return 0
 
@@ -333,9 +358,9 @@ def restart(
     config: ConfigFile = None,
 ) -> int:
     """Replace every process of a running cluster, one after another. Requests go on meanwhile."""
-    from deploy import local
+    from deploy.state import cluster_folder, restart
 
-    names = local.restart(local.cluster_folder(home, cluster), cluster, timeout_s=timeout_s)
+    names = restart(cluster_folder(home, cluster), cluster, timeout_s=timeout_s)
     print("restarted: " + " ".join(names))
     return 0
 
@@ -367,9 +392,9 @@ def chaos(
     """
     if strike is not None:
         from chaos.strike import do
-        from deploy import local
+        from deploy.state import cluster_folder
 
-        print(do(strike, local.cluster_folder(home, cluster)))
+        print(do(strike, cluster_folder(home, cluster)))
         return 0
     from chaos.run import Plan, run
 

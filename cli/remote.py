@@ -18,9 +18,9 @@ def find_url(url: str | None, home: Path | None, cluster: str) -> str:
     """The router's URL: what was said, else that of the cluster that runs on this machine, else the usual port."""
     if url:
         return url.rstrip("/")
-    from deploy import local
+    from deploy.state import ClusterState, cluster_folder
 
-    state = local.ClusterState.load(local.cluster_folder(home, cluster))
+    state = ClusterState.load(cluster_folder(home, cluster))
     return state.url if state is not None and state.supervisor.process() is not None else DEFAULT_URL
 
 

@@ -1,6 +1,6 @@
 """Child processes with an owner: started tethered, watched, logged, stopped in order.
 
-Knows processes, not Penumbra; `deploy/local.py` says which ones make a cluster.
+Knows processes, not Penumbra; `deploy/cluster.py` says which ones make a cluster.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 import psutil
 
@@ -40,6 +41,55 @@ def tethered(command: Sequence[str]) -> list[str]:
     return [sys.executable, "-I", "-S", script, str(os.getpid()), *command]
 
 
+class Running(Protocol):
+    """A process that was started, here (`Child`) or on another machine (deploy/ray.py)."""
+
+    name: str
+    log: Path  # on the machine it runs on
+
+    @property
+    def spec(self) -> Startable:
+        """What it was started from."""
+
+    @property
+    def node(self) -> str:
+        """Address of the machine it runs on, where that is not this one."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def started(self) -> float:
+        """Seconds since the epoch, as the kernel tells it."""
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs; minus the signal's number when a signal ended it."""
+
+    def tail(self) -> list[str]:
+        """The last lines it wrote; complete once it has ended."""
+
+    def send(self, number: signal.Signals) -> None: ...
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it has ended, waiting at most `timeout_s`."""
+
+    def again(self) -> Running:
+        """Let go of it, which has ended, and start it once more; its log goes on."""
+
+    def close(self) -> None:
+        """Let go of a process that has ended."""
+
+
+class Startable(Protocol):
+    """What a supervisor can start."""
+
+    @property
+    def name(self) -> str: ...
+
+    def start(self, *, log: Path, echo: Echo) -> Running: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChildSpec:
     """A process to start. `env` is laid over this process's own environment."""
@@ -49,12 +99,16 @@ class ChildSpec:
     env: Mapping[str, str] = field(default_factory=dict)
     fds: tuple[int, ...] = ()  # open files of this process that it gets too, under the same numbers
 
+    def start(self, *, log: Path, echo: Echo) -> Child:
+        return Child(self, log=log, echo=echo)
+
 
 class Child:
     """A running child in a process group of its own; what it writes goes to its log file and to `echo`."""
 
     def __init__(self, spec: ChildSpec, *, log: Path, echo: Echo) -> None:
         self.name = spec.name
+        self.node = ""
         self.spec = spec
         self.log = log
         self._echo = echo
@@ -81,11 +135,9 @@ class Child:
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs; minus the signal's number when a signal ended it."""
         return self._process.poll()
 
     def tail(self) -> list[str]:
-        """The last lines it wrote; complete once it has ended."""
         if self.exit_code is not None:
             self._reader.join(1.0)
         return list(self._tail)
@@ -95,15 +147,17 @@ class Child:
             self._process.send_signal(number)
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether it has ended, waiting at most `timeout_s`."""
         try:
             self._process.wait(max(timeout_s, 0.0))
         except subprocess.TimeoutExpired:
             return False
         return True
 
+    def again(self) -> Child:
+        self.close()
+        return Child(self.spec, log=self.log, echo=self._echo)
+
     def close(self) -> None:
-        """Let go of a child that has ended."""
         # A grandchild may still hold the pipe; what it writes is nobody's business any more.
         self._reader.join(1.0)
         if not self._reader.is_alive() and self._process.stdout is not None:
@@ -138,7 +192,7 @@ class Supervisor:
         self._log_dir = log_dir
         self._echo = echo
         self._grace_s = grace_s
-        self._tiers: list[list[Child]] = []
+        self._tiers: list[list[Running]] = []
 
     def __enter__(self) -> Supervisor:
         return self
@@ -149,45 +203,44 @@ class Supervisor:
         self.stop()
 
     @property
-    def children(self) -> list[Child]:
+    def children(self) -> list[Running]:
         return [child for tier in self._tiers for child in tier]
 
-    def start(self, specs: Sequence[ChildSpec]) -> list[Child]:
+    def start(self, specs: Sequence[Startable]) -> list[Running]:
         """Start one tier. Its earlier logs are replaced."""
-        tier: list[Child] = []
+        tier: list[Running] = []
         self._tiers.append(tier)  # first, so that a start that fails half-way leaves nothing behind
         for spec in specs:
             log = self._log_dir / f"{spec.name}.log"
             log.unlink(missing_ok=True)
-            tier.append(Child(spec, log=log, echo=self._echo))
+            tier.append(spec.start(log=log, echo=self._echo))
         return tier
 
-    def dead(self) -> Child | None:
+    def dead(self) -> Running | None:
         """A child that has ended by itself, if any."""
         return next((child for child in self.children if child.exit_code is not None), None)
 
-    def replace(self, child: Child) -> Child:
+    def replace(self, child: Running) -> Running:
         """Start a child that has ended once more, in its old place; its log goes on."""
         tier = next(tier for tier in self._tiers if child in tier)
-        child.close()
-        again = tier[tier.index(child)] = Child(child.spec, log=child.log, echo=self._echo)
+        again = tier[tier.index(child)] = child.again()
         return again
 
-    def succeed(self, child: Child) -> Child:
+    def succeed(self, child: Running) -> Running:
         """Start another one of a child that still runs, in its tier and with its log."""
         tier = next(tier for tier in self._tiers if child in tier)
-        tier.append(Child(child.spec, log=child.log, echo=self._echo))
+        tier.append(child.spec.start(log=child.log, echo=self._echo))
         return tier[-1]
 
-    def add(self, beside: str, spec: ChildSpec) -> Child:
+    def add(self, beside: str, spec: Startable) -> Running:
         """Start one more child in the tier of the child called `beside`."""
         tier = next(tier for tier in self._tiers if any(child.name == beside for child in tier))
         log = self._log_dir / f"{spec.name}.log"
         log.unlink(missing_ok=True)
-        tier.append(Child(spec, log=log, echo=self._echo))
+        tier.append(spec.start(log=log, echo=self._echo))
         return tier[-1]
 
-    def forget(self, child: Child) -> None:
+    def forget(self, child: Running) -> None:
         """Let go of a child that has ended and was meant to."""
         child.close()
         for tier in self._tiers:

@@ -170,7 +170,7 @@ def test_no_package_turns_data_into_code(package):
         ("engine", "engine/cache/pools.py", "from ..runner import Runner"),
         ("kvtransfer", "kvtransfer/plan.py", "from engine.cache import pools"),
         ("prefill_worker", "prefill_worker/service.py", "import decode_worker.scheduler"),
-        ("decode_worker", "decode_worker/service.py", "from deploy import local"),
+        ("decode_worker", "decode_worker/service.py", "from deploy import cluster"),
     ],
 )
 def test_a_forbidden_import_is_found_and_its_line_named(package, file, text):

@@ -88,11 +88,15 @@ def parse_metrics(text: str) -> dict[str, float]:
 
 
 @contextmanager
-def local_cluster(home: Path, model: Path, *flags: str) -> Iterator[LocalCluster]:
-    """Start, wait until ready, hand over, stop with SIGTERM, and insist that nothing is left running."""
+def local_cluster(home: Path, model: Path, *flags: str, packages: Path | None = None) -> Iterator[LocalCluster]:
+    """Start, wait until ready, hand over, stop with SIGTERM, and insist that nothing is left running.
+
+    packages  a folder whose modules its processes import before all others
+    """
     name = "test"
     command = [sys.executable, "-m", "cli", "up", "--port", "0", "--cluster", name, "--model", str(model), *flags]
-    environment = {**os.environ, "PENUMBRA_HOME": str(home), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(map(str, (packages, ROOT) if packages else (ROOT,)))
+    environment = {**os.environ, "PENUMBRA_HOME": str(home), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     folder = home / "clusters" / name
     folder.mkdir(parents=True)
     with (folder / "up.log").open("wb") as output:

@@ -9,7 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.local import ClusterConfig, ClusterState, Member, cluster_folder, ready_line, stop
+from deploy.cluster import ClusterConfig
+from deploy.state import ClusterState, Member, cluster_folder, ready_line, stop
 from wire.errors import ConfigError
 
 SLEEP = (sys.executable, "-c", "import time; time.sleep(60)")

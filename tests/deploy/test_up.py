@@ -15,8 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from deploy import local
-from deploy.local import ClusterState
+from deploy.state import ClusterState, fetch_json
 from engine.model.tiny import write_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,7 +127,7 @@ def test_a_worker_that_dies_is_named_and_started_again(penumbra, model, tmp_path
         now = ClusterState.load(folder)
         assert now is not None
         new = [member.pid for member in now.members if member.name == "decode-0" and member.pid != decode.pid]
-        loads = local.fetch_json(f"{state.url}/workers") or {"workers": []}
+        loads = fetch_json(f"{state.url}/workers") or {"workers": []}
         if new and [w["state"] for w in loads["workers"]] == ["serving", "serving"]:
             break
         assert time.monotonic() < deadline, (folder / "penumbra.log").read_text()

@@ -1,8 +1,8 @@
-"""A whole cluster as processes of this machine: Redis, one router, N prefill and M decode workers.
+"""A whole cluster: Redis, a router, N prefill and M decode workers, on this machine or placed by Ray (deploy/ray.py).
 
 `run` stays in front of them until Ctrl-C or SIGTERM and leaves none behind; even SIGKILL takes them along
 (deploy/tether.py). Whoever dies or falls silent once the cluster is up is started again. A state file in the cluster's
-folder says what runs, for `stop` and `status`; what `scale` asks for comes through a file beside it.
+folder says what runs, for those who look at it (deploy/state.py); what `scale` asks for comes through a file beside it.
 """
 
 from __future__ import annotations
@@ -13,19 +13,16 @@ import fcntl
 import hashlib
 import json
 import os
-import shlex
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import psutil
 from rich.console import Console
@@ -34,7 +31,9 @@ from rich.text import Text
 
 import engine
 from deploy.redis import EmbeddedRedis
-from deploy.supervisor import RESTART_S, Child, ChildSpec, Restarts, Supervisor
+from deploy.services import Service, penumbra_command, threads_environment
+from deploy.state import POLL_S, ClusterState, Member, cluster_folder, fetch_json, loads, models_folder, ready_line
+from deploy.supervisor import RESTART_S, ChildSpec, Restarts, Running, Startable, Supervisor
 from wire.errors import ConfigError
 
 BUNDLED_MODEL = "penumbra-nano"
@@ -50,24 +49,21 @@ BUNDLED_RECIPE: Mapping[str, object] = {
 }
 """Arguments of `engine.model.tiny.write_tiny`. Its other defaults keep pages as in production: head 512, window 128."""
 
-PACKAGES = os.pathsep.join(filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH"))))
-"""Children import the packages this process imports, installed or not."""
-
 COLOURS = {"router": "cyan", "prefill": "green", "decode": "magenta", "redis": "yellow", "penumbra": "bold"}
-LOAD_COLUMNS = {
-    "running": "running",
-    "waiting": "waiting",
-    "queued_tokens": "queued",
-    "free_tokens": "free",
-    "total_tokens": "of tokens",
-}
-"""What `status` shows of a worker's record, and the heading it puts over it."""
-POLL_S = 0.2
 KILL_AFTER_S = 3.0
 SILENCE_S = 20.0
 """A child that has answered before and then does not for so long, is ended and started again."""
 REDIS_RESTART_S = 1.0
 """Between two tries to replace an embedded Redis that died; streams go on without it meanwhile."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayConfig:
+    """How Ray places the workers. What a worker is given is what Ray counts, not a limit that anybody enforces."""
+
+    address: str | None = None  # of a running Ray cluster; None: a Ray of one node, on loopback, for as long as we run
+    worker_cpus: float = 1.0
+    worker_gpus: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +87,7 @@ class ClusterConfig:
     ready_timeout_s: float = 300.0
     grace_s: float = 10.0
     restart_pause_s: float = RESTART_S[1]  # the longest before somebody who keeps dying is started again
+    ray: RayConfig | None = None  # None: everything on this machine
 
     def __post_init__(self) -> None:
         if min(self.prefill, self.decode) < 1:
@@ -100,75 +97,26 @@ class ClusterConfig:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
-    """A process of a cluster. `started` tells it from a later one that was given the same pid."""
+class Machines(Protocol):
+    """What gives workers a machine to run on. Entered before the first is placed, left when all have ended."""
 
-    name: str
-    pid: int
-    started: float  # seconds since the epoch, as the kernel tells it
-    log: str
+    def __enter__(self) -> Machines: ...
 
-    def process(self) -> psutil.Process | None:
-        """The process, or None when it is gone, whoever holds its pid now."""
-        try:
-            process = psutil.Process(self.pid)
-            # The kernel counts in ticks of 10 ms; a recycled pid is never that close.
-            if abs(process.create_time() - self.started) < 0.05 and process.status() != psutil.STATUS_ZOMBIE:
-                return process
-        except psutil.NoSuchProcess:
-            pass
-        return None
+    def __exit__(self, *_: object) -> None: ...
+
+    def place(self, service: Service) -> Startable:
+        """The service as something to start; where it then runs is not told beforehand."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterState:
-    """The state file: what one supervisor runs."""
+class ThisMachine:
+    def __enter__(self) -> ThisMachine:
+        return self
 
-    cluster: str
-    url: str
-    model: str
-    ready: bool
-    supervisor: Member
-    members: tuple[Member, ...] = field(default=())
-    urls: tuple[str, ...] = ()  # of every router, where there are several
-    admin_url: str = ""  # where the fleet is shown, if not at `url`
-    prefill: int = 1  # workers wanted
-    decode: int = 1
+    def __exit__(self, *_: object) -> None:
+        pass
 
-    def save(self, folder: Path) -> None:
-        draft = folder / "state.json.new"
-        draft.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        draft.replace(folder / "state.json")
-
-    @classmethod
-    def load(cls, folder: Path) -> ClusterState | None:
-        """None when no cluster was left running here. Raises ConfigError when the file is not ours."""
-        path = folder / "state.json"
-        try:
-            data = json.loads(path.read_text())
-            data["supervisor"] = Member(**data["supervisor"])
-            data["members"] = tuple(Member(**member) for member in data["members"])
-            data["urls"] = tuple(data.get("urls", ()))
-            return cls(**data)
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(
-                f"{path} is not a state file of this version ({error}). Stop what it names by hand, then delete it."
-            ) from error
-
-
-def cluster_folder(home: Path | None, cluster: str) -> Path:
-    """Where a cluster keeps its logs and its state file."""
-    if not cluster.replace("-", "").replace("_", "").isalnum():
-        raise ConfigError(f"'{cluster}' can not name a cluster: use letters, digits, '-' and '_'.")
-    base = home / "clusters" if home else Path.home() / ".local" / "state" / "penumbra"
-    return base / cluster
-
-
-def models_folder(home: Path | None) -> Path:
-    return home / "models" if home else Path.home() / ".cache" / "penumbra" / "models"
+    def place(self, service: Service) -> ChildSpec:
+        return service.on("127.0.0.1")
 
 
 def run(config: ClusterConfig, console: Console) -> int:
@@ -220,136 +168,6 @@ def start_detached(config: ClusterConfig, arguments: tuple[str, ...], console: C
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(config.grace_s + KILL_AFTER_S)
     raise ConfigError(f"The cluster was not ready in {config.ready_timeout_s:g} s; see {log}.")
-
-
-def stop(folder: Path, *, timeout_s: float = 60.0) -> list[str] | None:
-    """Stop the cluster of `folder`. -> names of processes that had to be killed, None when nothing was running."""
-    state = ClusterState.load(folder)
-    if state is None:
-        return None
-    killed = []
-    found = [(member, process) for member in (state.supervisor, *state.members) if (process := member.process())]
-    if supervisor := state.supervisor.process():
-        supervisor.terminate()  # it stops the others in order
-        with contextlib.suppress(psutil.TimeoutExpired):
-            supervisor.wait(timeout_s)
-    for member, process in found:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if member.process():
-                process.kill()
-                killed.append(member.name)
-    psutil.wait_procs([process for _, process in found], timeout=5.0)
-    (folder / "state.json").unlink(missing_ok=True)
-    return killed if found else None
-
-
-def scale(folder: Path, cluster: str, wanted: Mapping[str, int], *, timeout_s: float) -> None:
-    """Have so many workers of each role named, and wait until the router serves with exactly these.
-
-    Raises ConfigError when the cluster is not up or does not get there in time.
-    """
-    state = ClusterState.load(folder)
-    if state is None or state.supervisor.process() is None:
-        raise ConfigError(f"The cluster '{cluster}' is not up. Start it with `penumbra up --cluster {cluster}`.")
-    counts = {"prefill": state.prefill, "decode": state.decode} | dict(wanted)
-    draft = folder / "scale.json.new"
-    draft.write_text(json.dumps(counts))
-    draft.replace(folder / "scale.json")
-    names = {f"{role}-{index}" for role, count in counts.items() for index in range(count)}
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        state = ClusterState.load(folder)
-        if state is None:
-            raise ConfigError(f"The cluster '{cluster}' went down meanwhile; its logs are in {folder / 'logs'}.")
-        running = {m.name for m in state.members if m.name.startswith(("prefill-", "decode-"))}
-        serving = {
-            name for name, load in _loads(state.admin_url or state.url).items() if load.get("state") == "serving"
-        }
-        if running == names == serving:
-            return
-        time.sleep(POLL_S)
-    raise ConfigError(f"The cluster has not got to {counts} in {timeout_s:g} s; its logs are in {folder / 'logs'}.")
-
-
-def restart(folder: Path, cluster: str, *, timeout_s: float) -> list[str]:
-    """Have every process of the cluster replaced, one after another, and wait until that is done; -> their names.
-
-    Raises ConfigError when the cluster is not up or does not get there in time.
-    """
-    state = ClusterState.load(folder)
-    if state is None or state.supervisor.process() is None:
-        raise ConfigError(f"The cluster '{cluster}' is not up. Start it with `penumbra up --cluster {cluster}`.")
-    before = {member.name: member.pid for member in state.members}
-    (folder / "restart.json").write_text("{}")
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        state = ClusterState.load(folder)
-        if state is None:
-            raise ConfigError(f"The cluster '{cluster}' went down meanwhile; its logs are in {folder / 'logs'}.")
-        now = {member.name: member.pid for member in state.members}
-        if now.keys() == before.keys() and all(now[name] != before[name] for name in before):
-            return sorted(now)
-        time.sleep(POLL_S)
-    raise ConfigError(f"Not every process was replaced in {timeout_s:g} s; the logs are in {folder / 'logs'}.")
-
-
-def fetch_json(url: str, timeout_s: float = 1.0) -> Any:
-    """The JSON behind a local URL, or None when it does not answer 200 in time."""
-    try:
-        with urllib.request.urlopen(url, timeout=timeout_s) as answer:
-            return json.loads(answer.read() or b"null")
-    except (OSError, ValueError):
-        return None
-
-
-def ready_line(state: ClusterState) -> str:
-    body = json.dumps({"model": state.model, "prompt": "Once upon a time", "max_tokens": 32, "stream": True})
-    return f"ready: curl -N {state.url}/v1/completions -H 'content-type: application/json' -d {shlex.quote(body)}"
-
-
-def show_status(folder: Path, cluster: str, console: Console) -> int:
-    """Print who is alive and what each holds. -> 0, or 1 when a part is dead, or 3 when the cluster is not up."""
-    from rich import box
-    from rich.table import Table
-
-    state = ClusterState.load(folder)
-    if state is None or state.supervisor.process() is None:
-        console.print(f"the cluster '{cluster}' is not up")
-        return 3
-    held = _loads(state.admin_url or state.url)
-    table = Table("process", "state", box=box.SIMPLE, pad_edge=False)
-    for heading in ("pid", "MB", "up s", *LOAD_COLUMNS.values()):
-        table.add_column(heading, justify="right", no_wrap=True)
-    dead = 0
-    resident_bytes = 0
-    for member in (state.supervisor, *state.members):
-        process = member.process()
-        dead += process is None
-        cells = ["dead", str(member.pid), "", ""]
-        if process is not None:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                memory = process.memory_info().rss
-                resident_bytes += memory
-                cells = ["alive", str(member.pid), f"{memory / 1e6:.0f}", f"{time.time() - member.started:.0f}"]
-        load = held.get(member.name, {})
-        table.add_row(member.name, *cells, *(_number(load.get(name)) for name in LOAD_COLUMNS))
-    console.print(table)
-    ready = "ready" if fetch_json(f"{state.url}/readiness") is not None else "NOT READY"
-    console.print(f"{state.url} {ready}, {resident_bytes / 1e6:.0f} MB resident in all", highlight=False)
-    return 1 if dead else 0
-
-
-def _number(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else ""
-
-
-def _loads(url: str) -> dict[str, dict[str, Any]]:
-    """Worker id -> what the router knows of its load; empty while the router does not answer."""
-    found = fetch_json(f"{url}/workers")
-    workers = found.get("workers") if isinstance(found, dict) else found
-    if not isinstance(workers, list):
-        return {}
-    return {str(worker.get("worker_id")): worker for worker in workers if isinstance(worker, dict)}
 
 
 class _Stop:
@@ -415,10 +233,19 @@ class _Cluster:
         self._model = Path()
         self._redis_url = ""
         self._counts = {"prefill": config.prefill, "decode": config.decode}
-        self._leaving: dict[Child, float] = {}  # by scaling down -> when to end them for good
+        self._leaving: dict[Running, float] = {}  # by scaling down -> when to end them for good
         self._restarts = Restarts(config.restart_pause_s)
         self._listener = _Listener()
+        self._machines = self._choose_machines()
+        self._saved: ClusterState | None = None
         self._served = config.served_model_name or (config.model.name if config.model else BUNDLED_MODEL)
+
+    def _choose_machines(self) -> Machines:
+        if self._config.ray is None:
+            return ThisMachine()
+        from deploy.ray import RayMachines
+
+        return RayMachines(self._config, self._folder)
 
     @property
     def _url(self) -> str:
@@ -461,6 +288,9 @@ class _Cluster:
             if redis_url is None:
                 self._redis = stack.enter_context(EmbeddedRedis(log=logs / "redis.log"))
                 redis_url = self._redis.url
+            stack.enter_context(self._machines)
+            if self._stop.asked:
+                return 0
             # Each service ends its own grace first, and in an orderly way; the rest is for those that do not.
             supervisor = Supervisor(log_dir=logs, echo=self._echo, grace_s=self._config.grace_s + KILL_AFTER_S)
             # Redis was entered first and leaves last: draining workers still take themselves off the registry.
@@ -471,13 +301,11 @@ class _Cluster:
             stack.callback(self._listener.stop)
             for role in ("prefill", "decode"):
                 supervisor.start([self._worker(role, index) for index in range(self._counts[role])])
-            supervisor.start([self._router(index, model, redis_url) for index in range(self._config.routers)])
-            self._save(supervisor, ready=False)
+            supervisor.start([self._router(index) for index in range(self._config.routers)])
             code = self._until_ready(supervisor, status, began)
             if code is None:
-                self._save(supervisor, ready=True)
                 status.stop()
-                state = self._state(supervisor, ready=True)
+                state = self._save(supervisor, ready=True)
                 self._say(f"up in {time.monotonic() - began:.1f} s; logs in {logs}; Ctrl-C stops everything")
                 self._say(ready_line(state), style="bold green")
                 routers = {"router" if i == 0 else f"router-{i}": url for i, url in enumerate(self._urls)}
@@ -495,11 +323,12 @@ class _Cluster:
             # What does not come up is not tried again: the reason would come up with it.
             if (child := supervisor.dead()) is not None:
                 return self._report(child)
-            self._watch_redis(supervisor)
+            self._watch_redis()
+            self._save(supervisor, ready=False)
             if fetch_json(f"{self._url}/liveness") is None:
                 text = "starting the router and the workers"
             else:
-                known = len(_loads(self._admin_url))
+                known = len(loads(self._admin_url))
                 if known >= wanted and all(fetch_json(f"{url}/readiness") is not None for url in self._urls):
                     return None
                 text = f"the router is up; {known} of {wanted} workers have registered"
@@ -518,12 +347,11 @@ class _Cluster:
 
     def _until_stopped(self, supervisor: Supervisor) -> None:
         while not self._stop.wait(POLL_S):
-            self._watch_redis(supervisor)
+            self._watch_redis()
             self._scale(supervisor)
             self._restart(supervisor)
             self._watch(supervisor)
-            if self._unsaved:
-                self._save(supervisor, ready=True)
+            self._save(supervisor, ready=True)
 
     def _watch(self, supervisor: Supervisor) -> None:
         """Whoever died is started again after a pause, and whoever fell silent is ended first."""
@@ -536,7 +364,6 @@ class _Cluster:
                     del self._leaving[child]
                     supervisor.forget(child)
                     self._say(f"{child.name} has left")
-                    self._save(supervisor, ready=True)
                 continue
             if child.exit_code is None:
                 if self._listener.silent_s(child.name, child.pid) > SILENCE_S:
@@ -552,7 +379,6 @@ class _Cluster:
         for name in self._restarts.due(now):
             for child in [c for c in supervisor.children if c.name == name and c.exit_code is not None]:
                 supervisor.replace(child)
-                self._save(supervisor, ready=True)
 
     def _scale(self, supervisor: Supervisor) -> None:
         """Start and drain workers until there are as many as `penumbra scale` last asked for."""
@@ -576,7 +402,6 @@ class _Cluster:
                     self._dismiss(child)
             self._say(f"{role}: {count} instead of {self._counts[role]}")
             self._counts[role] = count
-        self._save(supervisor, ready=True)
 
     def _restart(self, supervisor: Supervisor) -> None:
         """Go on with what `penumbra restart` asked for."""
@@ -611,34 +436,32 @@ class _Cluster:
         if self._redis is not None:
             self._redis.restart()
         self._say("every process has been replaced")
-        self._save(supervisor, ready=True)
 
-    def _current(self, supervisor: Supervisor, kind: str) -> list[Child]:
+    def _current(self, supervisor: Supervisor, kind: str) -> list[Running]:
         """The children of a kind that are to stay, in the order of their numbers."""
         mine = [child for child in supervisor.children if child.name.partition("-")[0] == kind]
         return sorted((c for c in mine if c not in self._leaving), key=lambda child: (len(child.name), child.name))
 
-    def _dismiss(self, child: Child) -> None:
+    def _dismiss(self, child: Running) -> None:
         """Have it leave: it finishes what it has, or hands it over."""
         child.send(signal.SIGTERM)
         self._leaving[child] = time.monotonic() + self._config.grace_s + KILL_AFTER_S
 
     def _until_serving(self, name: str) -> Iterator[None]:
-        while _loads(self._admin_url).get(name, {}).get("state") != "serving":
+        while loads(self._admin_url).get(name, {}).get("state") != "serving":
             yield
 
-    def _watch_redis(self, supervisor: Supervisor) -> None:
+    def _watch_redis(self) -> None:
         """A dead embedded Redis is replaced."""
         if self._redis is not None and not self._redis.alive and time.monotonic() >= self._redis_retry_at:
             self._redis_retry_at = time.monotonic() + REDIS_RESTART_S
             self._say("the embedded Redis died: starting an empty one on its port; workers register by themselves")
             try:
                 self._redis.restart()
-                self._save(supervisor, ready=True)
             except ConfigError as error:
                 self._say(str(error), style="bold red")
 
-    def _report(self, child: Child) -> int:
+    def _report(self, child: Running) -> int:
         code = child.exit_code
         self._say(f"{child.name} ended by itself with {_how(child)}; its last lines:", style="bold red")
         for line in child.tail():
@@ -656,13 +479,14 @@ class _Cluster:
 
     # What runs.
 
-    def _router(self, index: int, model: Path, redis_url: str) -> ChildSpec:
+    def _router(self, index: int) -> ChildSpec:
+        """On this machine, wherever the workers are: its sockets and files are here."""
         config, doors = self._config, (self._doors[index], *self._admin_doors[index : index + 1])
         fds = tuple(door.fileno() for door in doors)
         keys = () if config.keys is None else ("--keys", str(config.keys), "--admin-listen-fd", str(fds[1]))
         command = penumbra_command(
             "router",
-            *("--model", str(model), "--served-model-name", self._served, "--redis", redis_url),
+            *("--model", str(self._model), "--served-model-name", self._served, "--redis", self._redis_url),
             *("--host", config.host, "--listen-fd", str(fds[0]), *config.router_flags),
             *("--expected-routers", str(config.routers), "--stream-key", str(self._stream_key()), *keys),
         )
@@ -679,16 +503,18 @@ class _Cluster:
             self._stream_key_written = True
         return path
 
-    def _worker(self, role: str, index: int) -> ChildSpec:
-        return ChildSpec(
-            name=f"{role}-{index}",
-            command=penumbra_command(
-                role,
-                *("--model", str(self._model), "--redis", self._redis_url, "--worker-id", f"{role}-{index}"),
-                *("--host", "127.0.0.1", "--port", "0", "--http-port", "0"),
-                *("--threads", str(self._config.threads), *self._config.worker_flags),
-            ),
-            env=threads_environment(self._config.threads),
+    def _worker(self, role: str, index: int) -> Startable:
+        return self._machines.place(
+            Service(
+                name=f"{role}-{index}",
+                role=role,
+                arguments=(
+                    *("--model", str(self._model), "--redis", self._redis_url, "--worker-id", f"{role}-{index}"),
+                    *("--port", "0", "--http-port", "0"),
+                    *("--threads", str(self._config.threads), *self._config.worker_flags),
+                ),
+                threads=self._config.threads,
+            )
         )
 
     def _bundled_model(self, status: Status) -> Path:
@@ -723,7 +549,9 @@ class _Cluster:
 
     def _state(self, supervisor: Supervisor, *, ready: bool) -> ClusterState:
         logs = self._folder / "logs"
-        members = [Member(name=c.name, pid=c.pid, started=c.started, log=str(c.log)) for c in supervisor.children]
+        members = [
+            Member(name=c.name, pid=c.pid, started=c.started, log=str(c.log), node=c.node) for c in supervisor.children
+        ]
         if self._redis is not None and self._redis.alive:
             pid = self._redis.pid
             started = psutil.Process(pid).create_time()
@@ -744,15 +572,20 @@ class _Cluster:
             decode=self._counts["decode"],
         )
 
-    def _save(self, supervisor: Supervisor, *, ready: bool) -> None:
-        """Write the state file; on a full disk it is written as soon as there is room."""
-        try:
-            self._state(supervisor, ready=ready).save(self._folder)
-            self._unsaved = False
-        except OSError as error:
-            if not self._unsaved:
-                self._say(f"the state file can not be written: {error}", style="bold red")
-            self._unsaved = True
+    def _save(self, supervisor: Supervisor, *, ready: bool) -> ClusterState:
+        """Write down what runs now, where that is something else than was last written; on a full disk as soon as
+        there is room.
+        """
+        state = self._state(supervisor, ready=ready)
+        if state != self._saved:
+            try:
+                state.save(self._folder)
+                self._saved, self._unsaved = state, False
+            except OSError as error:
+                if not self._unsaved:
+                    self._say(f"the state file can not be written: {error}", style="bold red")
+                self._unsaved = True
+        return state
 
     def _listen(self, host: str, port: int) -> socket.socket:
         """A listening socket; port 0 takes a free one. Raises ConfigError when the address can not be had."""
@@ -809,33 +642,23 @@ class _Listener:
 
     def silent_s(self, name: str, pid: int) -> float:
         """How long the process has not answered; 0 before its first answer, which may take as long as it takes."""
-        if self._current.get(name, (0, 0.0))[0] != pid:
-            self._current[name] = (pid, time.monotonic())
-        since = self._current[name][1]
+        asked, since = self._current.get(name, (None, 0.0))
+        if asked != pid:
+            since = time.monotonic()
+            self._current[name] = (pid, since)
         last = self._last.get(name, 0.0)
         return time.monotonic() - last if last > since else 0.0
 
     def _run(self, routers: Mapping[str, str], fleet_url: str) -> None:
         doors = dict(routers)
         while not self._stopping.wait(1.0):
-            doors |= {name: f"http://{load.get('http_address')}" for name, load in _loads(fleet_url).items()}
+            doors |= {name: f"http://{load.get('http_address')}" for name, load in loads(fleet_url).items()}
             for name, door in doors.items():
                 if fetch_json(f"{door}/liveness") is not None:
                     self._last[name] = time.monotonic()
 
 
-def _how(child: Child) -> str:
+def _how(child: Running) -> str:
     code = child.exit_code
     assert code is not None
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-
-def penumbra_command(*arguments: str) -> tuple[str, ...]:
-    """`penumbra` under this very interpreter. -P: a folder named cli where the user stands is not ours."""
-    return (sys.executable, "-P", "-m", "cli", *arguments)
-
-
-def threads_environment(count: int) -> dict[str, str]:
-    """Every library's own idea of a thread pool, set before it is loaded, as N workers share this machine."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-    return {**dict.fromkeys(names, str(count)), "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": PACKAGES}
