@@ -221,7 +221,6 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
                 while (event := await events.get()) is not None:
                     ended = ended or not isinstance(event, Progress)
                     if isinstance(event, Progress):
-                        failpoint("prefill.progress", run_request.prompt[-1])
                         if computed < 0:
                             self._metrics.queue_time.observe(time.monotonic() - arrived)
                         self._metrics.prompt_tokens.inc(event.done - event.cached - max(computed, 0))
@@ -232,6 +231,8 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
                         self._metrics.prefix_queries.inc(event.prompt_tokens)
                         self._metrics.prefix_hits.inc(event.cached_tokens)
                     yield convert.run_event_to_wire(event)
+                    if isinstance(event, Progress):
+                        failpoint("prefill.progress", run_request.prompt[-1])
                     if isinstance(event, Failed) or (ended and not self._table.is_held(run)):
                         return
         finally:
