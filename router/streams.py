@@ -257,6 +257,8 @@ async def _events(call: Any, silence_s: tuple[float, float]) -> AsyncIterator[To
                 if [token.index for token in event.tokens] != list(range(due, due + len(event.tokens))):
                     raise WorkerLost(f"The decode worker left token {due} of a kept answer out.")
                 due += len(event.tokens)
+            elif isinstance(event, Finished) and event.completion_tokens != due:
+                raise WorkerLost(f"The decode worker gave {due} of {event.completion_tokens} tokens of a kept answer.")
             if isinstance(event, Tokens | Finished | Failed):
                 patience_s = later_s
                 yield event

@@ -230,10 +230,15 @@ async def test_a_measurement_that_loses_a_message_fails_in_time_and_gives_its_pa
             assert convert.probe_reply_from_wire(await stub.Probe(ask, timeout=30.0)).num_bytes > 0
 
 
-@pytest.mark.parametrize(("method", "kind"), of("Attach"), ids=lambda word: word)
+@pytest.mark.parametrize(
+    ("method", "kind", "ended"),
+    [*((*message, False) for message in of("Attach")), ("Attach", "tokens", True)],
+    ids=lambda word: str(word),
+)
 async def test_who_reads_a_kept_answer_and_loses_a_message_hears_of_it_and_may_read_again(
-    redis_url: str, method: str, kind: str
+    redis_url: str, method: str, kind: str, ended: bool
 ) -> None:
+    """Of an answer that has `ended` all tokens are in one message, and none behind it shows a gap."""
     losing, name = Losing(method, kind), next(names)
     context = Context(path="/v1/completions", tenant="t", request_id="r", created=1, raw=b"{}")
     async with pair(name, make_server=lambda: LosingServer(losing, None)) as workers:
@@ -245,6 +250,8 @@ async def test_who_reads_a_kept_answer_and_loses_a_message_hears_of_it_and_may_r
             if kind == "failed":
                 workers.decode_runner.fail_next.set()
                 workers.decode_runner.resume()
+            if ended:
+                await until(workers.decode.is_idle)
             stream = StreamId(
                 request_id="r", worker_id="decode-0", epoch=workers.decode_info.epoch, attempt=request.attempt, index=0
             )
