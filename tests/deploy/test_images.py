@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,36 @@ def test_an_image_installs_the_projects_requirements_and_leaves_out_only_what_ex
     assert not set(LEFT_OUT[image]) & set(names)
     everything = {name_of(line) for line in requirements("worker-cuda")} | set(LEFT_OUT["worker-cuda"])
     assert set(LEFT_OUT[image]) <= everything, "a name that no longer is a dependency"
+
+
+@pytest.mark.parametrize(
+    ("image", "packages"),
+    [
+        ("router", ("router", "wire", "cli")),
+        ("worker-cpu", ("prefill_worker", "decode_worker", "kvtransfer", "engine", "wire")),
+    ],
+)
+def test_what_a_service_imports_when_it_starts_is_named_by_its_image(image: str, packages: tuple[str, ...]) -> None:
+    """A package that only comes with another one is gone when that one is left out."""
+    named = {name_of(line) for line in requirements(image)} | {"pydantic-core"}  # one half of pydantic
+    distributions = packages_distributions()
+    files = [file for package in packages for file in (ROOT / package).rglob("*.py") if "device" not in file.parts]
+    for file in files:
+        for module in modules_of(file) - set(sys.stdlib_module_names):
+            found = {name.lower().replace("_", "-") for name in distributions.get(module, ())}
+            ours = (ROOT / module).is_dir()
+            assert ours or found & named, f"{file.relative_to(ROOT)} imports {module}, of {found or 'nobody'}"
+
+
+def modules_of(file: Path) -> set[str]:
+    """What a file imports before any function of it runs: the first words of the modules' names."""
+    found = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
 
 
 def test_the_router_starts_without_what_its_image_leaves_out(tmp_path: Path) -> None:
