@@ -8,7 +8,6 @@ folder says what runs, for those who look at it (deploy/state.py); what `scale` 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -34,6 +33,7 @@ from deploy.redis import EmbeddedRedis
 from deploy.services import Service, penumbra_command, threads_environment
 from deploy.state import POLL_S, ClusterState, Member, cluster_folder, fetch_json, loads, models_folder, ready_line
 from deploy.supervisor import RESTART_S, ChildSpec, Restarts, Running, Startable, Supervisor
+from wire.door import listen
 from wire.errors import ConfigError
 
 BUNDLED_MODEL = "penumbra-nano"
@@ -265,9 +265,9 @@ class _Cluster:
         with contextlib.ExitStack() as doors:
             for index in range(self._config.routers):
                 port = self._config.port and self._config.port + index
-                self._doors.append(doors.enter_context(self._listen(self._config.host, port)))
+                self._doors.append(doors.enter_context(listen(self._config.host, port)))
                 if self._config.keys is not None:
-                    self._admin_doors.append(doors.enter_context(self._listen("127.0.0.1", 0)))
+                    self._admin_doors.append(doors.enter_context(listen("127.0.0.1", 0)))
             return self._run(began)
 
     def _run(self, began: float) -> int:
@@ -586,24 +586,6 @@ class _Cluster:
                     self._say(f"the state file can not be written: {error}", style="bold red")
                 self._unsaved = True
         return state
-
-    def _listen(self, host: str, port: int) -> socket.socket:
-        """A listening socket; port 0 takes a free one. Raises ConfigError when the address can not be had."""
-        # With the protocol spelled out: see router.process.listen.
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        door = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        try:
-            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            door.bind((host, port))
-            door.listen(1024)
-            return door
-        except OSError as error:
-            door.close()
-            reason = "it is in use" if error.errno == errno.EADDRINUSE else error.strerror
-            raise ConfigError(
-                f"Cannot listen on {host}:{port}: {reason}. Choose another with --port, "
-                "or let --port 0 find a free one."
-            ) from error
 
     def _echo(self, name: str, line: str) -> None:
         style = COLOURS.get(name.partition("-")[0], "")

@@ -75,7 +75,9 @@ async def serve(
             doors = [(_server(config, front.app, metrics, certificate), held.enter_context(public))]
             if config.admin_listen_fd is not None or config.admin_port is not None:
                 fd, port = config.admin_listen_fd, config.admin_port or 0
-                admin_listener = held.enter_context(listen(config.admin_host, port) if fd is None else adopt(fd))
+                admin_listener = held.enter_context(
+                    listen(config.admin_host, port, flag="--admin-port") if fd is None else adopt(fd)
+                )
                 doors.append((_server(config, front.admin_app, metrics), admin_listener))
             if own_signals:
                 held.enter_context(_stop_signals([server for server, _ in doors], front))

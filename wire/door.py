@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 from collections.abc import Callable, Iterator
 
@@ -17,8 +18,10 @@ from starlette.routing import Route
 from wire.errors import ConfigError
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ConfigError when the address can not be bound."""
+def listen(host: str, port: int, *, flag: str = "--port") -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises ConfigError, naming the `flag` it came by, when the address
+    can not be had.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # With the protocol spelled out: asyncio turns Nagle's algorithm off only on such sockets, and with it on, an
     # answer's last bytes wait 40 ms for the client's delayed acknowledgement.
@@ -30,8 +33,9 @@ def listen(host: str, port: int) -> socket.socket:
         return listener
     except OSError as error:
         listener.close()
+        reason = "it is in use" if error.errno == errno.EADDRINUSE else error.strerror or error
         raise ConfigError(
-            f"Cannot listen on {host}:{port}: {error.strerror or error}. Choose another port, or 0 for a free one."
+            f"Cannot listen on {host}:{port}: {reason}. Choose another with {flag}, or let {flag} 0 find a free one."
         ) from error
 
 
@@ -104,7 +108,7 @@ class StatusDoor:
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> int:
         """Serve until `stop`. Returns the port. Raises ConfigError when the address can not be bound."""
-        listener = listen(host, port)
+        listener = listen(host, port, flag="--http-port")
         bound: int = listener.getsockname()[1]
         config = uvicorn.Config(
             self._app,
