@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,7 +18,6 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from bench.record import append_rows, commit, load, machine
-from deploy.cluster import BUNDLED_RECIPE
 from engine.batch import Segment, Sequence, StepMeta
 from engine.cache.pools import KvPools, item_bytes
 from engine.config import C4_RATIO, C128_RATIO, EngineConfig, KvLayout
@@ -37,10 +35,9 @@ WARM_UP = 3
 FILL_ROWS = 1 << 14
 
 
-def write_default_model(directory: Path) -> Path:
-    """The checkpoint `penumbra up` runs when none is named."""
-    recipe: dict[str, Any] = dict(BUNDLED_RECIPE)
-    return write_tiny(directory, **recipe)
+def write_bench_model(directory: Path) -> Path:
+    """The benchmark model: small and random, with heads and pages as in production."""
+    return write_tiny(directory, seed=0, layers=(0, 0, 4, 128, 4, 128), hidden=256, heads=4, index_heads=4, experts=16)
 
 
 def load_runner(model: Path, threads: int, layout: KvLayout, tokens: int) -> Runner:
@@ -85,7 +82,7 @@ def run(
     generator = torch.Generator().manual_seed(0)
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        runner = load_runner(write_default_model(Path(scratch) / "model"), threads, layout, max(lengths) + 512)
+        runner = load_runner(write_bench_model(Path(scratch) / "model"), threads, layout, max(lengths) + 512)
         pools, window = runner.pools, WindowPages(runner.pools.swa)
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True) as progress:

@@ -49,7 +49,7 @@ def run(
         part = min(chosen.sequences, chosen.micro_sequences or chosen.sequences)
         few = batch.rows(0, part)
         numerics = replace(trainer.numerics(), recompute=False)
-        loss, _ = trainer.losses(few.ids.to(config.device), few.weights.to(config.device), numerics, sums, 1, {})
+        loss, *_ = trainer.losses(few.ids.to(config.device), few.weights.to(config.device), numerics, sums, 1)
         loss.backward()
     flops = counted.get_total_flops() / (part * chosen.sequence_tokens)
     speed = statistics.median(speeds)

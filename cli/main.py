@@ -88,7 +88,7 @@ app.command("plan")(plan.plan)
 def up(
     context: typer.Context,
     config: ConfigFile = None,
-    model: Annotated[Path | None, flag("model", "Checkpoint folder; else a small random model, written once.")] = None,
+    model: Annotated[Path | None, flag("model", "Checkpoint folder; else the small model that comes along.")] = None,
     served_model_name: ServedName = None,
     prefill: Annotated[int, flag("prefill", "Prefill workers.", min=1)] = 1,
     decode: Annotated[int, flag("decode", "Decode workers.", min=1)] = 1,

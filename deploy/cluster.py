@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -28,10 +26,9 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-import engine
 from deploy.redis import EmbeddedRedis
 from deploy.services import Service, penumbra_command, threads_environment
-from deploy.state import POLL_S, ClusterState, Member, cluster_folder, fetch_json, loads, models_folder, ready_line
+from deploy.state import POLL_S, ClusterState, Member, cluster_folder, fetch_json, loads, ready_line
 from deploy.supervisor import RESTART_S, ChildSpec, Restarts, Running, Startable, Supervisor
 from wire.door import listen
 from wire.errors import ConfigError
@@ -39,22 +36,23 @@ from wire.errors import ConfigError
 BUNDLED_MODEL = "penumbra-nano"
 """What the bundled model is called in the API."""
 
-BUNDLED_RECIPE: Mapping[str, object] = {
-    "seed": 0,
-    "layers": (0, 0, 4, 128, 4, 128),
-    "hidden": 256,
-    "heads": 4,
-    "index_heads": 4,
-    "experts": 16,
-}
-"""Arguments of `engine.model.tiny.write_tiny`. Its other defaults keep pages as in production: head 512, window 128."""
-
 COLOURS = {"router": "cyan", "prefill": "green", "decode": "magenta", "redis": "yellow", "penumbra": "bold"}
 KILL_AFTER_S = 3.0
 SILENCE_S = 20.0
 """A child that has answered before and then does not for so long, is ended and started again."""
 REDIS_RESTART_S = 1.0
 """Between two tries to replace an embedded Redis that died; streams go on without it meanwhile."""
+
+
+def bundled_model() -> Path:
+    """The trained checkpoint that comes with the source. Raises ConfigError for a package installed without it."""
+    folder = Path(__file__).parents[1] / "models" / "nano"
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            "The bundled model comes with the source, in models/nano, and this package was installed without it. Give "
+            "--model the folder of a DeepSeek-V4 checkpoint; `penumbra model tiny OUT` writes a small random one."
+        )
+    return folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +70,7 @@ class ClusterConfig:
 
     cluster: str = "default"
     home: Path | None = None
-    model: Path | None = None  # None: the bundled random model, generated once
+    model: Path | None = None  # None: the bundled model
     served_model_name: str | None = None
     prefill: int = 1
     decode: int = 1
@@ -274,16 +272,14 @@ class _Cluster:
         if self._config.model is not None and not (self._config.model / "config.json").is_file():
             raise ConfigError(
                 f"{self._config.model} holds no config.json, so it is no checkpoint folder. Give --model the folder of "
-                "a DeepSeek-V4 checkpoint, or leave it out to serve a small random one."
+                "a DeepSeek-V4 checkpoint, or leave it out to serve the bundled model."
             )
         with contextlib.ExitStack() as stack:
             stack.callback((self._folder / "state.json").unlink, missing_ok=True)
             logs = self._folder / "logs"
             logs.mkdir(exist_ok=True)
             status = stack.enter_context(self._console.status("starting"))
-            model = self._config.model or self._bundled_model(status)
-            if self._stop.asked:
-                return 0
+            model = self._config.model or bundled_model()
             redis_url = self._config.redis
             if redis_url is None:
                 self._redis = stack.enter_context(EmbeddedRedis(log=logs / "redis.log"))
@@ -516,34 +512,6 @@ class _Cluster:
                 threads=self._config.threads,
             )
         )
-
-    def _bundled_model(self, status: Status) -> Path:
-        """The bundled checkpoint's folder, generated the first time."""
-        # The writer is part of the recipe: a change of it must not leave an old checkpoint in use.
-        writer_folder = Path(engine.__file__).parent / "model"
-        sources = b"".join((writer_folder / name).read_bytes() for name in ("tiny.py", "survey.py"))
-        digest = hashlib.sha256(json.dumps(BUNDLED_RECIPE).encode() + sources)
-        folder = models_folder(self._config.home) / f"nano-random-{digest.hexdigest()[:12]}"
-        if (folder / "config.json").exists():
-            return folder
-        status.update("writing the bundled random model (once)")
-        self._say(f"writing the bundled random model to {folder} (once)")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        write = (
-            "import json, sys, pathlib; from engine.model.tiny import write_tiny; "
-            "write_tiny(pathlib.Path(sys.argv[1]), **json.loads(sys.argv[2]))"
-        )
-        command = (sys.executable, "-P", "-c", write, str(folder), json.dumps(BUNDLED_RECIPE))
-        # In a process of its own: this one stays small for as long as the cluster runs.
-        log = self._folder / "logs"
-        with Supervisor(log_dir=log, echo=self._echo, grace_s=1.0) as writer:
-            (child,) = writer.start([ChildSpec(name="model", command=command, env=threads_environment(1))])
-            while not child.wait(0.0):
-                if self._stop.wait(POLL_S):
-                    return folder
-            if child.exit_code != 0:
-                raise ConfigError("The bundled model was not written: " + " / ".join(child.tail()))
-        return folder
 
     # What is told.
 

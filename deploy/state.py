@@ -101,10 +101,6 @@ def cluster_folder(home: Path | None, cluster: str) -> Path:
     return base / cluster
 
 
-def models_folder(home: Path | None) -> Path:
-    return home / "models" if home else Path.home() / ".cache" / "penumbra" / "models"
-
-
 def stop(folder: Path, *, timeout_s: float = 60.0) -> list[str] | None:
     """Stop the cluster of `folder`. -> names of processes that had to be killed, None when nothing was running."""
     state = ClusterState.load(folder)
@@ -184,8 +180,8 @@ def fetch_json(url: str, timeout_s: float = 1.0) -> Any:
 
 
 def ready_line(state: ClusterState) -> str:
-    body = json.dumps({"model": state.model, "prompt": "Once upon a time", "max_tokens": 32, "stream": True})
-    return f"ready: curl -N {state.url}/v1/completions -H 'content-type: application/json' -d {shlex.quote(body)}"
+    body = json.dumps({"model": state.model, "messages": [{"role": "user", "content": "Tell me a story."}]})
+    return f"ready: curl {state.url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}"
 
 
 def show_status(folder: Path, cluster: str, console: Console) -> int:

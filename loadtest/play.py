@@ -28,7 +28,7 @@ from loadtest.record import UNFINISHED, Outcome, Own, Record, judge
 from loadtest.scenario import Scenario, Traffic
 from loadtest.summary import keeps, quantiles
 from loadtest.watch import Watch
-from loadtest.workload import Asked, Job, Writer, job, times
+from loadtest.workload import Asked, Job, Writer, job, named, times
 
 TICK_S = 0.02
 """Between two rings of the timer whose lateness is this process's lag."""
@@ -208,7 +208,7 @@ class Run:
             raise
         finally:
             if outcome.expect and outcome.whole:
-                outcome.right = outcome.expect in answer
+                outcome.right = outcome.expect == named(answer)
             self.live.open -= 1
             self._count(outcome)
             self._tell(outcome)

@@ -97,7 +97,7 @@ def verdicts(record: Record, summary: Summary) -> list[tuple[str, str]]:
         )
     if checks.needles_right or checks.needles_wrong:
         count = checks.needles_right + checks.needles_wrong
-        told.append(("plain", f"Needles: {checks.needles_right} of {count} answers name the number that was hidden."))
+        told.append(("plain", f"Needles: {checks.needles_right} of {count} answers name the word that was hidden."))
     if checks.unchecked:
         told.append(("plain", f"{checks.unchecked} whole answers were compared with nothing."))
     if record.pages_balanced is not None:

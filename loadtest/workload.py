@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,14 +18,20 @@ from loadtest.scenario import Arrivals, Scenario, Traffic
 REPEAT_WITHIN = 16
 """A repeated request repeats one of so many before it, while a cache may still know it."""
 
-BIRDS = (
-    "heron", "plover", "curlew", "lapwing", "dunlin", "godwit", "avocet", "whimbrel", "knot", "turnstone",
-    "sanderling", "redshank", "oystercatcher", "bittern", "egret", "stilt", "phalarope", "ruff", "snipe", "woodcock",
+NAMES = (
+    "Anna", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Iris", "Jack", "Kate",
+    "Leo", "Mary", "Noah", "Olive", "Peter", "Rose", "Simon", "Tess", "Will", "Nora",
 )  # fmt: skip
-PLACES = (
-    "northern", "southern", "eastern", "western", "upper", "lower", "inner", "outer", "nearer", "farther",
-    "older", "newer", "greater", "lesser", "higher", "deeper", "wider", "narrower", "brighter", "darker",
+TOWNS = (
+    "Paris", "London", "Rome", "Oslo", "Cairo", "Lima", "Quito", "Delhi", "Kyoto", "Prague",
+    "Vienna", "Dublin", "Boston", "Athens", "Geneva", "Lisbon", "Madrid", "Tokyo", "Berlin", "Havana",
 )  # fmt: skip
+WORDS = (
+    "lantern", "key", "map", "boat", "bell", "coin", "drum", "rope", "kite", "clock",
+    "basket", "ladder", "mirror", "flute", "shell", "fox", "owl", "goose", "crow", "swan",
+    "forest", "castle", "meadow", "bridge", "harbour", "market", "golden", "silver", "purple", "yellow",
+)  # fmt: skip
+"""What is hidden: sentences of the form that the bundled model was taught, which any other model can read too."""
 
 
 def times(arrivals: Arrivals, window_s: float | None, seed: str) -> Iterator[float]:
@@ -156,24 +163,32 @@ class Writer:
         seed = f"{self._seed}/{job.traffic.name}"
         k = (job.text_of + turn) % job.traffic.needles
         return (
-            f"\n\nHow many birds of the {_name(k)} were counted? Answer with the number alone.",
-            _count(seed, job.text_of, k),
+            f"\n\nWhat is the secret word of {_name(k)}?",
+            _word(seed, job.text_of, k),
         )
 
     def _chars(self, tokens: int) -> int:
         return round(tokens * self._chars_per_token)
 
 
+def named(answer: str) -> str:
+    """The first of WORDS that an answer says; empty if it says none. An answer that goes on may say others later."""
+    found = re.search(rf"\b({'|'.join(WORDS)})\b", answer, re.IGNORECASE)
+    return found[0].lower() if found else ""
+
+
 def _name(k: int) -> str:
-    return f"{PLACES[k // len(BIRDS)]} {BIRDS[k % len(BIRDS)]}"
+    return f"{NAMES[k % len(NAMES)]} of {TOWNS[(k // len(NAMES) + k) % len(TOWNS)]}"
 
 
-def _count(seed: str, number: int, k: int) -> str:
-    return str(random.Random(f"{seed}/{number}/needle {k}").randrange(100_000, 1_000_000))
+def _word(seed: str, number: int, k: int) -> str:
+    """As many needles as there are words hide different ones."""
+    words = random.Random(f"{seed}/{number}/needles").sample(WORDS, len(WORDS))
+    return words[k % len(words)]
 
 
 def _needle(seed: str, number: int, k: int) -> str:
-    return f"Of the {_name(k)} {_count(seed, number, k)} birds were counted."
+    return f"The secret word of {_name(k)} is {_word(seed, number, k)}."
 
 
 def _with(text: str, hidden: list[str], rng: random.Random) -> str:

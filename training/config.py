@@ -134,6 +134,7 @@ class TrainConfig:
     dtype       operands of matrix products; masters, norms, softmax and residual streams are float32
     quantised   round weights, KV rows and index keys as they will be served, gradients passing through, from the
                 step on that this share of the run is done (1.0: never)
+    capture     on a GPU, replay a pass as one CUDA graph; steps of another shape or kind are captured anew
     save_steps  checkpoint at this interval; the last two are kept
     """
 
@@ -145,6 +146,7 @@ class TrainConfig:
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     quantised_from: float = 0.0
+    capture: bool = False
     draft_weight: float = 0.3
     index_weight: float = 1.0
     save_steps: int = 500
@@ -251,6 +253,8 @@ def _check(config: TrainConfig, source: str) -> None:
             refuse(key, f"is {share}; expected a share from 0 to 1")
     if not 0 < config.data.held_out < 0.5:
         refuse("data.held_out", f"is {config.data.held_out}; expected a share above 0 and below 0.5")
+    if config.capture and config.device != "cuda":
+        refuse("capture", 'is true, which only device = "cuda" can do')
     for name in ("save_steps", "log_steps", "threads"):
         if getattr(config, name) < 1:
             refuse(name, f"is {getattr(config, name)}; expected 1 or more")

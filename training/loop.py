@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from engine.config import C4_RATIO
-from training.config import TrainConfig
+from training.capture import Captured
+from training.config import Stage, TrainConfig
 from training.data import Batch, Batches, Texts
 from training.group import Group
 from training.initial import initial_model
@@ -58,6 +59,8 @@ class Trainer:
         self.config, self.model, self.group = config, model, group
         self.optimisers = Optimisers(model.parameters, config.optimiser)
         self.step, self.tokens = 0, 0
+        self._captured: dict[tuple[torch.Size, Numerics], Captured] = {}
+        self._captured_stage: Stage | None = None
 
     def numerics(self, *, observe: bool = False) -> Numerics:
         """How the next step computes."""
@@ -88,30 +91,47 @@ class Trainer:
         experts: dict[int, Tensor] = {}
         numerics = self.numerics(observe=observe)
         for part, of in _micro(ids, weights, stage.micro_sequences):
-            loss, seen = self.losses(part, of, numerics, told, tokens * max(1, c4_layers), experts)
-            loss.backward()
+            seen, picks = self._pass(numerics, part, of, told, tokens * max(1, c4_layers))
             sums += seen
+            for layer, counts in picks.items():
+                experts[layer] = experts.get(layer, 0) + counts
         self.group.add_gradients(self.model.parameters.values())
         self.group.add(sums)
         for layer in sorted(experts):
             self.group.add(experts[layer])
         factor = rate_factor(self.step, config.steps, config.optimiser)
-        norm = self.optimisers.step(factor)
+        norm = self.optimisers.step(factor, keep=config.capture)
         self.model.balance(experts, config.optimiser.balance_speed * factor)
         self.step += 1
         self.tokens += tokens
         return self._metrics(sums, told, tokens * max(1, c4_layers), experts, norm, factor, tokens, began)
 
+    def _pass(
+        self, numerics: Numerics, ids: Tensor, weights: Tensor, told: Tensor, queries: int
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """One part of the step, forward and backward -> the sums [6] metrics are made of, and picks by layer."""
+
+        def compute(ids: Tensor, weights: Tensor, told: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+            loss, seen, picks = self.losses(ids, weights, numerics, told, queries)
+            loss.backward()
+            return seen, picks
+
+        if not self.config.capture:
+            return compute(ids, weights, told)
+        stage = self.config.stage_of(self.step)
+        if stage is not self._captured_stage:
+            self._captured.clear()  # memory of shapes that do not come again
+            self._captured_stage = stage
+        key = (ids.shape, numerics)
+        if key not in self._captured:
+            pool = next((graph.pool for graph in self._captured.values()), None)
+            self._captured[key] = Captured(compute, (ids, weights, told), self.model.parameters.values(), pool)
+        return self._captured[key](ids, weights, told)
+
     def losses(
-        self,
-        ids: Tensor,
-        weights: Tensor,
-        numerics: Numerics,
-        told: Tensor,
-        queries: int,
-        experts: dict[int, Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """One part of the step -> its share of the loss, and the sums [6] metrics are made of."""
+        self, ids: Tensor, weights: Tensor, numerics: Numerics, told: Tensor, queries: int
+    ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        """One part of the step -> its share of the loss, the sums [6] metrics are made of, and picks by layer."""
         c, run = self.config, self.model.begin(numerics)
         streams = run.streams(ids[:, :-2])
         main, likeliest = run.cross_entropy(run.hidden(streams), ids[:, 1:-1], weights[:, 1:-1])
@@ -126,9 +146,7 @@ class Trainer:
         index = torch.stack(list(observed.index_loss.values()) or [torch.zeros_like(main)]).sum()
         total = total + c.index_weight * index / queries
         held = torch.stack([torch.stack(pair) for pair in observed.recall.values()] or [main.new_zeros(2)]).sum(0)
-        for layer, counts in observed.experts.items():
-            experts[layer] = experts.get(layer, 0) + counts
-        return total, torch.stack([main, draft, agreed, index, *held]).detach().double()
+        return total, torch.stack([main, draft, agreed, index, *held]).detach().double(), observed.experts
 
     def _metrics(
         self,

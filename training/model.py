@@ -350,9 +350,10 @@ class Pass:
             picks = (scores.detach() + self.model.kept[f"{at}.gate.bias"]).topk(c.experts_per_token).indices
         weights = scores.gather(1, picks)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * c.routed_scaling_factor
-        counts = torch.bincount(picks.flatten(), minlength=c.num_experts)
+        chosen = picks.flatten()
+        counts = chosen.new_zeros(c.num_experts).scatter_add(0, chosen, torch.ones_like(chosen))  # bincount would wait
         self.observed.experts[layer] = counts
-        order = picks.flatten().argsort(stable=True)
+        order = chosen.argsort(stable=True)
         tokens, ends = order // c.experts_per_token, counts.cumsum(0).int()
         w1, w3, w2 = (self.weight(f"{at}.experts.{name}").transpose(1, 2) for name in ("w1", "w3", "w2"))
         asked = flat[tokens].to(self.numerics.dtype)

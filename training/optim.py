@@ -88,14 +88,17 @@ class Optimisers:
             betas=settings.betas,
         )
 
-    def step(self, factor: float) -> float:
-        """One step at `factor` of the full rates, over gradients cut to `clip_norm`; returns their norm before."""
+    def step(self, factor: float, *, keep: bool = False) -> float:
+        """One step at `factor` of the full rates, over gradients cut to `clip_norm`; returns their norm before.
+
+        Gradients are dropped, or with `keep` zeroed where they are.
+        """
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip_norm)
         for optimiser, rate in ((self.muon, self.settings.muon_rate), (self.adam, self.settings.adam_rate)):
             for group in optimiser.param_groups:
                 group["lr"] = rate * factor
             optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            optimiser.zero_grad(set_to_none=not keep)
         return float(norm)
 
     def tensors(self) -> dict[str, Tensor]:

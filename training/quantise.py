@@ -6,6 +6,8 @@ and on any device; tests/training/test_quantise.py compares them bit for bit.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -106,6 +108,12 @@ def _e4m3(x: Tensor) -> Tensor:
 
 def _e2m1(x: Tensor) -> Tensor:
     """To the nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6; of two as near, the smaller."""
-    bounds = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=x.device)
-    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=x.device)
+    bounds, values = _e2m1_grid(x.device)
     return torch.copysign(values[torch.bucketize(x.abs(), bounds)], x)
+
+
+@functools.cache
+def _e2m1_grid(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Bounds between, and magnitudes of, the eight codes; sent to a device once, as a captured pass can not send."""
+    bounds = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=device)
+    return bounds, torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=device)

@@ -16,7 +16,7 @@ from training.config import TrainConfig, config_dict
 from wire.errors import CheckpointError
 
 _KEPT = 2
-_MAY_CHANGE = ("device", "threads", "save_steps", "log_steps")
+_MAY_CHANGE = ("device", "threads", "capture", "save_steps", "log_steps")
 """Keys of a run that do not decide what is learned."""
 
 

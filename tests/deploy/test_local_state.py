@@ -82,9 +82,9 @@ def test_the_ready_line_holds_a_request_a_shell_can_run():
     import shlex
 
     words = shlex.split(ready_line(state_of(member_of("supervisor", os.getpid()))))
-    assert words[:4] == ["ready:", "curl", "-N", "http://127.0.0.1:8000/v1/completions"]
+    assert words[:3] == ["ready:", "curl", "http://127.0.0.1:8000/v1/chat/completions"]
     body = json.loads(words[words.index("-d") + 1])
-    assert body == {"model": "penumbra-nano", "prompt": "Once upon a time", "max_tokens": 32, "stream": True}
+    assert body == {"model": "penumbra-nano", "messages": [{"role": "user", "content": "Tell me a story."}]}
 
 
 def test_a_home_folder_holds_everything_a_cluster_writes():

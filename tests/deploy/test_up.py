@@ -63,7 +63,7 @@ def pids(state: ClusterState) -> list[int]:
 def test_a_detached_cluster_serves_has_a_status_and_goes_down_whole(penumbra, tmp_path, process_gone):
     up = penumbra("up", "--detach", "--port", "0")
     assert up.returncode == 0, up.stdout + up.stderr
-    assert up.stdout.splitlines()[-1].startswith("ready: curl -N http://127.0.0.1:")
+    assert up.stdout.splitlines()[-1].startswith("ready: curl http://127.0.0.1:")
 
     state = ClusterState.load(tmp_path / "home" / "clusters" / "default")
     assert state is not None

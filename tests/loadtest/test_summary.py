@@ -109,7 +109,7 @@ def test_needles_are_counted_apart_from_equality():
     summary = summarize(record([outcome(0, right=True), outcome(1, right=False), outcome(2, right=False, same=True)]))
     assert (summary.checks.needles_right, summary.checks.needles_wrong, summary.checks.unchecked) == (1, 2, 0)
     told = [sentence for _, sentence in verdicts(record([]), summary)]
-    assert "Needles: 1 of 3 answers name the number that was hidden." in told
+    assert "Needles: 1 of 3 answers name the word that was hidden." in told
 
 
 def test_requests_beside_a_long_prompt_are_told_from_those_before_and_after_it():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import statistics
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from loadtest.prose import Prose
 from loadtest.scenario import Arrivals, Scenario, load, parse
-from loadtest.workload import Writer, job, times
+from loadtest.workload import Writer, job, named, times
 from tests.loadtest.test_scenario import LEAST, traffic
 
 PROSE = Prose()
@@ -126,15 +127,26 @@ def test_each_needle_is_hidden_once_in_its_part_of_the_prompt_and_one_is_asked_f
     one = job(hiding, hiding.traffic[0], 7, 0.0)
     first, later = writer.first(one), writer.later(one, 1)
     assert len(first.text) == 20_000
-    assert first.text.count("birds were counted.") == 10
+    hidden = re.findall(r" The secret word of (\w+ of \w+) is (\w+)\.", first.text)
+    assert len(dict(hidden)) == len({word for _, word in hidden}) == 10
+    assert [name for name, _ in hidden[:3]] == ["Anna of Paris", "Clara of London", "David of Rome"]
     for asked in (first, later):
-        name = asked.text.rpartition("of the ")[2].partition(" were counted?")[0]
-        assert f"Of the {name} {asked.expect} birds were counted." in first.text
-        assert first.text.count(asked.expect) == 1
+        name = asked.text.rpartition("the secret word of ")[2].removesuffix("?")
+        assert dict(hidden)[name] == asked.expect
     assert first.expect != later.expect
-    places = [first.text.index(f" Of the {name}") for name in ("northern heron", "northern curlew", "northern godwit")]
-    assert places == sorted(places)
-    assert all(abs(at - 20_000 * k / 10) < 2500 for at, k in zip(places, (0.5, 2.5, 5.5), strict=True))
+    places = [first.text.index(f"The secret word of {name}") for name, _ in hidden]
+    assert all(abs(at - 20_000 * (k + 0.5) / 10) < 2500 for k, at in enumerate(places))
+
+
+def test_four_hundred_needles_have_four_hundred_names():
+    hiding = scenario(prompt=[{"tokens": 60_000}], needles=400)
+    text = Writer(hiding, PROSE, 1.0).first(job(hiding, hiding.traffic[0], 0, 0.0)).text
+    assert len(set(re.findall(r"The secret word of (\w+ of \w+) is", text))) == 400
+
+
+def test_an_answer_is_taken_by_the_first_word_it_names():
+    assert named("The secret word of Anna of Paris is Fox. And then a lantern") == "fox"
+    assert named("It is in the foxes' maps.") == ""
 
 
 def test_sessions_begin_with_what_all_of_them_share_and_go_on_with_their_own():
