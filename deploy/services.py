@@ -12,6 +12,9 @@ from deploy.supervisor import ChildSpec
 PACKAGES = os.pathsep.join(filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH"))))
 """Children import the packages this process imports, installed or not."""
 
+WORKER_NICE = 5
+"""Workers yield to the router on their machine: it needs little, and whoever is refused should hear so at once."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
@@ -25,7 +28,7 @@ class Service:
     def on(self, address: str) -> ChildSpec:
         """What to start on this machine, which others reach at `address`."""
         command = penumbra_command(self.role, "--host", address, *self.arguments)
-        return ChildSpec(name=self.name, command=command, env=threads_environment(self.threads))
+        return ChildSpec(name=self.name, command=command, env=threads_environment(self.threads), nice=WORKER_NICE)
 
 
 def penumbra_command(*arguments: str) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ Knows processes, not Penumbra; `deploy/cluster.py` says which ones make a cluste
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -98,6 +99,7 @@ class ChildSpec:
     command: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
     fds: tuple[int, ...] = ()  # open files of this process that it gets too, under the same numbers
+    nice: int = 0  # how much more than we do it yields where processors are short
 
     def start(self, *, log: Path, echo: Echo) -> Child:
         return Child(self, log=log, echo=echo)
@@ -125,6 +127,10 @@ class Child:
             )
         except OSError as error:
             raise ConfigError(f"Cannot start {spec.name}: {error}.") from error
+        if spec.nice:
+            with contextlib.suppress(ProcessLookupError):  # it may be over already
+                ours = os.getpriority(os.PRIO_PROCESS, 0)
+                os.setpriority(os.PRIO_PROCESS, self._process.pid, min(ours + spec.nice, 19))
         self.started = psutil.Process(self._process.pid).create_time()
         self._reader = threading.Thread(target=self._read, name=f"log-{spec.name}", daemon=True)
         self._reader.start()

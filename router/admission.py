@@ -73,6 +73,13 @@ class Admission:
                 f"{self._running} requests are running, the most this router serves at once. Retry in a moment."
             ).after(self._gate.retry_after_s())
 
+    def check_line(self, body_bytes: int, tenant: Tenant, wishes: Wishes) -> None:
+        """Raises Overloaded or RateLimited for a request that would be shed whatever its body says."""
+        priority = max(wishes.priority, tenant.priority)
+        shed = self._gate.sheds(time.monotonic(), body_bytes, tenant.tenant_id, tenant.weight, priority)
+        if shed is not None:
+            raise shed
+
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """The request runs for the length of the block."""

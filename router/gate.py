@@ -254,27 +254,42 @@ class GateCore:
         self._waiting[ask.request_id] = waiting
         return actions
 
+    def sheds(self, now: float, body_bytes: int, tenant: str, weight: float, priority: int) -> PenumbraError | None:
+        """What a request would be told by how its lane's line is, where that is known before its body is read: a
+        prompt has hardly more tokens than its body has bytes, so a short body is of the shortest lane.
+
+        Under overload this is most of what a router does, and reading costs more than all of it. None: read it and ask.
+        """
+        if 2 * body_bytes >= self._limits.lane_edges[0] or self._first(0) is None:
+            return None
+        ask = Ask(request_id="", prompt_tokens=1, compute_tokens=1, kv_tokens=1, tenant=tenant, weight=weight)
+        rank = (priority, max(self._turn, self._turns.get(tenant, 0.0)), self._num_arrived + 1)
+        newcomer = _Waiting(ask, 0, now, rank)
+        return self._turned_away(now, newcomer) if self._must_wait(now, newcomer) else None
+
     def _must_wait(self, now: float, newcomer: _Waiting) -> bool:
         before = self._first(newcomer.lane)
         return (before is not None and before.rank < newcomer.rank) or not self._fits(now, newcomer)
 
+    def _turned_away(self, now: float, newcomer: _Waiting) -> PenumbraError | None:
+        """Why the newcomer is not to wait, though there may be a place in line."""
+        tenant = newcomer.ask.tenant
+        tenants = {waiting.ask.tenant for waiting in self._waiting.values()} | {tenant}
+        mine = sum(waiting.ask.tenant == tenant for waiting in self._waiting.values())
+        if len(tenants) > 1 and mine >= max(1, int(self._limits.max_waiting * self._limits.tenant_share)):
+            told: PenumbraError = RateLimited(f"{mine} requests of this API key wait for room already. Retry later.")
+            return told.after(self.retry_after_s())
+        if (wait_s := self._wait_s(now, newcomer)) > SHED_SHARE * self._limits.timeout_s:
+            told = Overloaded(f"There will be no room for about {wait_s:.1f} s. Retry later.")
+            return told.after(self.retry_after_s())
+        return None
+
     def _make_place(self, now: float, newcomer: _Waiting) -> Refuse | None:
         """A place in line for the newcomer: None if there is one, or who is told to come again so that there is."""
         limits, ask = self._limits, newcomer.ask
-        retry_s = self.retry_after_s()
-        tenants = {waiting.ask.tenant for waiting in self._waiting.values()} | {ask.tenant}
-        mine = sum(waiting.ask.tenant == ask.tenant for waiting in self._waiting.values())
-        if len(tenants) > 1 and mine >= max(1, int(limits.max_waiting * limits.tenant_share)):
-            return Refuse(
-                ask.request_id,
-                RateLimited(f"{mine} requests of this API key wait for room already. Retry later.").after(retry_s),
-            )
+        if (error := self._turned_away(now, newcomer)) is not None:
+            return Refuse(ask.request_id, error)
         tokens = sum(waiting.ask.prompt_tokens for waiting in self._waiting.values())
-        if (wait_s := self._wait_s(now, newcomer)) > SHED_SHARE * limits.timeout_s:
-            return Refuse(
-                ask.request_id,
-                Overloaded(f"There will be no room for about {wait_s:.1f} s. Retry later.").after(retry_s),
-            )
         if len(self._waiting) < limits.max_waiting and tokens + ask.prompt_tokens <= limits.max_waiting_tokens:
             return None
         last = max((*self._waiting.values(), newcomer), key=lambda waiting: waiting.rank)
@@ -285,10 +300,10 @@ class GateCore:
         if last.ask.priority == ask.priority or not enough:
             last = newcomer
         self._waiting.pop(last.ask.request_id, None)
-        error = Overloaded(
+        full = Overloaded(
             f"{len(self._waiting)} requests with {tokens} prompt tokens wait for room already. Retry later."
         )
-        return Refuse(last.ask.request_id, error.after(retry_s))
+        return Refuse(last.ask.request_id, full.after(self.retry_after_s()))
 
     def _wait_s(self, now: float, newcomer: _Waiting) -> float:
         """How long the newcomer would wait, at the pace others make room. While nobody has made any yet, that is slower

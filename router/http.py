@@ -169,6 +169,9 @@ class Front:
         self.admission.check()
         stay: Stay = request.state.stay
         key = request.headers.get("idempotency-key")
+        # A body may have a priority, which counts in line, and a key may lead to an answer that is there already.
+        if wishes.may_wait and key is None and b'"priority"' not in raw:
+            self.admission.check_line(len(raw), stay.tenant, wishes)
         keep_s = resume_s(request.headers.get("x-penumbra-resume"), key)
         path = request.url.path
         if key is not None:

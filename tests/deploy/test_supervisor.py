@@ -94,6 +94,15 @@ def test_a_line_that_is_not_text_is_logged_as_it_came(tmp_path, heard, eventuall
     assert (tmp_path / "router.log").read_bytes() == b"\xff broken\n"
 
 
+def test_a_child_yields_to_others_as_much_as_it_was_told(tmp_path, heard, eventually):
+    script = "import os, time; time.sleep(0.5); print(os.nice(0))"
+    command = (sys.executable, "-c", script)
+    with Supervisor(log_dir=tmp_path, echo=heard) as supervisor:
+        supervisor.start([ChildSpec(name=name, command=command, nice=nice) for name, nice in (("a", 5), ("b", 0))])
+        eventually(lambda: len(heard) == 2)
+    assert sorted(heard) == [("a", str(os.nice(0) + 5)), ("b", str(os.nice(0)))]
+
+
 def test_a_childs_environment_is_laid_over_ours(tmp_path, heard, eventually, monkeypatch):
     monkeypatch.setenv("FROM_OURS", "kept")
     script = "import os; print(os.environ['FROM_OURS'], os.environ['OMP_NUM_THREADS'])"
