@@ -57,11 +57,15 @@ def fp4(weight: Tensor) -> Tensor:
 
 
 def fp8(weight: Tensor) -> Tensor:
-    """[O, I] through E4M3 with a power of two for each 128 x 128 block."""
+    """[O, I] through E4M3 with a power of two for each 128 x 128 block, or for all along an uneven axis."""
     rows, columns = weight.shape
     blocks = F.pad(weight, (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK))
     blocks = blocks.unflatten(1, (-1, FP8_BLOCK)).unflatten(0, (-1, FP8_BLOCK))
-    scale = _power_of_two(blocks.abs().amax((1, 3), keepdim=True).clamp(min=AMAX_FLOOR), E4M3_MAX)
+    largest = blocks.abs().amax((1, 3), keepdim=True).clamp(min=AMAX_FLOOR)
+    for axis, size in ((0, rows), (2, columns)):
+        if size % FP8_BLOCK:
+            largest = largest.amax(axis, keepdim=True)
+    scale = _power_of_two(largest, E4M3_MAX)
     return (_e4m3(blocks / scale) * scale).flatten(2).flatten(0, 1)[:rows, :columns]
 
 

@@ -175,12 +175,18 @@ _TOKENIZER_CONFIG = {
 def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight [O, I] float32 -> float8_e4m3fn [O, I] and its scales, float8_e8m0fnu [ceil(O/128), ceil(I/128)].
 
-    A block's scale is the smallest power of two that keeps its largest value within E4M3's 448.
+    A block's scale is the smallest power of two that keeps its largest value within E4M3's 448. Along an axis that
+    is no multiple of 128 all blocks have the scale of the largest: transformers takes the size over the number of
+    scales for a block's, and would give some rows their neighbours' scale.
     """
     rows, columns = weight.shape
     padded = torch.nn.functional.pad(weight, (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK))
     blocks = padded.view(padded.shape[0] // FP8_BLOCK, FP8_BLOCK, -1, FP8_BLOCK)
-    exponent = _scale_exponent(blocks.abs().amax(dim=(1, 3)).clamp(min=1e-4), 448.0)
+    largest = blocks.abs().amax(dim=(1, 3)).clamp(min=1e-4)
+    for axis, size in enumerate(weight.shape):
+        if size % FP8_BLOCK:
+            largest = largest.amax(dim=axis, keepdim=True).expand_as(largest)
+    exponent = _scale_exponent(largest, 448.0)
     codes = torch.ldexp(blocks, -exponent[:, None, :, None]).view(padded.shape)[:rows, :columns]
     scale = (exponent + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
     return codes.to(torch.float8_e4m3fn).contiguous(), scale

@@ -129,17 +129,18 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path: Path) -
 
 
 def test_quantising_keeps_within_half_a_step_and_uses_the_whole_range() -> None:
-    weight = torch.randn(200, 96, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 200)[:, None]
+    weight = torch.randn(256, 96, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 256)[:, None]
     codes, scale = quantise_fp8(weight)
-    assert (tuple(codes.shape), tuple(scale.shape)) == ((200, 96), (2, 1))
+    assert (tuple(codes.shape), tuple(scale.shape)) == ((256, 96), (2, 1))
     error = (dequantise_fp8(codes, scale).float() - weight).abs()
-    largest = torch.stack([weight[:128].abs().max(), weight[128:].abs().max()]).repeat_interleave(128)[:200]
+    largest = torch.stack([weight[:128].abs().max(), weight[128:].abs().max()]).repeat_interleave(128)
     # E4M3 keeps 3 mantissa bits; below its smallest normal number, 2^-6 of a scale of at most 2 largest / 448.
     assert (error <= torch.maximum(weight.abs() / 16, largest[:, None] * 2**-9 / 224)).all()
     assert torch.equal(
         dequantise_fp8(*quantise_fp8(dequantise_fp8(codes, scale).float())), dequantise_fp8(codes, scale)
     )
 
+    weight = weight[:200]
     packed, scale = quantise_mxfp4(weight)
     assert (tuple(packed.shape), tuple(scale.shape)) == ((200, 48), (200, 3))
     groups = weight.view(200, 3, 32)
@@ -252,3 +253,15 @@ def test_the_spellings_are_those_the_renderer_uses() -> None:
     kinds = ("Bos", "Eos", "ThinkingStart", "ThinkingEnd", "User", "Assistant", "LatestReminder", "Dsml")
     spelled = {getattr(deepseek_recipe.SpecialToken, kind).default_str() for kind in kinds}
     assert spelled <= {*LEADING_TOKENS, *TRAILING_TOKENS}
+
+
+def test_blocks_along_an_uneven_axis_have_one_scale() -> None:
+    """Who divides the size by the number of scales, as transformers does, then finds the same weights."""
+    weight = torch.randn(200, 256, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 256)
+    weight[150:] *= 64
+    codes, scale = quantise_fp8(weight)
+    assert scale.shape == (2, 2)
+    assert torch.equal(scale[0].float(), scale[1].float()), "200 rows are no multiple of 128"
+    assert scale[0, 0].float() < scale[0, 1].float(), "256 columns are"
+    theirs = codes.float() * scale.float().repeat_interleave(100, 0).repeat_interleave(128, 1)
+    assert torch.equal(theirs, dequantise_fp8(codes, scale).float())
