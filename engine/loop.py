@@ -57,6 +57,7 @@ class Load:
     running: int = 0
     waiting: int = 0
     queued_tokens: int = 0  # prompt tokens not yet computed (prefill) or not yet fetched (decode)
+    queued_depth: int = 0  # of the prompts being computed: tokens in front of what comes next, on average
     free_tokens: int = 0  # full-pool tokens not spoken for
     prefill_token_ns: int = 0  # measured: a prompt token at the start of a prompt
     prefill_depth_ns: int = 0  # and so much more for each 1,024 tokens in front of it

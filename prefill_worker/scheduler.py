@@ -311,10 +311,12 @@ class PrefillCore:
     def load(self) -> Load:
         pools, full = self._pools, self._cache.counts(PageClass.FULL)
         token_ns, depth_ns = self._pace.line()
+        depths = [run.sequence.length for run in self._computing if run.sequence is not None]
         return Load(
             running=len(self._computing),
             waiting=len(self._waiting),
             queued_tokens=self._uncomputed,
+            queued_depth=sum(depths) // len(depths) if depths else 0,
             free_tokens=(pools.full.free + full.evictable) * PAGE_TOKENS,
             prefill_token_ns=token_ns,
             prefill_depth_ns=depth_ns,

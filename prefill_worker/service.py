@@ -177,6 +177,7 @@ class PrefillService(worker_pb2_grpc.PrefillServicer, kv_pb2_grpc.PagesServicer)
             running=load.running,
             waiting=load.waiting,
             queued_tokens=load.queued_tokens,
+            queued_depth=load.queued_depth,
             prefill_token_ns=load.prefill_token_ns,
             prefill_depth_ns=load.prefill_depth_ns,
             kv_token_bytes=self._kv_token_bytes,

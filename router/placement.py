@@ -202,10 +202,11 @@ class _Request:
     def _prefill_s(self, prefill: WorkerView) -> float:
         missing = self._prompt_tokens - self.held(prefill)
         # Prompts take turns and the one with the least left goes first every other time: so a prompt waits for at
-        # most as much of each other one as it has itself, and 2,000 tokens not for 900,000.
+        # most as much of each other one as it has itself, and 2,000 tokens not for 900,000. But tokens of a long
+        # prompt take longer the more there are in front of them.
         ahead = min(prefill.pending_tokens, max(1, prefill.num_requests) * missing)
         full = ROOM_COST * self._token_s * max(0, missing - prefill.free_tokens)
-        return self._compute_s(prefill, missing, self.held(prefill)) + self._compute_s(prefill, ahead, 0) + full
+        return self._compute_s(prefill, missing, self.held(prefill)) + self._compute_s(prefill, ahead, prefill.info.queued_depth) + full
 
     def _transfer_s(self, decode: WorkerView) -> float:
         info, missing = decode.info, self._prompt_tokens - self.held(decode)

@@ -110,6 +110,7 @@ class WorkerInfo:
     waiting: int = 0
     max_requests: int = 0  # running at once, at most; 0: it does not say
     queued_tokens: int = 0
+    queued_depth: int = 0  # of prompts being computed: tokens in front of what comes next, on average
     # What the worker has measured on itself; 0 while it has not.
     prefill_token_ns: int = 0  # computing one prompt token at the start of a prompt
     prefill_depth_ns: int = 0  # and so much more for each 1,024 tokens in front of it

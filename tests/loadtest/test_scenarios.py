@@ -10,18 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from deploy.cluster import bundled_model
 from loadtest.record import Record
 from loadtest.scenario import SHIPPED
 from loadtest.summary import summarize
+from tests.cluster.local_cluster import local_cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
 
 
-def run(tmp_path: Path, scenario: str, *more: str) -> Record:
+def run(tmp_path: Path, scenario: str, *more: str, cluster: str = "none") -> Record:
     """Without an error, with equal answers and balanced pages."""
-    words = [scenario, "--out", str(tmp_path), "--no-save", "--cluster", "none", *more]
+    words = [scenario, "--out", str(tmp_path), "--no-save", "--cluster", cluster, *more]
     done = subprocess.run(
         [sys.executable, "-m", "cli", "loadtest", "run", *words],
         cwd=ROOT,
@@ -70,3 +72,14 @@ def test_the_long_mix_in_small_keeps_its_prefix_and_its_answers(tmp_path):
     assert beside is not None
     assert beside.during > 0
     assert beside.otherwise > 0
+
+
+def test_a_cluster_that_is_up_is_joined_and_left_up(tmp_path):
+    with local_cluster(tmp_path, bundled_model()) as up:
+        before = up.members
+        record = run(tmp_path, "smoke", "--duration-s", "10", cluster="test")
+        assert record.about["cluster"] == "1 prefill, 1 decode; it was up already"
+        assert up.members == before
+        assert up.post("/v1/completions", {"prompt": "Once", "max_tokens": 2}).status_code == 200
+        sent = sum(value for name, value in up.metrics().items() if name.startswith("penumbra_http_requests_total"))
+        assert sent >= len(record.outcomes)

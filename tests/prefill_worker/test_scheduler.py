@@ -334,6 +334,7 @@ def test_2k_behind_900k_wait_for_two_chunks_of_half_a_second_at_most() -> None:
     assert max(waits) <= 2
     assert max(steps[1:]) <= 0.5, "the first one teaches it how long a token takes"
     assert core.load().queued_tokens > 890_000, "the short one did not wait for the long one's end"
+    assert core.load().queued_depth == 900_000 - core.load().queued_tokens, "who comes next is told how deep it is"
 
 
 def test_several_prompts_share_a_step_up_to_its_budget() -> None:

@@ -168,6 +168,22 @@ PREFIX_ROWS: dict[str, tuple[FleetSnapshot, dict[str, int], tuple[str, str]]] = 
         {"p1": 3_840},
         ("p1", "d0"),
     ),
+    "but its tokens take as long as they do where it has got to": (
+        fleet(
+            prefill("p0", running=1, queued_tokens=4_000, prefill_token_ns=100_000, prefill_depth_ns=2_000),
+            prefill(
+                "p1",
+                running=1,
+                queued_tokens=500_000,
+                queued_depth=400_000,
+                prefill_token_ns=100_000,
+                prefill_depth_ns=2_000,
+            ),
+            decode("d0"),
+        ),
+        {"p1": 100},
+        ("p0", "d0"),
+    ),
     "the longer of two prefixes": (
         fleet(prefill("p0"), prefill("p1"), decode("d0")),
         {"p0": 512, "p1": 768},
