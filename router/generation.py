@@ -172,7 +172,8 @@ class Generation(Response):
             span.part("tokens", first.timeline.first_token, first.timeline.last_token)
         span.set(prompt_tokens=len(first.request.prompt), completion_tokens=first.answer.num_tokens)
         gone = asyncio.CancelledError() if state.get("client_gone") else None
-        span.end(self._failure or gone)
+        failure, self._failure = self._failure, None  # its traceback knows us: kept, it would be a circle
+        span.end(failure or gone)
 
     async def _answer(self, send: Send) -> None:
         """Everything from placement to the last byte. Never raises but when cancelled."""
@@ -222,7 +223,10 @@ class Generation(Response):
             error = failures.exceptions[0]
         else:
             return
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # its traceback knows this frame
 
     async def _follow(self, choice: _Choice, send: Send) -> None:
         """Relay one choice to its end."""

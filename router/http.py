@@ -381,6 +381,7 @@ class _Door:
             route = getattr(scope.get("route"), "path", "other")
             outcome = 499 if state.get("client_gone") else status
             self._metrics.requests.labels(route, str(outcome)).inc()
+            refusal = state.pop("refusal", None)  # its traceback knows the state: kept, it would be a circle
             if "error_code" in state:
                 self._metrics.errors.labels(state["error_code"]).inc()
             if scope["path"] in GENERATING and "traced" not in state:
@@ -391,4 +392,4 @@ class _Door:
                     begin_s=arrived,
                 )
                 span.set(status=outcome, request_id=request_id)
-                span.end(asyncio.CancelledError() if state.get("client_gone") else state.get("refusal"))
+                span.end(asyncio.CancelledError() if state.get("client_gone") else refusal)

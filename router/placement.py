@@ -206,7 +206,11 @@ class _Request:
         # prompt take longer the more there are in front of them.
         ahead = min(prefill.pending_tokens, max(1, prefill.num_requests) * missing)
         full = ROOM_COST * self._token_s * max(0, missing - prefill.free_tokens)
-        return self._compute_s(prefill, missing, self.held(prefill)) + self._compute_s(prefill, ahead, prefill.info.queued_depth) + full
+        return (
+            self._compute_s(prefill, missing, self.held(prefill))
+            + self._compute_s(prefill, ahead, prefill.info.queued_depth)
+            + full
+        )
 
     def _transfer_s(self, decode: WorkerView) -> float:
         info, missing = decode.info, self._prompt_tokens - self.held(decode)

@@ -36,6 +36,9 @@ LATE_S = 0.5
 FIND_S = 10.0
 """A router that takes over a socket looks for workers for so long before it accepts anybody."""
 
+GC_THRESHOLDS = (2_000, 20, 50)
+"""Rarer than Python's own: what a request leaves behind frees itself, and every collection looks at all that run."""
+
 log = structlog.get_logger()
 
 
@@ -104,6 +107,7 @@ async def serve(
                     # nobody gets an answer.
                     gc.collect()
                     gc.freeze()
+                    gc.set_threshold(*GC_THRESHOLDS)
                 try:
                     async with asyncio.TaskGroup() as serving:
                         for server, listener in doors:

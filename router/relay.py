@@ -675,7 +675,10 @@ async def relay(
         finally:
             shell.close()
     if failure is not None:
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # its traceback knows this frame
 
 
 # The generated stubs carry no types.
@@ -691,7 +694,10 @@ class _Attempt:
         self.calls: dict[Role, asyncio.Task[None]] = {}
 
     def drop(self) -> None:
-        for task in self.calls.values():
+        # Forgotten as well: a cancelled task's traceback knows us, and all of the request would wait in that circle for
+        # a garbage collection, which holds the router up.
+        calls, self.calls = self.calls, {}
+        for task in calls.values():
             task.cancel()
         for hold in self.holds.values():
             hold.close()
