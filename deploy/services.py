@@ -12,7 +12,7 @@ from deploy.supervisor import ChildSpec
 PACKAGES = os.pathsep.join(filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH"))))
 """Children import the packages this process imports, installed or not."""
 
-WORKER_NICE = 5
+WORKER_NICE = 10
 """Workers yield to the router on their machine: it needs little, and whoever is refused should hear so at once."""
 
 

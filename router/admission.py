@@ -62,6 +62,7 @@ class Admission:
         self._answers: dict[str, asyncio.Future[None]] = {}  # of those that wait
         self._wanted = asyncio.Event()  # a look at the fleet, since somebody waits
         self._running = 0
+        self._coming = 0
         self.draining = False
 
     def check(self) -> None:
@@ -76,9 +77,18 @@ class Admission:
     def check_line(self, body_bytes: int, tenant: Tenant, wishes: Wishes) -> None:
         """Raises Overloaded or RateLimited for a request that would be shed whatever its body says."""
         priority = max(wishes.priority, tenant.priority)
-        shed = self._gate.sheds(time.monotonic(), body_bytes, tenant.tenant_id, tenant.weight, priority)
+        shed = self._gate.sheds(time.monotonic(), body_bytes, tenant.tenant_id, tenant.weight, priority, self._coming)
         if shed is not None:
             raise shed
+
+    @contextlib.contextmanager
+    def coming(self) -> Iterator[None]:
+        """The request is being read for the length of the block, and then comes to the gate."""
+        self._coming += 1
+        try:
+            yield
+        finally:
+            self._coming -= 1
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

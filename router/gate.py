@@ -254,9 +254,12 @@ class GateCore:
         self._waiting[ask.request_id] = waiting
         return actions
 
-    def sheds(self, now: float, body_bytes: int, tenant: str, weight: float, priority: int) -> PenumbraError | None:
+    def sheds(
+        self, now: float, body_bytes: int, tenant: str, weight: float, priority: int, coming: int
+    ) -> PenumbraError | None:
         """What a request would be told by how its lane's line is, where that is known before its body is read: a
-        prompt has hardly more tokens than its body has bytes, so a short body is of the shortest lane.
+        prompt has hardly more tokens than its body has bytes, so a short body is of the shortest lane. So many others
+        are `coming`: their bodies are being read.
 
         Under overload this is most of what a router does, and reading costs more than all of it. None: read it and ask.
         """
@@ -265,13 +268,13 @@ class GateCore:
         ask = Ask(request_id="", prompt_tokens=1, compute_tokens=1, kv_tokens=1, tenant=tenant, weight=weight)
         rank = (priority, max(self._turn, self._turns.get(tenant, 0.0)), self._num_arrived + 1)
         newcomer = _Waiting(ask, 0, now, rank)
-        return self._turned_away(now, newcomer) if self._must_wait(now, newcomer) else None
+        return self._turned_away(now, newcomer, coming) if self._must_wait(now, newcomer) else None
 
     def _must_wait(self, now: float, newcomer: _Waiting) -> bool:
         before = self._first(newcomer.lane)
         return (before is not None and before.rank < newcomer.rank) or not self._fits(now, newcomer)
 
-    def _turned_away(self, now: float, newcomer: _Waiting) -> PenumbraError | None:
+    def _turned_away(self, now: float, newcomer: _Waiting, coming: int = 0) -> PenumbraError | None:
         """Why the newcomer is not to wait, though there may be a place in line."""
         tenant = newcomer.ask.tenant
         tenants = {waiting.ask.tenant for waiting in self._waiting.values()} | {tenant}
@@ -279,7 +282,7 @@ class GateCore:
         if len(tenants) > 1 and mine >= max(1, int(self._limits.max_waiting * self._limits.tenant_share)):
             told: PenumbraError = RateLimited(f"{mine} requests of this API key wait for room already. Retry later.")
             return told.after(self.retry_after_s())
-        if (wait_s := self._wait_s(now, newcomer)) > SHED_SHARE * self._limits.timeout_s:
+        if (wait_s := self._wait_s(now, newcomer, coming)) > SHED_SHARE * self._limits.timeout_s:
             told = Overloaded(f"There will be no room for about {wait_s:.1f} s. Retry later.")
             return told.after(self.retry_after_s())
         return None
@@ -305,9 +308,9 @@ class GateCore:
         )
         return Refuse(last.ask.request_id, full.after(self.retry_after_s()))
 
-    def _wait_s(self, now: float, newcomer: _Waiting) -> float:
-        """How long the newcomer would wait, at the pace others make room. While nobody has made any yet, that is slower
-        with every moment.
+    def _wait_s(self, now: float, newcomer: _Waiting, coming: int) -> float:
+        """How long the newcomer would wait, behind so many more than are in line, at the pace others make room. While
+        nobody has made any yet, that is slower with every moment.
         """
         line = self._lines.get(newcomer.lane)
         if line is None:
@@ -316,7 +319,7 @@ class GateCore:
         while line.left and line.left[0] < oldest:
             line.left.popleft()
         before = sum(w.lane == newcomer.lane and w.rank < newcomer.rank for w in self._waiting.values())
-        return (before + 1) * (now - oldest) / (len(line.left) + 1)
+        return (before + coming + 1) * (now - oldest) / (len(line.left) + 1)
 
     def _leave(self, now: float, request_id: str) -> None:
         self._waiting.pop(request_id, None)

@@ -178,7 +178,8 @@ class Front:
             before = await self._idempotency.claim(stay.tenant, key, path, raw)
             if before and await self._is_kept(before, stay.tenant):
                 return self._resumed(before, stay.tenant)
-        prepared = await self._preparation.prepare(path, self._preparation.intake(stay.tenant), raw)
+        with self.admission.coming():
+            prepared = await self._preparation.prepare(path, self._preparation.intake(stay.tenant), raw)
         keeping = None
         if key is not None and keep_s:
             prepared, keeping = self._kept(prepared, stay.tenant, key, keep_s, path, raw)

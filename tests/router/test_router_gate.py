@@ -378,13 +378,16 @@ def test_the_longer_nobody_leaves_the_fewer_may_wait():
 def test_a_short_body_hears_that_the_line_is_too_long_before_it_is_read():
     drive = Driver(GateLimits(lane_edges=(1_000, 100_000), max_waiting=4, timeout_s=10))
 
-    def told(body_bytes: int):
-        return drive.core.sheds(drive.now, body_bytes, "default", 1.0, 0)
+    def told(body_bytes: int, coming: int = 0):
+        return drive.core.sheds(drive.now, body_bytes, "default", 1.0, 0, coming)
 
     assert told(100) is None, "nobody waits"
     drive.arrive("a")
     assert told(100) is None, "the line has just begun"
-    drive.now += 6  # in which nobody was let in: the next would wait for longer than half the limit
+    drive.now += 2
+    assert told(100) is None
+    assert isinstance(told(100, coming=2), Overloaded), "two more are before it, though not in line yet"
+    drive.now += 4  # in which nobody was let in: the next would wait for longer than half the limit
     early = told(100)
     late = refusal(drive.arrive("b")).error
     assert isinstance(early, Overloaded)
@@ -398,5 +401,5 @@ def test_a_tenant_with_its_share_of_the_line_hears_that_before_its_body_is_read(
     drive = Driver()
     for name, tenant in (("a", "one"), ("b", "one"), ("c", "two")):
         drive.arrive(name, tenant=tenant)
-    assert isinstance(drive.core.sheds(drive.now, 10, "one", 1.0, 0), RateLimited)
-    assert drive.core.sheds(drive.now, 10, "two", 1.0, 0) is None
+    assert isinstance(drive.core.sheds(drive.now, 10, "one", 1.0, 0, 0), RateLimited)
+    assert drive.core.sheds(drive.now, 10, "two", 1.0, 0, 0) is None
