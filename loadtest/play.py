@@ -35,7 +35,8 @@ TICK_S = 0.02
 LEAD_S = 0.5
 """Before second 0, in which whatever is due then is written."""
 STRIKE_S = 120.0
-CALIBRATION_CHARS = 20_000
+CALIBRATION_CHARS = 400_000
+"""Passages differ: of 20,000 characters the mean is 2% off, which is 18,000 tokens of 900,000."""
 
 
 @dataclass(slots=True)
