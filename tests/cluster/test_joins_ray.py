@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import secrets
 import shutil
@@ -51,8 +52,6 @@ class Head:
         )
         assert done.returncode == 0, done.stderr
         (line,) = [line for line in done.stdout.splitlines() if line.startswith("left ")]
-        import json
-
         found: dict[str, float] = json.loads(line[5:])
         return found
 
@@ -95,6 +94,7 @@ def ray_head(folder: Path, auth: str) -> Iterator[Head]:
             process.terminate()
         for process in psutil.wait_procs(family, timeout=30)[1]:
             process.kill()
+        head.wait(10)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
