@@ -102,7 +102,9 @@ def test_it_joins_by_address_and_token_is_replaced_while_it_answers_and_leaves_r
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with ray_head(tmp_path / "ray", "token") as head:
-        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", head.environment["RAY_AUTH_TOKEN_PATH"])
+        # What a user of such a Ray has in his shell. The second keeps Ray from taking loopback for another address.
+        for name in ("RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
+            monkeypatch.setenv(name, head.environment[name])
         flags = ("--on", "ray", "--ray-address", head.address, "--worker-cpus", "0.4", "--grace-s", "30")
         with local_cluster(tmp_path / "home", model, *flags, packages=tmp_path / "ray" / "lean") as cluster:
             undisturbed = stream_ids(cluster, model, TOKENS)
