@@ -264,10 +264,14 @@ def _needles(at: Engine, texts: Texts, length: int, count: int, add: Add, throug
 
 def _asked(url: str, prompt: Sequence[int]) -> str:
     """A cluster's greedy answer."""
-    body = {"prompt": list(prompt), "max_tokens": ANSWER_TOKENS, "temperature": 0}
+    told = ""
     try:
-        answer = httpx.post(f"{url.rstrip('/')}/v1/completions", json=body, timeout=ASKED_S)
-        answer.raise_for_status()
-        return str(answer.json()["choices"][0]["text"])
+        with httpx.Client(base_url=url, timeout=ASKED_S) as client:
+            model = client.get("/v1/models").json()["data"][0]["id"]
+            body = {"model": model, "prompt": list(prompt), "max_tokens": ANSWER_TOKENS, "temperature": 0}
+            answer = client.post("/v1/completions", json=body)
+            told = answer.text
+            return str(answer.json()["choices"][0]["text"])
     except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
-        raise PenumbraError(f"--through: the cluster at {url} did not answer: {error}. Is it up?") from None
+        why = told[:300] or error
+        raise PenumbraError(f"--through: the cluster at {url} did not answer: {why}. Is it up?") from None
