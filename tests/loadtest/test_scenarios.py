@@ -80,6 +80,6 @@ def test_a_cluster_that_is_up_is_joined_and_left_up(tmp_path):
         record = run(tmp_path, "smoke", "--duration-s", "10", cluster="test")
         assert record.about["cluster"] == "1 prefill, 1 decode; it was up already"
         assert up.members == before
-        assert up.post("/v1/completions", {"prompt": "Once", "max_tokens": 2}).status_code == 200
+        assert up.post("/v1/completions", {"model": "nano", "prompt": "Once", "max_tokens": 2}).status_code == 200
         sent = sum(value for name, value in up.metrics().items() if name.startswith("penumbra_http_requests_total"))
         assert sent >= len(record.outcomes)
