@@ -62,7 +62,7 @@ class Admission:
         self._answers: dict[str, asyncio.Future[None]] = {}  # of those that wait
         self._wanted = asyncio.Event()  # a look at the fleet, since somebody waits
         self._running = 0
-        self._coming = 0
+        self._coming = 0  # requests with short bodies that are being read
         self.draining = False
 
     def check(self) -> None:
@@ -82,13 +82,14 @@ class Admission:
             raise shed
 
     @contextlib.contextmanager
-    def coming(self) -> Iterator[None]:
+    def coming(self, body_bytes: int) -> Iterator[None]:
         """The request is being read for the length of the block, and then comes to the gate."""
-        self._coming += 1
+        short = self._gate.is_short(body_bytes)
+        self._coming += short
         try:
             yield
         finally:
-            self._coming -= 1
+            self._coming -= short
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

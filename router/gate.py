@@ -254,16 +254,19 @@ class GateCore:
         self._waiting[ask.request_id] = waiting
         return actions
 
+    def is_short(self, body_bytes: int) -> bool:
+        """Whether its prompt is surely of the shortest lane: a body has more bytes than its prompt has tokens."""
+        return 2 * body_bytes < self._limits.lane_edges[0]
+
     def sheds(
         self, now: float, body_bytes: int, tenant: str, weight: float, priority: int, coming: int
     ) -> PenumbraError | None:
         """What a request would be told by how its lane's line is, where that is known before its body is read: a
-        prompt has hardly more tokens than its body has bytes, so a short body is of the shortest lane. So many others
-        are `coming`: their bodies are being read.
+        short body is of the shortest lane. So many others with short bodies are `coming`: they are being read.
 
         Under overload this is most of what a router does, and reading costs more than all of it. None: read it and ask.
         """
-        if 2 * body_bytes >= self._limits.lane_edges[0] or self._first(0) is None:
+        if not self.is_short(body_bytes) or self._first(0) is None:
             return None
         ask = Ask(request_id="", prompt_tokens=1, compute_tokens=1, kv_tokens=1, tenant=tenant, weight=weight)
         rank = (priority, max(self._turn, self._turns.get(tenant, 0.0)), self._num_arrived + 1)

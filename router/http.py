@@ -178,7 +178,7 @@ class Front:
             before = await self._idempotency.claim(stay.tenant, key, path, raw)
             if before and await self._is_kept(before, stay.tenant):
                 return self._resumed(before, stay.tenant)
-        with self.admission.coming():
+        with self.admission.coming(len(raw)):
             prepared = await self._preparation.prepare(path, self._preparation.intake(stay.tenant), raw)
         keeping = None
         if key is not None and keep_s:

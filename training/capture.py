@@ -27,9 +27,10 @@ class Captured:
     def __init__(
         self, compute: Compute, inputs: tuple[Tensor, Tensor, Tensor], parameters: Iterable[Tensor], pool: Any
     ) -> None:
-        """Run `compute` a few times, capture it, and leave the gradients zero. `pool` is shared by graphs that never
-        run at the same time.
+        """Run `compute` a few times, capture it, and leave the gradients as they were: earlier parts of the same step
+        may have added to them. `pool` is shared by graphs that never run at the same time.
         """
+        before = [(p, None if p.grad is None else p.grad.clone()) for p in parameters]
         self._inputs = tuple(tensor.clone() for tensor in inputs)
         self._graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
@@ -42,9 +43,9 @@ class Captured:
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._sums, self._picks = compute(*self._inputs)
         self.pool = self._graph.pool()
-        for parameter in parameters:
+        for parameter, gradient in before:
             if parameter.grad is not None:
-                parameter.grad.zero_()
+                parameter.grad.zero_() if gradient is None else parameter.grad.copy_(gradient)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         for own, given in zip(self._inputs, inputs, strict=True):

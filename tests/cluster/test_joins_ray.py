@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -91,9 +92,11 @@ def ray_head(folder: Path, auth: str) -> Iterator[Head]:
     finally:
         family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
         for process in family:
-            process.terminate()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
         for process in psutil.wait_procs(family, timeout=30)[1]:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         head.wait(10)
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -25,9 +25,9 @@ def texts() -> Texts:
 
 
 def seen(texts: Texts, *, capture: bool) -> list[Metrics]:
-    """Two stages, in parts that are captured once and replayed twice, with and without watching."""
+    """Two stages, the first in two parts of different size, with and without watching."""
     stages = (
-        Stage(steps=4, sequence_tokens=128, sequences=4, micro_sequences=2),
+        Stage(steps=4, sequence_tokens=128, sequences=4, micro_sequences=3),
         Stage(steps=4, sequence_tokens=192, sequences=2, sparse=True),
     )
     config = replace(CONFIG, stages=stages, device="cuda", dtype="bfloat16", capture=capture)
