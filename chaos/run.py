@@ -45,7 +45,8 @@ RESTART_S = 1.0
 GRACE_S = 30.0
 """Longer than any answer here takes: who is asked to go finishes, or hands over."""
 
-DISK_BYTES = 8 << 20
+DISK_BYTES = 256 << 20
+"""What the logs of the whole campaign fit into; F42 fills what they leave."""
 FIRST_TOKEN = 2.0
 """After a long silence the first token may take so many times as long as before."""
 
