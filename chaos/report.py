@@ -72,7 +72,10 @@ def write() -> Path:
     if others:
         lines += ["", "| run | held | answers | measured | commit |", "|---|---|---|---|---|"]
         lines += [f"| {r['fault']} | {r['ok']} | {r['n']} | {r['measured']} | {r['commit']} |" for r in others]
-    machines = sorted({f"{row['machine']} (load {row['load']})" for row in known.values()})
+    loads: dict[str, list[float]] = {}
+    for row in known.values():
+        loads.setdefault(row["machine"], []).append(float(row["load"]))
+    machines = [f"{name} (load {min(seen):g} to {max(seen):g} before a row)" for name, seen in sorted(loads.items())]
     lines += ["", "Machines: " + "; ".join(machines) + "."] if machines else []
     PAGE.write_text(HEAD + "\n".join(lines) + "\n")
     return PAGE

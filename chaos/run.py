@@ -47,6 +47,7 @@ GRACE_S = 30.0
 
 DISK_BYTES = 256 << 20
 """What the logs of the whole campaign fit into; F42 fills what they leave."""
+
 FIRST_TOKEN = 2.0
 """After a long silence the first token may take so many times as long as before."""
 
