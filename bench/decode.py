@@ -29,9 +29,9 @@ from decode_worker.scheduler import Cancel, DecodeAction, DecodeCore, DecodeEven
 from engine.batch import Drawn, Sampled, Segment
 from engine.config import EngineConfig
 from engine.loop import EngineLoop
-from engine.model.mtp import DraftLayer
 from engine.model.tiny import write_tiny
 from engine.runner import Plan, Runner
+from engine.steps import Step
 from wire.types import AttemptId, Failed, Finished, SamplingParams, StartRequest, Tokens
 
 BATCHES = (1, 8, 32)
@@ -49,9 +49,9 @@ class Replaying(Runner):
     rng: random.Random
 
     def _guess(
-        self, draft: DraftLayer, batch: list[Segment], tokens: list[tuple[Sampled, ...]], *args: Any
+        self, step: Step, batch: list[Segment], tokens: list[tuple[Sampled, ...]], *args: Any
     ) -> list[tuple[int, ...]]:
-        guessed = super()._guess(draft, batch, tokens, *args)
+        guessed = super()._guess(step, batch, tokens, *args)
         if not self.answers:
             return guessed
         found = []

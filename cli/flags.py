@@ -28,6 +28,11 @@ Dtype = Annotated[
     Literal["auto", "bfloat16", "float32"],
     flag("dtype", "Type of products' operands; auto: float32 on a CPU, bfloat16 on a GPU."),
 ]
+Kernels = Annotated[
+    Literal["triton", "cuda"],
+    flag("kernels", "On a GPU, what computes products of few tokens: Triton, or kernels of our own in CUDA C++."),
+]
+Graphs = Annotated[bool, flag("graphs", "On a GPU, replay steps of few tokens as CUDA graphs.", switch=True)]
 KvLayout = Annotated[
     Literal["v4", "exact"], flag("kv-layout", "v4: production pages; exact: float32 rows, for parity tests.")
 ]

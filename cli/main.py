@@ -24,6 +24,7 @@ from cli.flags import (
     DraftTokens,
     Dtype,
     Grace,
+    Graphs,
     GrpcPort,
     Home,
     Host,
@@ -31,6 +32,7 @@ from cli.flags import (
     HttpPort,
     Insecure,
     JsonKeepalive,
+    Kernels,
     Keys,
     KvLayout,
     KvMemory,
@@ -107,6 +109,8 @@ def up(
     json_keepalive_s: JsonKeepalive = 30.0,
     device: Device = "cpu",
     dtype: Dtype = "auto",
+    kernels: Kernels = "triton",
+    graphs: Graphs = False,
     kv_layout: KvLayout = "v4",
     kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]
     prefix_cache: PrefixCache = True,
@@ -170,6 +174,7 @@ def up(
         redis=redis,
         worker_flags=(
             *("--device", device, "--dtype", dtype, "--kv-layout", kv_layout, "--kv-memory", str(kv_memory)),
+            *("--kernels", kernels, "--graphs" if graphs else "--no-graphs"),
             "--prefix-cache" if prefix_cache else "--no-prefix-cache",
             *("--draft-tokens", draft_tokens),
             *("--max-requests", str(max_requests), "--max-context", str(max_context), "--transport", transport),
@@ -522,6 +527,8 @@ def prefill(
     advertise_host: AdvertiseHost = "",
     device: Device = "cpu",
     dtype: Dtype = "auto",
+    kernels: Kernels = "triton",
+    graphs: Graphs = False,
     kv_layout: KvLayout = "v4",
     kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]
     prefix_cache: PrefixCache = True,
@@ -550,6 +557,8 @@ def prefill(
                 model=model,
                 device=device,
                 dtype=dtype,
+                kernels=kernels,
+                graphs=graphs,
                 kv_layout=kv_layout,
                 kv_memory_bytes=kv_memory,
                 max_requests=max_requests,
@@ -586,6 +595,8 @@ def decode(
     advertise_host: AdvertiseHost = "",
     device: Device = "cpu",
     dtype: Dtype = "auto",
+    kernels: Kernels = "triton",
+    graphs: Graphs = False,
     kv_layout: KvLayout = "v4",
     kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]
     host_memory: HostMemory = "1GiB",  # type: ignore[assignment]
@@ -613,6 +624,8 @@ def decode(
                 model=model,
                 device=device,
                 dtype=dtype,
+                kernels=kernels,
+                graphs=graphs,
                 kv_layout=kv_layout,
                 kv_memory_bytes=kv_memory,
                 max_requests=max_requests,

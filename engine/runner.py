@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.batch import Chain, Drawn, Sampled, Segment, Sequence, StepMeta, Tables, extents
+from engine.batch import Chain, Drawn, Sampled, Segment, Sequence, StepMeta, Tables
 from engine.cache.pools import KvPools, PoolSizes, plan_sizes
 from engine.config import C4_RATIO, EngineConfig, KvLayout, ModelConfig
 from engine.constraint import Grammars
-from engine.kernels.device import require
+from engine.kernels.device import require, use_cuda_products
 from engine.kernels.sample import sample, score
 from engine.model.deepseek_v4 import DeepseekV4
 from engine.model.mtp import DraftLayer
 from engine.model.weights import load_checkpoint
 from engine.sampler import Draws
+from engine.steps import SingleStep, Step, StepGraphs, token_ids
 from wire.errors import ConfigError
 from wire.types import PAGE_TOKENS, SamplingParams
 
@@ -55,6 +56,7 @@ class Runner:
         self.fingerprint = fingerprint
         self.grammars = Grammars(config.model, model.config.vocab_size, (model.config.eos_token_id,))
         self.draft = draft
+        self.graphs = StepGraphs(model, draft, pools) if config.device == "cuda" and config.graphs else None
         self._chain = Chain(model.config.eos_token_id)
 
     @classmethod
@@ -65,6 +67,9 @@ class Runner:
         """
         if config.device == "cuda":
             require(config.device)
+            use_cuda_products(config.kernels == "cuda")
+        elif config.kernels == "cuda" or config.graphs:
+            raise ConfigError("--kernels cuda and --graphs are for a GPU. Use them with --device cuda, or not at all.")
         elif config.dtype == "bfloat16":
             raise ConfigError(
                 f"dtype={config.dtype!r} is for GPUs: on a CPU activations are float32, and matrices already stay in "
@@ -103,7 +108,8 @@ class Runner:
             swa_pages=pools.swa.allocate(1),
         )
         for tokens in WARM_UP_TOKENS:
-            self.step([Segment(sequence=sequence, start=0, tokens=[3] * tokens, sample=True, guesses=2)])
+            for _ in range(2):  # a graph is captured the second time
+                self.step([Segment(sequence=sequence, start=0, tokens=[3] * tokens, sample=True, guesses=2)])
         pools.full.release(sequence.pages)
         pools.swa.release(sequence.swa_pages)
         pools.slots.release([sequence.slot])
@@ -146,10 +152,14 @@ class Runner:
             for b, drawn in zip(going, self._compute(batch, plan.tables.only(going)), strict=True):
                 results[b] = drawn
         self._chain.drawn(bound, results)
+        if self.config.device == "cuda":
+            torch.cuda.current_stream().synchronize()  # a step that draws nothing is over with its last kernel, too
         return results
 
     def _compute(self, batch: list[Segment], tables: Tables) -> list[Drawn]:
-        token_ids, meta = _token_ids(batch), StepMeta.at(tables, *extents(batch))
+        step = self.graphs.step(batch, tables) if self.graphs is not None else None
+        if step is None:
+            step = SingleStep(self.model, self.draft, self.pools, batch, tables)
         wanted, rows = [], []
         end = 0
         for segment in batch:
@@ -160,14 +170,9 @@ class Runner:
                     wanted.append(end - segment.drafts - 1 + i)
                     place, drafts = segment.start + committed + i, segment.tokens[committed : committed + i]
                     rows.append(self._draws_of(segment.sequence).row(place, segment.index + i, drafts))
-        scoring = any(segment.following for segment in batch)
-        if self.draft is None and not scoring:
-            logits = self.model.forward(token_ids, meta, torch.tensor(wanted, dtype=torch.int64), self.pools)
-        else:
-            streams = self.model.streams(token_ids, meta, self.pools)
-            logits = self.model.read_out(streams[torch.tensor(wanted, dtype=torch.int64, device=streams.device)])
-        if scoring:
-            self._score(batch, streams)
+        logits = step.logits(wanted)
+        if any(segment.following for segment in batch):
+            self._score(batch, step.streams())
         drawn = iter(sample(logits.cpu().numpy(), rows))
         tokens: list[tuple[Sampled, ...]] = [
             _agreed(s, [next(drawn) for _ in range(s.drafts + 1)]) if s.sample else () for s in batch
@@ -181,7 +186,7 @@ class Runner:
                 tokens[b] = (replace(first, prompt=self._draws_of(segment.sequence).prompt_scores()), *others)
         guesses: list[tuple[int, ...]] = [()] * len(batch)
         if self.draft is not None:
-            guesses = self._guess(self.draft, batch, tokens, streams, meta, tables)
+            guesses = self._guess(step, batch, tokens, tables)
         return [Drawn(t, g, s.drafts) for s, t, g in zip(batch, tokens, guesses, strict=True)]
 
     def _score(self, batch: list[Segment], streams: Tensor) -> None:
@@ -197,32 +202,22 @@ class Runner:
 
     @torch.inference_mode()
     def _guess(
-        self,
-        draft: DraftLayer,
-        batch: list[Segment],
-        tokens: list[tuple[Sampled, ...]],
-        streams: Tensor,
-        meta: StepMeta,
-        tables: Tables,
+        self, step: Step, batch: list[Segment], tokens: list[tuple[Sampled, ...]], tables: Tables
     ) -> list[tuple[int, ...]]:
-        """Let the draft layer see what was computed, then guess from there; streams [T, 4, D] of the whole step."""
+        """Let the draft layer see what was computed, then guess from there."""
         kept = [len(s.tokens) - s.drafts + max(len(t) - 1, 0) for s, t in zip(batch, tokens, strict=True)]
-        before, oldest = draft.remember(streams, _token_ids(batch), meta, torch.tensor(kept), self.pools)
-        ends = meta.starts + torch.tensor(kept)
+        step.remember(kept)
         answers = [[sampled.token_id for sampled in t] for t in tokens]
         going = [b for b, t in enumerate(tokens) if t and t[-1].ok]
-        width, one = tables.swa_pages.shape[1], torch.ones(len(batch), dtype=torch.int64)
+        swa_pages = tables.swa_pages.numpy()
         depth = 0
         while True:
-            pages = (ends + depth) // PAGE_TOKENS
-            mapped = tables.swa_pages.gather(1, pages.clamp(max=width - 1)[:, None])[:, 0] * (pages < width)
-            mapped_rows = mapped.tolist()
-            going = [b for b in going if depth < batch[b].guesses and mapped_rows[b]]
+            pages = [(segment.start + kept[b] + depth) // PAGE_TOKENS for b, segment in enumerate(batch)]
+            mapped = [page < swa_pages.shape[1] and swa_pages[b, page] for b, page in enumerate(pages)]
+            going = [b for b in going if depth < batch[b].guesses and mapped[b]]
             if not going:
                 break
-            at = StepMeta.at(tables.only(going), ends[going] + depth, one[going], len(going), oldest[going])
-            ids = torch.tensor([answers[b][-1] for b in going])
-            logits, before[going] = draft.guess(ids, before[going], at, self.pools)
+            logits = step.guess(going, [answers[b][-1] for b in going], depth)
             rows = []
             for b in going:
                 place, drafts = batch[b].start + kept[b] + depth + 1, answers[b][len(tokens[b]) :]
@@ -245,11 +240,7 @@ class Runner:
 
     def logits(self, batch: list[Segment], wanted: Tensor) -> Tensor:
         """[S, V] float32 logits of the `wanted` [S] int64 token rows, counted over the whole batch."""
-        return self.model.forward(_token_ids(batch), StepMeta.of(batch), wanted, self.pools)
-
-
-def _token_ids(batch: list[Segment]) -> Tensor:
-    return torch.tensor([token for segment in batch for token in segment.tokens], dtype=torch.int64)
+        return self.model.forward(token_ids(batch), StepMeta.of(batch), wanted, self.pools)
 
 
 def _agreed(segment: Segment, drawn: list[Sampled]) -> tuple[Sampled, ...]:

@@ -68,34 +68,34 @@ class DraftLayer:
         """
         token_ids, meta, kept = token_ids.to(streams.device), meta.to(streams.device), kept.to(streams.device)
         before, oldest = self._resume(streams, meta, pools)
+        segment, place = meta.segment.long(), torch.arange(len(token_ids), device=streams.device)
         last = meta.offsets[:-1].long() + kept - 1
-        stays = torch.arange(len(token_ids), device=streams.device) <= last[meta.segment.long()]
+        stays = place <= last[segment]
         rows = window_rows(meta)
-        written = (stays & (meta.positions >= oldest[meta.segment.long()])).nonzero()[:, 0]
-        if len(written):
-            mixed = self._mix(token_ids[written], before[written])
-            window = pools.window[self.config.num_layers]
-            self.layer.write_window(mixed, meta.positions[written], rows[written], window)
+        # What is not to be written goes to the sink: no value is looked at here, so that a GPU need not be waited for.
+        written = stays & (meta.positions >= oldest[segment])
+        window = pools.window[self.config.num_layers]
+        self.layer.write_window(self._mix(token_ids, before), meta.positions, rows * written, window)
         assert pools.draft_state is not None
-        ends = meta.positions % PAGE_TOKENS == PAGE_TOKENS - 1
-        ends[last] = True
-        told = (stays & ends & (rows >= PAGE_TOKENS)).nonzero()[:, 0]
-        header = torch.zeros(len(told), HEADER, device=streams.device)
-        header[:, 0] = meta.positions[told] + 1
-        header[:, 1] = oldest[meta.segment[told].long()]
-        pools.draft_state[rows[told] // PAGE_TOKENS] = torch.cat([header, streams[told].flatten(1)], dim=1)
+        told = stays & (rows >= PAGE_TOKENS)
+        told &= (meta.positions % PAGE_TOKENS == PAGE_TOKENS - 1) | (place == last[segment])
+        header = torch.zeros(len(token_ids), HEADER, device=streams.device)
+        header[:, 0] = (meta.positions + 1) * told
+        header[:, 1] = oldest[segment]
+        pools.draft_state[rows * told // PAGE_TOKENS] = torch.cat([header, streams.flatten(1)], dim=1)
         return streams[last], oldest
 
     def _resume(self, streams: Tensor, meta: StepMeta, pools: KvPools) -> tuple[Tensor, Tensor]:
         """The streams [T, 4, D] of the token before each, and the first position [B] with a row in each segment."""
         assert pools.draft_state is not None
-        before = streams.roll(1, 0)
+        # Row T is for segments without tokens, which begin there.
+        before = torch.cat([streams[-1:], streams])
         first = meta.offsets[:-1].long()
         page = (meta.starts - 1).clamp(min=0) // PAGE_TOKENS
         held = pools.draft_state[meta.swa_table.gather(1, page[:, None])[:, 0].long()]
         known = (meta.starts > 0) & (held[:, 0] == meta.starts)
         before[first] = torch.where(known[:, None], held[:, HEADER:], 0.0).view(-1, *streams.shape[1:])
-        return before, torch.where(known, held[:, 1].long(), meta.starts + 1)
+        return before[:-1], torch.where(known, held[:, 1].long(), meta.starts + 1)
 
     @torch.inference_mode()
     def guess(self, token_ids: Tensor, before: Tensor, meta: StepMeta, pools: KvPools) -> tuple[Tensor, Tensor]:

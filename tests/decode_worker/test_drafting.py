@@ -17,8 +17,8 @@ from decode_worker.scheduler import DecodeLimits
 from engine.batch import Drawn, Sampled, Segment
 from engine.cache.pools import PoolSizes
 from engine.colocated import generate
-from engine.model.mtp import DraftLayer
 from engine.runner import Plan, Runner
+from engine.steps import Step
 from prefill_worker.scheduler import PrefillLimits
 from tests.books import CheckedDecode as DecodeCore
 from tests.decode_worker.oracle import Pair, pair_of, until
@@ -174,8 +174,8 @@ class HalfRight(Runner):
     truth: dict[str, list[int]]
     rng: random.Random
 
-    def _guess(self, draft: DraftLayer, batch: list[Segment], tokens: Any, *args: Any) -> list[tuple[int, ...]]:
-        guessed = super()._guess(draft, batch, tokens, *args)
+    def _guess(self, step: Step, batch: list[Segment], tokens: Any, *args: Any) -> list[tuple[int, ...]]:
+        guessed = super()._guess(step, batch, tokens, *args)
         found = []
         for segment, drawn, guesses in zip(batch, tokens, guessed, strict=True):
             done = segment.index + len(drawn)

@@ -24,6 +24,21 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Kernels run under Triton's interpreter, on CPU tensors. It truncates where hardware rounds, so kernels that round
 to bf16 do so by integer arithmetic there, and hand products fp32 operands that hold bf16 values."""
 
+_cuda_products = False
+
+
+def use_cuda_products(on: bool) -> None:
+    """Whether products of few tokens, and the hyper-connections of few, are computed by CUDA C++ where it takes their
+    shapes, rather than by Triton. For the whole process, before its first step.
+    """
+    global _cuda_products
+    _cuda_products = on
+
+
+def cuda_products() -> bool:
+    return _cuda_products and not INTERPRETED
+
+
 COMPUTE_CAPABILITY = (9, 0)
 """FP8 products and the sizes of tiles are Hopper's."""
 

@@ -1,0 +1,326 @@
+"""One step on its device: the forward pass, then the draft layer over it. As single calls, or as CUDA graphs.
+
+A step is made for a batch, asked for logits once, told how many of each segment's tokens stay, and then asked for guess
+after guess. What lies between those calls stays on the device.
+
+T tokens of B segments, P pages at most, V vocabulary, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from engine.batch import Segment, StepMeta, Tables, extents
+from engine.cache.pools import KvPools
+from engine.model.deepseek_v4 import DeepseekV4
+from engine.model.mtp import DraftLayer
+
+T = TypeVar("T")
+
+SEGMENT_SIZES = (1, 2, 4, 8, 16, 32, 64)
+TOKEN_SIZES = (*range(1, 9), 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+PAGE_SIZES = (16, 64, 256, 1024, 4096)
+"""A graph is captured for the next larger of these: contexts of 4K, 16K, 64K, 256K and 1M tokens. The pages decide how
+many programs look for work in a context, so short ones do not pay for long ones."""
+MOST_FAMILIES = 24
+"""Families of graphs that are kept; the one not used for longest goes first."""
+
+
+class Step(Protocol):
+    """One step of a batch; the calls come in this order."""
+
+    def logits(self, wanted: list[int]) -> Tensor:
+        """[len(wanted), V] float32 of these token rows, which ascend."""
+        ...
+
+    def streams(self) -> Tensor:
+        """[T, 4, D] behind the last layer, once `logits` has been asked for."""
+        ...
+
+    def remember(self, kept: list[int]) -> None:
+        """Let the draft layer see the first `kept` tokens of each segment, at least 1 of each."""
+        ...
+
+    def guess(self, going: list[int], ids: list[int], depth: int) -> Tensor:
+        """[len(going), V] float32: what the draft layer guesses to come behind each of `ids`.
+
+        going   segments to guess for, ascending; later calls name no others
+        ids     the token `depth` places behind the kept ones of each of them
+        depth   0 in the first call, and one more in each call
+        """
+        ...
+
+
+class SingleStep:
+    """Every kernel is called for itself: any batch, on any device."""
+
+    def __init__(
+        self, model: DeepseekV4, draft: DraftLayer | None, pools: KvPools, batch: list[Segment], tables: Tables
+    ) -> None:
+        self._model, self._draft, self._pools, self._tables = model, draft, pools, tables
+        self._ids, self._meta = token_ids(batch), StepMeta.at(tables, *extents(batch))
+        self._scored = any(segment.following for segment in batch)
+        self._streams: Tensor | None = None
+
+    def logits(self, wanted: list[int]) -> Tensor:
+        rows = torch.tensor(wanted, dtype=torch.int64)
+        if self._draft is None and not self._scored:
+            return self._model.forward(self._ids, self._meta, rows, self._pools)
+        self._streams = self._model.streams(self._ids, self._meta, self._pools)
+        return self._model.read_out(self._streams[rows.to(self._streams.device)])
+
+    def streams(self) -> Tensor:
+        assert self._streams is not None
+        return self._streams
+
+    def remember(self, kept: list[int]) -> None:
+        assert self._draft is not None
+        stay = torch.tensor(kept)
+        self._ends = self._meta.starts + stay
+        self._before, self._oldest = self._draft.remember(self.streams(), self._ids, self._meta, stay, self._pools)
+
+    def guess(self, going: list[int], ids: list[int], depth: int) -> Tensor:
+        assert self._draft is not None
+        ones = torch.ones(len(going), dtype=torch.int64)
+        starts = self._ends[going] + depth
+        at = StepMeta.at(self._tables.only(going), starts, ones, len(going), self._oldest[going])
+        logits, self._before[going] = self._draft.guess(torch.tensor(ids), self._before[going], at, self._pools)
+        return logits
+
+
+class StepGraphs:
+    """CUDA graphs of steps, captured as they are needed and shared by all batches of about a size.
+
+    A batch is padded to a size there is a graph for. Rows of the padding belong to one more segment, whose tables hold
+    zeros: it reads and writes the sinks. A part of a step runs as it is when it is first asked for, which compiles its
+    kernels, is captured the second time, and replayed from then on. What is captured finds its inputs in buffers of its
+    family, which the host fills by one copy for each replay.
+    """
+
+    def __init__(self, model: DeepseekV4, draft: DraftLayer | None, pools: KvPools, *, capture: bool = True) -> None:
+        """Without `capture`, parts are never captured, so that the padding can be tried on a CPU."""
+        self._model, self._draft, self._pools = model, draft, pools
+        self._memory: Any = torch.cuda.graph_pool_handle() if capture else None
+        self._families: OrderedDict[tuple[int, int], _Family] = OrderedDict()
+
+    def step(self, batch: list[Segment], tables: Tables) -> Step | None:
+        """None for a batch that no graph takes: a long one, one that rebuilds windows, one of which every row is
+        scored.
+        """
+        num_tokens = sum(len(segment.tokens) for segment in batch)
+        sizes = (
+            _size(SEGMENT_SIZES, len(batch)),
+            _size(TOKEN_SIZES, num_tokens),
+            _size(PAGE_SIZES, tables.pages.shape[1]),
+        )
+        if None in sizes or tables.write_pages is not None or any(segment.following for segment in batch):
+            return None
+        segments, tokens, pages = sizes
+        assert segments is not None
+        assert tokens is not None
+        assert pages is not None
+        key = (segments + 1, pages)
+        if key not in self._families:
+            self._families[key] = _Family(self._model, self._draft, self._pools, *key, self._memory)
+            if len(self._families) > MOST_FAMILIES:
+                self._families.popitem(last=False)
+        self._families.move_to_end(key)
+        return _GraphStep(self._families[key], tokens, batch, tables)
+
+
+class _Part(Generic[T]):
+    """A piece of a step in which the host looks at no value."""
+
+    def __init__(self, run: Callable[[], T], memory: Any) -> None:
+        self._run, self._memory = run, memory
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._ran = False
+        self._made: T
+
+    def __call__(self) -> T:
+        if not self._ran or self._memory is None:
+            self._made, self._ran = self._run(), True
+            return self._made
+        if self._graph is None:
+            graph = torch.cuda.CUDAGraph()
+            # Other threads go on copying pages meanwhile.
+            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+                self._made = self._run()
+            self._graph = graph
+        self._graph.replay()
+        return self._made
+
+
+class _Buffer:
+    """int32 numbers that the host fills and one copy brings to the device."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self.device = torch.zeros(count, dtype=torch.int32, device=device)
+        self._host = torch.zeros(count, dtype=torch.int32, pin_memory=on_gpu)
+        self._sent = torch.cuda.Event() if on_gpu else None
+
+    def host(self) -> Tensor:
+        """The host's side, to be written: the last copy of it has been made."""
+        if self._sent is not None:
+            self._sent.synchronize()
+        return self._host
+
+    def send(self) -> None:
+        self.device.copy_(self._host, non_blocking=True)
+        if self._sent is not None:
+            self._sent.record()
+
+    def send_these(self, *parts: Sequence[int]) -> None:
+        """Fill it with the parts, one behind the other, and send it."""
+        self.host().copy_(torch.tensor([number for part in parts for number in part], dtype=torch.int32))
+        self.send()
+
+
+class _Family:
+    """What is captured for batches of up to B - 1 segments of up to P pages."""
+
+    def __init__(
+        self,
+        model: DeepseekV4,
+        draft: DraftLayer | None,
+        pools: KvPools,
+        segments: int,
+        pages: int,
+        memory: Any,
+    ) -> None:
+        self.model, self.draft, self.pools, self.memory = model, draft, pools, memory
+        self.segments, self.pages = segments, pages
+        device = model.device
+        self.tables = _Buffer(segments * (1 + 2 * pages), device)
+        self.guessing = _Buffer(3 * segments, device)  # ids, places, whether it goes on
+        self.forwards: dict[int, _Forward] = {}
+        if draft is not None:
+            c = model.config
+            self.before = torch.zeros(segments, c.hc_mult, c.hidden_size, device=device)
+            self.oldest = torch.zeros(segments, dtype=torch.int64, device=device)
+            self.guess = _Part(self._guess, memory)
+
+    def forward(self, tokens: int) -> _Forward:
+        if tokens not in self.forwards:
+            self.forwards[tokens] = _Forward(self, tokens)
+        return self.forwards[tokens]
+
+    def on_device(self) -> Tables:
+        b, p = self.segments, self.pages
+        slots, pages, swa_pages = self.tables.device.split([b, b * p, b * p])
+        return Tables(slots, pages.view(b, p), swa_pages.view(b, p))
+
+    def _guess(self) -> Tensor:
+        """[B, V]; rows of segments that do not go on mean nothing."""
+        assert self.draft is not None
+        ids, places, going = self.guessing.device.view(3, self.segments)
+        tables, more = self.on_device(), going[:, None]
+        at = StepMeta.at(
+            Tables(tables.slots * going, tables.pages * more, tables.swa_pages * more),
+            places.long(),
+            torch.ones_like(places, dtype=torch.int64),
+            self.segments,
+            self.oldest * going,
+        )
+        logits, streams = self.draft.guess(ids.long(), self.before, at, self.pools)
+        self.before.copy_(streams)
+        return logits
+
+
+class _Forward:
+    """What is captured for T tokens of a family."""
+
+    def __init__(self, family: _Family, tokens: int) -> None:
+        self.family, self.tokens = family, tokens
+        self.batch = _Buffer(2 * family.segments + tokens, family.model.device)  # starts, counts, ids
+        self.kept = _Buffer(family.segments, family.model.device)
+        self.run = _Part(self._run, family.memory)
+        self.remember = _Part(self._remember, family.memory)
+        self.streams = torch.empty(0)  # what `run` made last: once it is captured, always in one place
+
+    def _inputs(self) -> tuple[Tensor, StepMeta]:
+        b = self.family.segments
+        starts, counts, ids = self.batch.device.split([b, b, self.tokens])
+        return ids.long(), StepMeta.at(self.family.on_device(), starts.long(), counts.long(), self.tokens)
+
+    def _run(self) -> tuple[Tensor, Tensor]:
+        """streams [T, 4, D] and logits [T, V]."""
+        model = self.family.model
+        streams = model.streams(*self._inputs(), self.family.pools)
+        return streams, model.read_out(streams)
+
+    def _remember(self) -> None:
+        family, (ids, meta) = self.family, self._inputs()
+        assert family.draft is not None
+        before, oldest = family.draft.remember(self.streams, ids, meta, self.kept.device.long(), family.pools)
+        family.before.copy_(before)
+        family.oldest.copy_(oldest)
+
+
+class _GraphStep:
+    def __init__(self, family: _Family, tokens: int, batch: list[Segment], tables: Tables) -> None:
+        self._family, self._forward = family, family.forward(tokens)
+        self._starts = [segment.start for segment in batch]
+        self._counts = [len(segment.tokens) for segment in batch]
+        self._ids = [token for segment in batch for token in segment.tokens]
+        self._tables = tables
+        # The last segment takes the tokens of the padding; those between have none.
+        self._unused = [0] * (family.segments - len(batch) - 1)
+        self._spare = tokens - len(self._ids)
+
+    @torch.inference_mode()
+    def logits(self, wanted: list[int]) -> Tensor:
+        family, forward, tables = self._family, self._forward, self._tables
+        b, p = family.segments, family.pages
+        slots, pages, swa_pages = family.tables.host().split([b, b * p, b * p])
+        for whole, part in (
+            (slots.view(b, 1), tables.slots[:, None]),
+            (pages.view(b, p), tables.pages),
+            (swa_pages.view(b, p), tables.swa_pages),
+        ):
+            whole.zero_()
+            whole[: part.shape[0], : part.shape[1]] = part
+        family.tables.send()
+        forward.batch.send_these(
+            self._starts, self._unused, [0], self._counts, self._unused, [self._spare], self._ids, [0] * self._spare
+        )
+        forward.streams, logits = forward.run()
+        if len(wanted) == len(self._ids):
+            return logits[: len(wanted)]
+        return logits[torch.tensor(wanted, dtype=torch.int64, device=logits.device)]
+
+    def streams(self) -> Tensor:
+        return self._forward.streams[: len(self._ids)]
+
+    @torch.inference_mode()
+    def remember(self, kept: list[int]) -> None:
+        self._ends = [start + count for start, count in zip(self._starts, kept, strict=True)]
+        self._forward.kept.send_these(kept, self._unused, [self._spare])
+        self._forward.remember()
+
+    @torch.inference_mode()
+    def guess(self, going: list[int], ids: list[int], depth: int) -> Tensor:
+        token, place, goes = ([0] * self._family.segments for _ in range(3))
+        for segment, one in zip(going, ids, strict=True):
+            token[segment], place[segment], goes[segment] = one, self._ends[segment] + depth, 1
+        self._family.guessing.send_these(token, place, goes)
+        logits = self._family.guess()
+        if going == list(range(len(going))):
+            return logits[: len(going)]
+        return logits[torch.tensor(going, device=logits.device)]
+
+
+def _size(sizes: Sequence[int], count: int) -> int | None:
+    """The smallest that holds so many."""
+    return next((size for size in sizes if size >= count), None)
+
+
+def token_ids(batch: list[Segment]) -> Tensor:
+    """[T] int64."""
+    return torch.tensor([token for segment in batch for token in segment.tokens], dtype=torch.int64)

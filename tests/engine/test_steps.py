@@ -1,0 +1,97 @@
+"""Steps padded to the sizes graphs are captured for, run on a CPU without capturing: nothing of them changes a bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine.batch import Segment, Tables
+from engine.config import KvLayout
+from engine.runner import Runner
+from engine.steps import PAGE_SIZES, TOKEN_SIZES, StepGraphs
+from tests.engine.speculation import Speculator, drafting_model, half_right, runner_of
+from tests.engine.test_mtp import PACKED, plain_answers, prompt_of
+from wire.types import PageClass, SamplingParams
+
+LENGTHS = (1, 5, 127, 255, 257, 383)
+PADDED = [SamplingParams(max_tokens=20, seed=n, temperature=float(n % 2), ignore_eos=True) for n in LENGTHS]
+
+
+class Counting(StepGraphs):
+    taken = 0
+
+    def step(self, batch, tables):
+        step = super().step(batch, tables)
+        self.taken += step is not None
+        return step
+
+
+def with_graphs(runner: Runner) -> Runner:
+    runner.graphs = Counting(runner.model, runner.draft, runner.pools, capture=False)
+    return runner
+
+
+def pages_of(runner: Runner) -> list[torch.Tensor]:
+    """The bytes of everything but the sinks."""
+    pools = runner.pools
+    items = {PageClass.FULL: pools.full, PageClass.SWA: pools.swa, PageClass.STATE: None}
+    return [
+        pools.copy_out(cls, range(1 + (cls is PageClass.STATE), 2 * 8 if pool is None else pool.capacity + 1))
+        for cls, pool in items.items()
+    ]
+
+
+@pytest.mark.parametrize("layout", ["exact", "v4"])
+@pytest.mark.parametrize("depth", [0, 3])
+def test_padded_steps_draw_and_guess_and_leave_what_single_ones_do(layout: KvLayout, depth: int) -> None:
+    """Six requests that end at different times, prompts of one page and more, drafts kept and refused."""
+    config, tensors = drafting_model(31, "flash", **(PACKED if layout == "v4" else {}))
+    prompts = [prompt_of(config, n, n) for n in LENGTHS]
+    params = [replace(p, max_tokens=12 + 2 * n) for n, p in enumerate(PADDED)]
+    truth = plain_answers(runner_of(config, tensors, layout, draft=False), prompts, params)
+    runs = []
+    for graphs in (False, True):
+        runner = runner_of(config, tensors, layout, draft=depth > 0)
+        run = Speculator(
+            with_graphs(runner) if graphs else runner, depth, guesser=half_right(truth, config.vocab_size, 7)
+        )
+        guesses = []
+        for prompt, options in zip(prompts, params, strict=True):
+            guesses.append(run.prefill(prompt, options).guesses)
+        run.run()
+        runs.append((runner, run, guesses))
+    (single, first, guessed), (padded, second, guessed_padded) = runs
+    assert isinstance(padded.graphs, Counting)
+    assert padded.graphs.taken > 15
+    assert guessed_padded == guessed
+    for one, other in zip(first.requests, second.requests, strict=True):
+        assert other.drawn == one.drawn
+        assert (other.guesses, other.tried, other.kept) == (one.guesses, one.tried, one.kept)
+    assert all(one.answer == [s.token_id for s in said] for one, said in zip(first.requests, truth, strict=True))
+    for one, other in zip(pages_of(single), pages_of(padded), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_batch_of_every_size_fits_its_graph_and_a_longer_one_has_none() -> None:
+    config, tensors = drafting_model(5, "flash")
+    runner = runner_of(config, tensors, "exact", draft=False)
+    graphs = StepGraphs(runner.model, None, runner.pools, capture=False)
+    run = Speculator(runner, 0)
+    sequence = run.prefill(prompt_of(config, 40), PADDED[0]).sequence
+
+    def segment(tokens: int, **changes) -> Segment:
+        return Segment(sequence=sequence, start=0, tokens=[3] * tokens, sample=True, **changes)
+
+    for tokens in (1, 9, 40, 256):
+        batch = [segment(tokens)]
+        step = graphs.step(batch, Tables.of(batch))
+        assert step is not None
+        assert step.logits([tokens - 1]).shape == (1, config.vocab_size)
+        assert len(step.streams()) == tokens
+    for batch in ([segment(257)], [segment(1)] * 65, [segment(4, rebuild=True)], [segment(4, following=[1, 2])]):
+        assert graphs.step(batch, Tables.of(batch)) is None
+    wide = Tables.of([replace(segment(1), start=PAGE_SIZES[-1] * 256)])
+    assert graphs.step([segment(1)], wide) is None
+    assert list(TOKEN_SIZES) == sorted(TOKEN_SIZES)
