@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import native
-from engine.kernels.linear import Matrix, fp32_rows, linear, pack, safe_rows, unpack
+from engine.kernels.linear import Matrix, fp32_rows, linear, linears, pack, safe_rows, unpack
 from engine.kernels.native import FLOAT, INT, POINTER
 
 _EXPERTS = (
@@ -50,6 +50,7 @@ class Experts:
     down: Tensor
     packed: bool
     scales: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (None, None, None)
+    most: tuple[int, int] = (0, 0)  # FP4: the largest scale code of gate and up, and of down
 
     @classmethod
     def prepare(cls, w1: Tensor | Fp4Stack, w3: Tensor | Fp4Stack, w2: Tensor | Fp4Stack) -> Experts:
@@ -59,7 +60,9 @@ class Experts:
                 raise ValueError("FP4 experts are multiplied by on a GPU alone. Dequantise them first.")
             count, inner, hidden = *w1.codes.shape[:2], w2.codes.shape[1]
             scales = (w1.scales, w3.scales, w2.scales)
-            return cls(count, hidden, inner, w1.codes, w3.codes, w2.codes, False, scales)
+            largest = [int(s.max()) for s in scales]
+            most = max(largest[:2]), largest[2]
+            return cls(count, hidden, inner, w1.codes, w3.codes, w2.codes, False, scales, most)
         assert isinstance(w1, Tensor)
         assert isinstance(w3, Tensor)
         assert isinstance(w2, Tensor)
@@ -88,8 +91,10 @@ class Experts:
         )
 
 
-def routed_experts(x: Tensor, picks: Tensor, weights: Tensor, experts: Experts, limit: float) -> Tensor:
-    """Every token through its picked experts, weighted and summed in pick order.
+def routed_experts(
+    x: Tensor, picks: Tensor, weights: Tensor, experts: Experts, limit: float, beside: Tensor | None = None
+) -> Tensor:
+    """Every token through its picked experts, weighted and summed in pick order, then added to `beside` [T, D].
 
     x        [T, D] fp32
     picks    [T, k] int32   expert numbers; an expert picked twice counts twice
@@ -107,7 +112,7 @@ def routed_experts(x: Tensor, picks: Tensor, weights: Tensor, experts: Experts, 
         from engine.kernels.device import experts as device
 
         stacks = (experts.gate, experts.up, experts.down)
-        return device.routed_experts(x, picks, weights, stacks, experts.scales, limit)
+        return device.routed_experts(x, picks, weights, stacks, experts.scales, experts.most, limit, beside)
     if experts.packed and (twin := native.function("penumbra_routed_experts", *_EXPERTS)) is not None:
         x, picks, weights = fp32_rows(x), picks.int().contiguous(), fp32_rows(weights).contiguous()
         y, bad = x.new_empty(tokens, experts.hidden), ctypes.c_int64()
@@ -119,7 +124,7 @@ def routed_experts(x: Tensor, picks: Tensor, weights: Tensor, experts: Experts, 
         )  # fmt: skip
         if bad.value >= 0:
             raise _no_such_expert(int(picks.view(-1)[bad.value]), experts.count)
-        return y
+        return y if beside is None else y + beside
     outputs = x.new_empty(tokens * k, experts.hidden)
     flat = picks.reshape(-1)
     for expert in flat.unique().tolist():
@@ -133,7 +138,7 @@ def routed_experts(x: Tensor, picks: Tensor, weights: Tensor, experts: Experts, 
     total = weights[:, 0, None] * outputs[:, 0]
     for j in range(1, k):
         total = total + weights[:, j, None] * outputs[:, j]
-    return total
+    return total if beside is None else total + beside
 
 
 def mlp(x: Tensor, w1: Matrix, w3: Matrix, w2: Matrix, limit: float) -> Tensor:
@@ -149,7 +154,8 @@ def mlp(x: Tensor, w1: Matrix, w3: Matrix, w2: Matrix, limit: float) -> Tensor:
             w1.data.dtype == torch.bfloat16, w1.inputs, w1.outputs, limit, y.data_ptr(), native.threads(),
         )  # fmt: skip
         return y
-    return linear(swiglu(linear(x, w1), linear(x, w3), limit), w2)
+    gate, up = linears(x, (w1, w3))
+    return linear(swiglu(gate, up, limit), w2)
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:

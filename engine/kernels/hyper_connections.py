@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.kernels import native
 from engine.kernels.linear import fp32_rows, safe_rows
 from engine.kernels.native import FLOAT, INT, POINTER
+from engine.kernels.norm_rope import rms_norm
 
 STREAMS = 4
 _LANES = 16
@@ -54,12 +55,13 @@ class HyperSite:
 
 
 def mix_in(
-    streams: Tensor, site: HyperSite, rms_eps: float, hc_eps: float, iters: int
+    streams: Tensor, site: HyperSite, rms_eps: float, hc_eps: float, iters: int, norm: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the layer reads, and how its result will be spread.
 
     streams [T, 4, D] -> x [T, D], post [T, 4], comb [T, 4, 4]; comb[j, k] carries stream j into stream k,
     and its columns sum to 1 because the last of the `iters` Sinkhorn rounds ends on columns.
+    norm [D] or None: x goes through an RMSNorm of these weights.
     """
     tokens, size = _shape(streams)
     if site.width != STREAMS * size:
@@ -67,7 +69,7 @@ def mix_in(
     if streams.is_cuda:
         from engine.kernels.device import hyper_connections as device
 
-        return device.mix_in(streams, site.fn, site.base, site.scale, None, rms_eps, hc_eps, iters)
+        return device.mix_in(streams, site.fn, site.base, site.scale, norm, rms_eps, hc_eps, iters)
     if site.packed and (twin := native.function("penumbra_mix_in", *_MIX_IN)) is not None:
         streams = fp32_rows(streams).contiguous()
         x, post = streams.new_empty(tokens, size), streams.new_empty(tokens, STREAMS)
@@ -76,7 +78,7 @@ def mix_in(
             streams.data_ptr(), tokens, size, site.packed_fn.data_ptr(), site.base.data_ptr(), site.scale.data_ptr(),
             rms_eps, hc_eps, iters, x.data_ptr(), post.data_ptr(), comb.data_ptr(), native.threads(),
         )  # fmt: skip
-        return x, post, comb
+        return x if norm is None else rms_norm(x, norm, rms_eps), post, comb
     mix = _projection(streams, site.fn, rms_eps)
     pre_scale, post_scale, comb_scale = site.scale
     pre = _sigmoid(mix[:, :4] * pre_scale + site.base[:4]) + hc_eps
@@ -87,7 +89,8 @@ def mix_in(
     for _ in range(iters - 1):
         comb = comb / (comb.sum(dim=2, keepdim=True) + hc_eps)
         comb = comb / (comb.sum(dim=1, keepdim=True) + hc_eps)
-    return _weigh(streams, pre), post, comb
+    x = _weigh(streams, pre)
+    return x if norm is None else rms_norm(x, norm, rms_eps), post, comb
 
 
 def mix_out(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:

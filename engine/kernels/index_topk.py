@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.batch import StepMeta
 from engine.config import C4_RATIO
 from engine.kernels import native
+from engine.kernels.norm_rope import hadamard, rotate
 from engine.kernels.rows import RowPool, read_rows
 
 _UNIT_ROWS = 32
@@ -24,6 +25,21 @@ _SIGNATURE = (
     native.POINTER,  # chosen
     native.INT,  # threads
 )
+
+
+def select_blocks(
+    q: Tensor, w: Tensor, w_scale: float, freqs: Tensor, pool: RowPool, meta: StepMeta, k: int, half: bool
+) -> Tensor:
+    """`index_topk` of raw projections: q [T, H, D] before its rotation by `freqs`, w [T, H] before its scale.
+
+    Keys of the v4 layout are Hadamard-turned, so that e4m3 spends its range evenly; queries turn with them.
+    """
+    if q.is_cuda and half and pool.layout == "v4":
+        from engine.kernels.device import index_topk as device
+
+        return device.select_blocks(q, w, w_scale, freqs, pool, meta, k)
+    q = rotate(q, meta.positions, freqs)
+    return index_topk(hadamard(q) if pool.layout == "v4" else q, w * w_scale, pool, meta, k, half)
 
 
 def index_topk(q: Tensor, w: Tensor, pool: RowPool, meta: StepMeta, k: int, half: bool = False) -> Tensor:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import native
+from engine.kernels.norm_rope import latent
 
 Kind = Literal["latent", "index"]
 Layout = Literal["v4", "exact"]
@@ -149,6 +150,19 @@ def write_rows(pool: RowPool, rows: Tensor, values: Tensor) -> None:
         scales = torch.where(exponents == _NAN_EXPONENT, torch.nan, torch.ldexp(torch.ones(len(rows), 1), exponents))
         _scatter(pool, _at(pool, rows, INDEX_DIM, 0), data.reshape(len(rows), INDEX_DIM))
         _scatter(pool, _at(pool, rows, 4, pool.rows_per_item * INDEX_DIM), scales.view(torch.uint8))
+
+
+def write_latents(
+    pool: RowPool, rows: Tensor, kv: Tensor, weight: Tensor, positions: Tensor, freqs: Tensor, eps: float
+) -> None:
+    """Encode what `latent` makes of raw projections kv [R, dim]; rows as in `write_rows`."""
+    if not kv.is_cuda or not len(rows):
+        write_rows(pool, rows, latent(kv, weight, positions, freqs, eps))
+        return
+    _check(pool, rows)
+    from engine.kernels.device import rows as device
+
+    device.write_latents(pool, rows, kv, weight, positions, freqs, eps)
 
 
 def read_rows(pool: RowPool, rows: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.batch import StepMeta
 from engine.config import C4_RATIO, C128_RATIO, WINDOW
 from engine.kernels import native
+from engine.kernels.norm_rope import rotate
 from engine.kernels.rows import RowPool, read_rows
 
 _SIGNATURE = (
@@ -37,6 +38,7 @@ def sparse_attention(
     selected: Tensor | None,
     scale: float,
     half: bool = False,
+    freqs: Tensor | None = None,
 ) -> Tensor:
     """Every token attends to its window, to the compressed rows it may see, and to nothing else.
 
@@ -47,7 +49,9 @@ def sparse_attention(
     selected    [T, K] int32        ratio 4 only: block numbers, then -1 from the first unused column on
     scale       multiplies q . key, not the sink
     half        on a GPU, products take bf16 operands
-    ->          [T, H, D] float32   still rotated like the keys
+    freqs       what keys were rotated by, so that results are turned back by their token's position: a key's rotation
+                comes with its value, and then only the distance of the two is left
+    ->          [T, H, D] float32   without `freqs` still rotated like the keys
 
     The keys of a token at position p are the window rows of [max(0, p - 127), p], from `meta.oldest` on, and the
     blocks `selected` (ratio 4) or every finished block b < (p + 1) // 128 (ratio 128). A key is its own value. One
@@ -59,7 +63,7 @@ def sparse_attention(
     if q.is_cuda:
         from engine.kernels.device import sparse_attention as device
 
-        return device.sparse_attention(q, sink, meta, window, compressed, ratio, selected, scale, half)
+        return device.sparse_attention(q, sink, meta, window, compressed, ratio, selected, scale, half, freqs)
     native.check(q, "q", torch.float32, (len(meta.positions), num_heads, window.dim))
     native.check(sink, "sink", torch.float32, (num_heads,))
     if selected is not None:
@@ -86,7 +90,7 @@ def sparse_attention(
             scale,
             native.threads(),
         )
-        return out
+        return out if freqs is None else rotate(out, meta.positions, freqs, inverse=True)
     positions = meta.positions.tolist()
     for segment, (start, end) in enumerate(itertools.pairwise(meta.offsets.tolist())):
         pages = meta.page_table[segment].long()
@@ -107,7 +111,7 @@ def sparse_attention(
                 keys = torch.cat([keys, read_rows(compressed, _rows(compressed, pages, blocks))])
             logits = torch.cat([q[token] @ keys.T * scale, sink[:, None]], dim=1)
             out[token] = logits.softmax(dim=1)[:, :-1] @ keys
-    return out
+    return out if freqs is None else rotate(out, meta.positions, freqs, inverse=True)
 
 
 def _rows(pool: RowPool, pages: Tensor, blocks: Tensor) -> Tensor:

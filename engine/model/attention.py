@@ -14,12 +14,12 @@ from torch import Tensor
 
 from engine.batch import StepMeta
 from engine.cache.pools import KvPools
-from engine.config import C4_RATIO, C128_RATIO, ModelConfig
+from engine.config import C4_RATIO, ModelConfig
 from engine.kernels.compress import compress_c4, compress_c128
-from engine.kernels.index_topk import index_topk
-from engine.kernels.linear import Matrix, grouped_linear, linear
-from engine.kernels.norm_rope import hadamard, latent, query, rms_norm, rope_frequencies, rotate
-from engine.kernels.rows import RowPool, write_rows
+from engine.kernels.index_topk import select_blocks
+from engine.kernels.linear import Matrix, grouped_linear, linear, linears
+from engine.kernels.norm_rope import query, rms_norm, rope_frequencies
+from engine.kernels.rows import RowPool, write_latents
 from engine.kernels.sparse_attention import sparse_attention
 
 
@@ -69,14 +69,13 @@ class Indexer:
         self.compressor = Compressor.of(tensors, "attn.indexer.compressor")
         self.weight_scale = self.head_dim**-0.5 * self.heads**-0.5
 
-    def select(self, x: Tensor, q_low: Tensor, meta: StepMeta, freqs: Tensor, pools: KvPools, layer: int) -> Tensor:
-        """x [T, D], q_low [T, q_lora] -> [T, topk] int32 block numbers, ascending, -1 past the end."""
-        q = rotate(linear(q_low, self.wq_b).view(-1, self.heads, self.head_dim), meta.positions, freqs)
-        if pools.layout == "v4":
-            # Stored keys are rotated so that e4m3 spends its range evenly; queries must turn with them.
-            q = hadamard(q)
-        weights = linear(x, self.weights_proj) * self.weight_scale
-        return index_topk(q, weights, pools.index[layer], meta, self.topk, self.wq_b.half)
+    def select(self, q: Tensor, weights: Tensor, meta: StepMeta, freqs: Tensor, pools: KvPools, layer: int) -> Tensor:
+        """What `wq_b` and `weights_proj` made, [T, I * J] and [T, I] -> [T, topk] int32 block numbers, ascending, -1
+        past the end.
+        """
+        q = q.view(-1, self.heads, self.head_dim)
+        keys, half = pools.index[layer], self.wq_b.half
+        return select_blocks(q, weights, self.weight_scale, freqs, keys, meta, self.topk, half)
 
 
 class Attention:
@@ -95,43 +94,53 @@ class Attention:
         self.wo_b = Matrix.prepare(tensors("attn.wo_b.weight"))
         self.compressor = Compressor.of(tensors, "attn.compressor") if self.ratio else None
         self.indexer = Indexer(config, tensors) if self.ratio == C4_RATIO else None
+        # All that is multiplied by the tokens, and by what the queries come from.
+        self.of_x, self.of_low = [self.wq_a, self.wkv], [self.wq_b]
+        if self.compressor is not None:
+            self.of_x += [self.compressor.wkv, self.compressor.wgate]
+        if self.indexer is not None:
+            c = self.indexer.compressor
+            self.of_x += [c.wkv, c.wgate, self.indexer.weights_proj]
+            self.of_low += [self.indexer.wq_b]
 
     def __call__(self, x: Tensor, meta: StepMeta, window_rows: Tensor, pools: KvPools) -> Tensor:
         """x [T, D] (site-normed) -> [T, D]. Writes this step's rows and rings; window_rows [T] are the tokens' own."""
-        q_low = rms_norm(linear(x, self.wq_a), self.q_norm, self.eps)
-        q = query(linear(q_low, self.wq_b).view(-1, self.heads, self.head_dim), meta.positions, self.freqs, self.eps)
+        low, kv, *more = linears(x, self.of_x)
+        q, *index_q = linears(rms_norm(low, self.q_norm, self.eps), self.of_low)
+        q = query(q.view(-1, self.heads, self.head_dim), meta.positions, self.freqs, self.eps)
         window = pools.window[self.layer]
-        self.write_window(x, meta.positions, window_rows, window)
+        self._write_window(kv, meta.positions, window_rows, window)
         writing = meta if meta.write_table is None else replace(meta, page_table=meta.write_table)
         # A row closed by a token is visible to that very token: compress before attending.
         compressed, selected = None, None
-        if self.ratio == C4_RATIO:
-            compressed, selected = pools.c4[self.layer], self._compress_c4(x, q_low, meta, writing, pools)
-        elif self.ratio == C128_RATIO:
+        if self.indexer is not None:
+            self._compress_c4(more, writing, pools)
+            compressed = pools.c4[self.layer]
+            selected = self.indexer.select(index_q[0], more[-1], meta, self.freqs, pools, self.layer)
+        elif self.compressor is not None:
             compressed = pools.c128[self.layer]
             c, ring = self.compressor, pools.c128_ring[self.layer]
-            assert c is not None
-            u, g = linear(x, c.wkv), linear(x, c.wgate)
+            u, g = more
             compress_c128(u, g, c.ape, c.norm, ring, writing, self.freqs, self.eps, compressed)
         scale, half = self.head_dim**-0.5, self.wq_b.half
-        out = sparse_attention(q, self.sink, meta, window, compressed, self.ratio, selected, scale, half)
-        # The value carries its key's rotation; turning back by the query's position leaves the distance only.
-        out = rotate(out, meta.positions, self.freqs, inverse=True)
+        out = sparse_attention(q, self.sink, meta, window, compressed, self.ratio, selected, scale, half, self.freqs)
         out = out.view(out.shape[0], self.groups, -1)
         return linear(grouped_linear(out, self.wo_a, self.groups), self.wo_b)
 
     def write_window(self, x: Tensor, positions: Tensor, rows: Tensor, window: RowPool) -> None:
         """Write the keys of tokens x [T, D] at `positions` [T] to `rows` [T] of the layer's window."""
-        write_rows(window, rows, latent(linear(x, self.wkv), self.kv_norm, positions, self.freqs, self.eps))
+        self._write_window(linear(x, self.wkv), positions, rows, window)
 
-    def _compress_c4(self, x: Tensor, q_low: Tensor, meta: StepMeta, writing: StepMeta, pools: KvPools) -> Tensor:
-        quantised = pools.layout == "v4"
+    def _write_window(self, kv: Tensor, positions: Tensor, rows: Tensor, window: RowPool) -> None:
+        write_latents(window, rows, kv, self.kv_norm, positions, self.freqs, self.eps)
+
+    def _compress_c4(self, projected: list[Tensor], writing: StepMeta, pools: KvPools) -> None:
+        """What of_x made for both compressors; rows of the index are Hadamard-turned where they are quantised."""
         assert self.compressor is not None
         assert self.indexer is not None
-        for c, ring, out, rotate_keys in (
-            (self.compressor, pools.c4_ring[self.layer], pools.c4[self.layer], False),
-            (self.indexer.compressor, pools.index_ring[self.layer], pools.index[self.layer], quantised),
-        ):
-            u, g = linear(x, c.wkv), linear(x, c.wgate)
-            compress_c4(u, g, c.ape, c.norm, ring, writing, self.freqs, self.eps, out, rotate_keys)
-        return self.indexer.select(x, q_low, meta, self.freqs, pools, self.layer)
+        u, g, index_u, index_g, _ = projected
+        c, ring, out = self.compressor, pools.c4_ring[self.layer], pools.c4[self.layer]
+        compress_c4(u, g, c.ape, c.norm, ring, writing, self.freqs, self.eps, out, rotate_keys=False)
+        c, ring, out = self.indexer.compressor, pools.index_ring[self.layer], pools.index[self.layer]
+        turn = pools.layout == "v4"
+        compress_c4(index_u, index_g, c.ape, c.norm, ring, writing, self.freqs, self.eps, out, rotate_keys=turn)

@@ -42,18 +42,17 @@ class Layer:
     ) -> Tensor:
         """streams [T, 4, D] -> [T, 4, D]."""
         c = self.config
-        x, post, comb = mix_in(streams, self.attn_site, c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters)
-        y = self.attention(rms_norm(x, self.attn_norm, c.rms_norm_eps), meta, window_rows, pools)
-        streams = mix_out(y, streams, post, comb)
-        x, post, comb = mix_in(streams, self.ffn_site, c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters)
-        y = self.moe(rms_norm(x, self.ffn_norm, c.rms_norm_eps), token_ids)
-        return mix_out(y, streams, post, comb)
+        how = c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters
+        x, post, comb = mix_in(streams, self.attn_site, *how, self.attn_norm)
+        streams = mix_out(self.attention(x, meta, window_rows, pools), streams, post, comb)
+        x, post, comb = mix_in(streams, self.ffn_site, *how, self.ffn_norm)
+        return mix_out(self.moe(x, token_ids), streams, post, comb)
 
     def write_window(self, streams: Tensor, positions: Tensor, rows: Tensor, window: RowPool) -> None:
         """Write the keys of tokens with `streams` [T, 4, D], and nothing else of what the layer does."""
         c = self.config
-        x, _, _ = mix_in(streams, self.attn_site, c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters)
-        self.attention.write_window(rms_norm(x, self.attn_norm, c.rms_norm_eps), positions, rows, window)
+        x, _, _ = mix_in(streams, self.attn_site, c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters, self.attn_norm)
+        self.attention.write_window(x, positions, rows, window)
 
 
 class DeepseekV4:

@@ -36,4 +36,4 @@ class MixtureOfExperts:
             assert self.bias is not None
             picks, weights = route_scored(x, self.gate, self.bias, self.k, self.scaling)
         shared = mlp(x, self.shared_gate, self.shared_up, self.shared_down, self.limit)
-        return routed_experts(x, picks, weights, self.experts, self.limit) + shared
+        return routed_experts(x, picks, weights, self.experts, self.limit, shared)

@@ -12,7 +12,7 @@ from engine.kernels import experts
 from engine.kernels import index_topk as index_topk_module
 from engine.kernels.linear import Matrix, linear
 from engine.kernels.rows import RowPool, read_rows
-from engine.model import attention, moe
+from engine.model import moe
 from engine.model.deepseek_v4 import DeepseekV4
 from tests.engine.dense_forward import Stored, dense_forward, stored_index, stored_latent
 from tests.engine.geometries import PATTERNS, random_tensors, tiny_config
@@ -35,7 +35,8 @@ class Judged:
         # Choices are judged between the kernels; test_fused.py shows that the one call makes the same.
         paged.model.fused = None
         self.layer_of = {id(layer.moe.gate): n for n, layer in enumerate(paged.model.layers)}
-        monkeypatch.setattr(attention, "index_topk", self.index_topk)
+        self._topk = index_topk_module.index_topk
+        monkeypatch.setattr(index_topk_module, "index_topk", self.index_topk)
         monkeypatch.setattr(moe, "route_scored", self.route_scored)
 
     def _tie(self, layer: int, position: int, scores: Tensor) -> None:
@@ -44,7 +45,7 @@ class Judged:
         self.ties += 1
 
     def index_topk(self, q: Tensor, w: Tensor, pool: RowPool, meta: StepMeta, k: int, half: bool) -> Tensor:
-        ours = index_topk_module.index_topk(q, w, pool, meta, k)
+        ours = self._topk(q, w, pool, meta, k)
         layer = next(n for n, p in self.paged.pools.index.items() if p is pool)
         judged = ours.clone()
         for t, position in enumerate(meta.positions.tolist()):
@@ -188,14 +189,16 @@ def check_against_dense(monkeypatch: pytest.MonkeyPatch, seed: int, pattern: str
     prompt = torch.randint(config.vocab_size, (n,), generator=torch.Generator().manual_seed(seed))
     picks: dict[int, list[Tensor]] = {}
 
+    topk = index_topk_module.index_topk
+
     def recording(q: Tensor, w: Tensor, pool: RowPool, meta: StepMeta, k: int, half: bool) -> Tensor:
-        chosen = index_topk_module.index_topk(q, w, pool, meta, k)
+        chosen = topk(q, w, pool, meta, k)
         layer = next(n for n, p in paged.pools.index.items() if p is pool)
         picks.setdefault(layer, []).append(chosen)
         return chosen
 
     paged.model.fused = None
-    monkeypatch.setattr(attention, "index_topk", recording)
+    monkeypatch.setattr(index_topk_module, "index_topk", recording)
     sequence = paged.sequence()
     got = torch.cat([paged.step((sequence, part))[0] for part in prompt.split(chunk)])
     stored = EngineRows(paged, sequence, picks)

@@ -11,11 +11,14 @@ from engine.batch import Segment, Sequence, StepMeta
 from engine.cache.pools import KvPools, PoolSizes
 from engine.colocated import generate
 from engine.config import EngineConfig
+from engine.kernels.device import use_cuda_products
 from engine.model.deepseek_v4 import DeepseekV4
 from engine.model.tiny import write_tiny
 from engine.model.weights import load_checkpoint
 from engine.runner import Runner, move
+from engine.steps import StepGraphs
 from engine.window import WindowPages, num_pages
+from tests.engine.speculation import Speculator
 from wire.types import PageClass, SamplingParams
 
 pytestmark = pytest.mark.gpu
@@ -51,6 +54,14 @@ def logits_of(model: DeepseekV4, layout, device: str, chunks: list[int]) -> torc
         found.append(model.forward(part, StepMeta.of(batch), torch.arange(len(part)), pools).cpu())
         sequence.length = end
     return torch.cat(found)
+
+
+@pytest.fixture(params=["triton", "cuda"], autouse=True)
+def kernels(request):
+    """Everything runs twice: products of few tokens in Triton, and in CUDA C++."""
+    use_cuda_products(request.param == "cuda")
+    yield request.param
+    use_cuda_products(False)
 
 
 def on_gpu(directory: Path, half: bool) -> DeepseekV4:
@@ -106,12 +117,34 @@ def test_a_flash_shaped_slice_agrees_with_the_cpu(tmp_path, record_property):
 
 
 @pytest.mark.parametrize("draft", [False, True])
-def test_a_request_is_answered_and_twice_the_same(default_model, draft):
-    config = EngineConfig(model=default_model, device="cuda", kv_memory_bytes=256 << 20, max_requests=4, draft=draft)
+@pytest.mark.parametrize(("products", "graphs"), [("triton", False), ("triton", True), ("cuda", True)])
+def test_a_request_is_answered_and_twice_the_same(default_model, draft, products, graphs):
+    config = EngineConfig(
+        model=default_model, device="cuda", kv_memory_bytes=256 << 20, max_requests=4, draft=draft, kernels=products,
+        graphs=graphs,
+    )  # fmt: skip
     runner = Runner.load(config)
     ids = prompt(runner.model_config.vocab_size, 700).tolist()
     answers = [[s.token_id for s in generate(runner, ids, GREEDY, chunk_tokens=256)] for _ in range(2)]
     assert len(answers[0]) == 24
+    assert answers[0] == answers[1]
+
+
+def test_captured_steps_draw_and_guess_what_the_same_steps_do_uncaptured(default_model):
+    """Several requests that come and go, three drafts deep: graphs of many sizes, each replayed over other pages."""
+    config = EngineConfig(model=default_model, device="cuda", kv_memory_bytes=256 << 20, max_requests=6, draft=True)
+    answers = []
+    for capture in (False, True):
+        runner = Runner.load(config)
+        runner.graphs = StepGraphs(runner.model, runner.draft, runner.pools, capture=capture)
+        run = Speculator(runner, 3)
+        for n, length in enumerate((700, 40, 255, 3, 2_000)):
+            run.prefill(
+                prompt(runner.model_config.vocab_size, length).tolist(),
+                SamplingParams(max_tokens=20 + 9 * n, seed=n, temperature=float(n % 2), ignore_eos=True),
+            )
+        run.run()
+        answers.append([(request.drawn, request.guesses, request.kept) for request in run.requests])
     assert answers[0] == answers[1]
 
 

@@ -17,7 +17,7 @@
 #define __align__(n)
 
 struct Index { unsigned x; };
-static Index threadIdx, blockIdx;
+static Index threadIdx, blockIdx, blockDim;
 
 namespace block {
 struct Fiber {
@@ -109,6 +109,11 @@ inline uint32_t __ballot_sync(uint32_t, bool on) {
 template <typename T> T shuffled(T value, int from) { return (T)block::exchange((uint32_t)value)[from & 31]; }
 template <typename T> T __shfl_sync(uint32_t, T value, int lane) { return shuffled(value, lane); }
 template <typename T> T __shfl_xor_sync(uint32_t, T value, int mask) { return shuffled(value, (threadIdx.x & 31) ^ mask); }
+inline float __shfl_xor_sync(uint32_t, float value, int mask) {
+    uint32_t bits = shuffled(__float_as_uint(value), (threadIdx.x & 31) ^ mask);
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
 template <typename T> T __shfl_up_sync(uint32_t, T value, int d) {
     int lane = threadIdx.x & 31;
     return shuffled(value, lane >= d ? lane - d : lane);

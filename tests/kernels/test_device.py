@@ -29,13 +29,24 @@ from engine.kernels.device import linear as device_linear
 from engine.kernels.device import norm_rope as device_norm
 from engine.kernels.device import rows as device_rows
 from engine.kernels.device import sparse_attention as device_attention
+from engine.kernels.device import use_cuda_products
 from engine.kernels.index_topk import index_topk
 from engine.kernels.linear import Matrix, linear
-from engine.kernels.rows import RowPool, read_rows, write_rows
+from engine.kernels.rows import RowPool, read_rows, write_latents, write_rows
 from engine.kernels.sparse_attention import sparse_attention
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
+
+
+@pytest.fixture(params=["triton", "cuda"] if ON_GPU else ["triton"], autouse=True)
+def kernels(request):
+    """On a GPU everything runs twice: products of few tokens in Triton, and in CUDA C++."""
+    use_cuda_products(request.param == "cuda")
+    yield request.param
+    use_cuda_products(False)
+
+
 PAGES = 5
 SPANS = [(0, 9), (250, 14), (700, 1), (1019, 5)]
 
@@ -162,6 +173,21 @@ def stale_ring(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", ["v4", "exact"])
+def test_latents_are_normed_turned_and_stored_in_one_go(layout):
+    pool, rows = empty_pool(256, "latent", layout, 512), torch.tensor([700, 3, 1025])
+    kv, weight, positions = randn(3, 1000)[:, 300:812], randn(512, seed=1), torch.tensor([5, 900_000, 0])
+    freqs = norm_rope.rope_frequencies(10_000.0, 64, None)
+    ours = there(pool)
+    device_rows.write_latents(
+        ours, there(rows), there(kv.contiguous()), there(weight), there(positions), there(freqs), 1e-6
+    )
+    write_latents(pool, rows, kv, weight, positions, freqs, 1e-6)
+    got, expected = (read_rows(p, rows) for p in (replace(ours, data=ours.data.cpu()), pool))
+    assert torch.allclose(got, expected, rtol=0.13 if layout == "v4" else 1e-5, atol=1e-3)
+    assert apart(got, expected) < (1e-5 if layout == "v4" else 1e-10)
+
+
+@pytest.mark.parametrize("layout", ["v4", "exact"])
 @pytest.mark.parametrize(("dim", "turned"), [(512, False), (128, True)])
 def test_c4_rows_and_rings(step, layout, dim, turned):
     kind = "index" if turned else "latent"
@@ -232,6 +258,13 @@ def test_attention(step, ratio, layout, half):
         None if selected is None else there(selected), 512**-0.5, half,
     )  # fmt: skip
     assert apart(got, expected) < (2e-5 if half else 1e-10)
+    freqs = norm_rope.rope_frequencies(10_000.0, 64, None)
+    back = device_attention.sparse_attention(
+        there(q), there(sink), there(meta), there(window), None if pool is None else there(pool), ratio,
+        None if selected is None else there(selected), 512**-0.5, half, there(freqs),
+    )  # fmt: skip
+    turned = norm_rope.rotate(expected, meta.positions, freqs, inverse=True)
+    assert apart(back, turned) < (2e-5 if half else 1e-10)
 
 
 @pytest.mark.parametrize("layout", ["v4", "exact"])
@@ -252,6 +285,18 @@ def test_indexer_scores_in_fp8_read_their_own_queries(step):
     scores, maxima = device_index.scores_and_maxima(codes, weights, there(pool), there(meta), 32, half=True)
     dequantised = codes.cpu().view(torch.float8_e4m3fn).float()
     check_scores(meta, pool, dequantised, weights.cpu(), scores, maxima, 1e-7)
+
+
+def test_queries_are_turned_and_quantised_as_one_after_the_other(step):
+    meta = step([(300, 2), (1100, 3)], pages=PAGES)
+    q, w, freqs = randn(5, 64, 128), randn(5, 64, seed=1), norm_rope.rope_frequencies(160_000.0, 64, None)
+    turned = norm_rope.hadamard(norm_rope.rotate(q, meta.positions, freqs))
+    expected, scaled = device_index.quantise(there(turned), there(w * 0.25))
+    codes, weights = device_index.quantise(there(q), there(w), 0.25, there(meta.positions), there(freqs))
+    assert torch.equal(weights, scaled)
+    values = [c.cpu().view(torch.float8_e4m3fn).float() for c in (codes, expected)]
+    assert torch.allclose(*values, rtol=0.13, atol=0.01), "a rounding apart at most"
+    assert (codes != expected).double().mean() < 0.01
 
 
 def check_scores(meta, pool, q, w, scores, maxima, tolerance):
@@ -339,8 +384,10 @@ def test_the_work_list_holds_every_pair_under_its_expert(tokens):
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "fp4"])
 @pytest.mark.parametrize("tokens", [1, 5, 60])
-def test_experts(kind, tokens):
-    count, hidden, inner, limit = 4, 192, 128, 2.0
+@pytest.mark.parametrize("hidden", [192, 256])
+def test_experts(kind, tokens, hidden):
+    """On a GPU few FP4 pairs of sizes in whole steps take the CUDA kernels, which round tokens to fp16."""
+    count, inner, limit = 4, 128, 2.0
     shapes = ((count, inner, hidden), (count, inner, hidden), (count, hidden, inner))
     scales = (None, None, None)
     if kind == "fp4":
@@ -362,9 +409,15 @@ def test_experts(kind, tokens):
     expected = experts.routed_experts(x, picks, weights, experts.Experts.prepare(*dense), limit)
     got = device_experts.routed_experts(
         there(x), there(picks), there(weights), tuple(map(there, stacks)),
-        tuple(None if s is None else there(s) for s in scales), limit,
+        tuple(None if s is None else there(s) for s in scales), (124, 124), limit,
     )  # fmt: skip
     assert apart(got, expected) < (1e-10 if kind == "fp32" else 3e-5)
+    beside = randn(tokens, hidden, seed=9)
+    more = device_experts.routed_experts(
+        there(x), there(picks), there(weights), tuple(map(there, stacks)),
+        tuple(None if s is None else there(s) for s in scales), (124, 124), limit, there(beside),
+    )  # fmt: skip
+    assert torch.allclose(more.cpu(), got.cpu() + beside, rtol=1e-6, atol=1e-6)
 
 
 def test_swiglu():
@@ -385,3 +438,19 @@ def test_a_matrix_on_the_device_gives_what_it_gives_on_the_cpu():
     weight, x = randn(64, 128).bfloat16(), randn(3, 128).bfloat16().float()
     got = device_linear.product(there(x), there(weight), None, 1)
     assert math.isclose(apart(got, linear(x, Matrix.prepare(weight))), 0, abs_tol=1e-10)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 20])
+def test_several_matrices_give_what_each_gives_alone(tokens):
+    """On a GPU few tokens take one launch, in which a token's result is as ever."""
+    matrices = [(randn(n, 256, seed=n).bfloat16(), None) for n in (64, 16, 48)]
+    matrices.append((torch.randint(0x70, (32, 256), dtype=torch.uint8), torch.rand(1, 2)))
+    x = randn(tokens, 256)
+    ours = [(there(weight), None if scales is None else there(scales)) for weight, scales in matrices]
+    together = device_linear.products(there(x), ours)
+    for got, (weight, scales), (dense, blocks) in zip(together, ours, matrices, strict=True):
+        alone = device_linear.product(there(x), weight, scales, 1)
+        assert torch.equal(got, alone)
+        if blocks is not None:
+            dense = dense.view(torch.float8_e4m3fn).float() * blocks.repeat_interleave(128, 1)
+        assert apart(got, x @ dense.float().T) < 3e-5

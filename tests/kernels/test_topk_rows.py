@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
 from engine.kernels.topk_rows import topk_rows
+from tests.kernels.cuda_on_cpu import compiled
 
 TopK = Callable[[torch.Tensor, list[int], int], torch.Tensor]
 
@@ -19,16 +17,7 @@ TopK = Callable[[torch.Tensor, list[int], int], torch.Tensor]
 @pytest.fixture(scope="module")
 def cuda_on_cpu(tmp_path_factory: pytest.TempPathFactory) -> TopK:
     """engine/csrc/topk_rows.cu, compiled for this machine's processor."""
-    if shutil.which("g++") is None:
-        pytest.skip("there is no g++ to compile the kernel with")
-    here, root = Path(__file__).parent, Path(__file__).parents[2]
-    library = tmp_path_factory.mktemp("topk") / "topk.so"
-    subprocess.run(
-        ["g++", "-O2", "-std=c++17", "-shared", "-fPIC", "-I", here, here / "topk_rows_on_cpu.cpp", "-o", library,
-         "-I", root / "engine" / "csrc"],
-        check=True,
-    )  # fmt: skip
-    run = ctypes.CDLL(str(library)).run_topk_rows
+    run = compiled("topk_rows", tmp_path_factory.mktemp("topk")).run_topk_rows
 
     def topk(scores: torch.Tensor, lengths: list[int], k: int) -> torch.Tensor:
         rows, width = scores.shape

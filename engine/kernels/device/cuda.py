@@ -24,13 +24,19 @@ class _Stream:
 
 
 @lru_cache(maxsize=16)
-def kernel(source: str, name: str, shared_bytes: int = 0) -> Any:
-    """The kernel `name` of engine/csrc/`source`, which must be extern "C", allowed this much dynamic shared memory."""
+def _compiled(source: str) -> Any:
     device = Device(torch.cuda.current_device())
     device.set_current()
     arch = "".join(str(part) for part in device.compute_capability)
     options = ProgramOptions(std="c++17", arch=f"sm_{arch}a")
-    function = Program((SOURCES / source).read_text(), "c++", options).compile("cubin").get_kernel(name)
+    return Program((SOURCES / source).read_text(), "c++", options).compile("cubin")
+
+
+@lru_cache(maxsize=64)
+def kernel(source: str, name: str, shared_bytes: int = 0) -> Any:
+    """The kernel `name` of engine/csrc/`source`, which must be extern "C", allowed this much dynamic shared memory."""
+    function = _compiled(source).get_kernel(name)
+    device = Device(torch.cuda.current_device())
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     (status,) = driver.cuKernelSetAttribute(
         attribute, shared_bytes, driver.CUkernel(int(function.handle)), driver.CUdevice(device.device_id)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.device import few_tokens
 from engine.kernels.device.codec import exact, operand
 
 FP32, BF16, FP4 = (tl.constexpr(kind) for kind in (0, 1, 2))
@@ -87,6 +88,11 @@ def _work_list(picks, members, owners, pairs, blocks, PAIRS: tl.constexpr, BLOCK
 
     members [blocks * BLOCK] int32  pair of each place, or `pairs` where none; owners [blocks] int32, or -1
     """
+    place = tl.arange(0, 2 * PAIRS)
+    for start in tl.range(0, blocks * BLOCK, 2 * PAIRS):
+        tl.store(members + start + place, pairs, mask=start + place < blocks * BLOCK)
+    tl.store(owners + place, -1, mask=place < blocks)
+    tl.debug_barrier()  # what follows overwrites some of that
     i = tl.arange(0, PAIRS)
     expert = tl.load(picks + i, mask=i < pairs, other=1 << 20)
     same = expert[None, :] == expert[:, None]
@@ -191,13 +197,15 @@ def _down(
 
 
 @triton.jit
-def _sum_picks(parts, y, hidden, K: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_picks(parts, beside, y, hidden, K: tl.constexpr, BLOCK: tl.constexpr, BESIDE: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < hidden
     total = tl.load(parts + token * K * hidden + at, mask=inside, other=0.0)
     for j in tl.static_range(1, K):
         total += tl.load(parts + (token * K + j) * hidden + at, mask=inside, other=0.0)
+    if BESIDE:
+        total += tl.load(beside + token * hidden + at, mask=inside, other=0.0)
     tl.store(y + token * hidden + at, total, mask=inside)
 
 
@@ -232,11 +240,12 @@ def work_list(picks: Tensor, experts: int, block: int) -> tuple[Tensor, Tensor]:
     """picks [T, k] int32 -> members [B * block] int32, owners [B] int32, as `_work_list` says."""
     pairs = picks.numel()
     blocks = pairs if pairs <= FEW_PAIRS else min(pairs, experts) + pairs // block
-    members = torch.full((blocks * block,), pairs, dtype=torch.int32, device=picks.device)
-    owners = torch.full((blocks,), -1, dtype=torch.int32, device=picks.device)
+    members, owners = (torch.empty(n, dtype=torch.int32, device=picks.device) for n in (blocks * block, blocks))
     if pairs <= FEW_PAIRS:
         _work_list[(1,)](picks, members, owners, pairs, blocks, PAIRS=FEW_PAIRS, BLOCK=block, num_warps=4)
         return members, owners
+    members.fill_(pairs)
+    owners.fill_(-1)
     flat = picks.reshape(-1).long()
     order = torch.argsort(flat, stable=True)
     sizes = torch.zeros(experts, dtype=torch.int64, device=picks.device).scatter_add_(0, flat, torch.ones_like(flat))
@@ -252,11 +261,13 @@ def work_list(picks: Tensor, experts: int, block: int) -> tuple[Tensor, Tensor]:
 
 def routed_experts(
     x: Tensor, picks: Tensor, weights: Tensor, stacks: tuple[Tensor, Tensor, Tensor],
-    scales: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None], limit: float,
+    scales: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None], most: tuple[int, int], limit: float,
+    beside: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As `engine.kernels.experts.routed_experts`; stacks are gate, up [E, I, D] and down [E, D, I].
 
-    fp32 or bf16 without scales; with UE8M0 scales [E, ., . / 32] uint8, FP4 codes of two to a byte.
+    fp32 or bf16 without scales; with UE8M0 scales [E, ., . / 32] uint8, FP4 codes of two to a byte. most: the largest
+    scale code of gate and up, and of down.
     """
     tokens, k = picks.shape
     hidden = x.shape[1]
@@ -268,24 +279,31 @@ def routed_experts(
     if not tokens:
         return torch.empty_like(x)
     pairs = tokens * k
-    few = pairs <= 16 * count
-    tok = 16 if few else 64
-    members, owners = work_list(picks, count, tok)
+    x = x.contiguous()
     h = torch.empty(pairs, inner, dtype=torch.float32, device=x.device)
     parts = torch.empty(pairs, hidden, dtype=torch.float32, device=x.device)
-    out = 32 if few else 64
-    x = x.contiguous()
-    blocks = owners.shape[0]
-    _gate_up[(triton.cdiv(inner, out), blocks)](
-        x, gate, scales[0], up, scales[1], members, owners, h, pairs, k, hidden, inner, limit,
-        KIND=kind, OUT=out, TOK=tok, STEP=_step(hidden, kind), num_warps=4, num_stages=3,
-    )  # fmt: skip
-    _down[(triton.cdiv(hidden, out), blocks)](
-        h, down, scales[2], weights, members, owners, parts, pairs, hidden, inner,
-        KIND=kind, OUT=out, TOK=tok, STEP=_step(inner, kind), num_warps=4, num_stages=3,
-    )  # fmt: skip
+    if scales[0] is not None and few_tokens.takes_experts(gate, down, pairs):
+        members, owners = work_list(picks, count, few_tokens.TOKENS)
+        few_tokens.gate_up(x, gate, up, scales[:2], most[0], members, owners, pairs, limit, h)
+        few_tokens.down(h, down, scales[2], most[1], weights, members, owners, pairs, tokens, parts)
+    else:
+        few = pairs <= 16 * count
+        tok = 16 if few else 64
+        members, owners = work_list(picks, count, tok)
+        out = 32 if few else 64
+        blocks = owners.shape[0]
+        _gate_up[(triton.cdiv(inner, out), blocks)](
+            x, gate, scales[0], up, scales[1], members, owners, h, pairs, k, hidden, inner, limit,
+            KIND=kind, OUT=out, TOK=tok, STEP=_step(hidden, kind), num_warps=4, num_stages=3,
+        )  # fmt: skip
+        _down[(triton.cdiv(hidden, out), blocks)](
+            h, down, scales[2], weights, members, owners, parts, pairs, hidden, inner,
+            KIND=kind, OUT=out, TOK=tok, STEP=_step(inner, kind), num_warps=4, num_stages=3,
+        )  # fmt: skip
     y = torch.empty_like(x)
-    _sum_picks[(tokens, triton.cdiv(hidden, 1024))](parts, y, hidden, K=k, BLOCK=1024)
+    _sum_picks[(tokens, triton.cdiv(hidden, 1024))](
+        parts, beside, y, hidden, K=k, BLOCK=1024, BESIDE=beside is not None
+    )
     return y
 
 

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.device import mix_few as few
+
 _STEP = 128
 _ROWS = tl.constexpr(32)
 _SQUARES = tl.constexpr(24)
@@ -145,7 +147,9 @@ def mix_in(
     tokens, _, size = streams.shape
     x = torch.empty(tokens, size, dtype=torch.float32, device=streams.device)
     post, comb = (torch.empty(tokens, 4, *more, dtype=torch.float32, device=streams.device) for more in ((), (4,)))
-    if tokens:
+    if few.takes(tokens, size):
+        few.mix_in(streams, fn, base, scale, norm, rms_eps, hc_eps, iters, x, post, comb)
+    elif tokens:
         parts, splits = _partials(streams, fn)
         _finish[(tokens,)](
             parts, streams, base, scale, norm, x, post, comb, tokens, size, rms_eps, hc_eps, ITERS=iters,

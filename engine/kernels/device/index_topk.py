@@ -16,7 +16,15 @@ from torch import Tensor
 from engine.batch import StepMeta
 from engine.config import C4_RATIO
 from engine.kernels.device import INTERPRETED
-from engine.kernels.device.codec import e4m3_value, operand, power_of_two, quantised, scale_exponent
+from engine.kernels.device.codec import (
+    e4m3_value,
+    hadamard_row,
+    operand,
+    power_of_two,
+    quantised,
+    rotated,
+    scale_exponent,
+)
 from engine.kernels.device.topk_rows import choose
 from engine.kernels.rows import INDEX_DIM, RowPool
 
@@ -31,14 +39,20 @@ TOKENS = 4
 
 
 @triton.jit
-def _quantise(q, w, codes, weights, heads, D: tl.constexpr):
-    """q [T, H, D] -> e4m3 codes; w [T, H] takes over the scale."""
+def _quantise(
+    q, w, codes, weights, positions, freqs, turn_scale, w_scale, heads,
+    D: tl.constexpr, STEPS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """q [T, H, D] -> e4m3 codes; w [T, H] takes over the scale. With PAIRS, q is rotated and Hadamard-turned before."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, D)
     values = tl.load(q + row * D + at)
+    if PAIRS > 0:
+        values = rotated(values, tl.load(positions + row // heads), freqs, D, PAIRS, 1.0)
+        values = hadamard_row(values, D, STEPS) * turn_scale
     exponent = tl.minimum(scale_exponent(tl.max(tl.abs(values), axis=0)), 127)
     tl.store(codes + row * D + at, quantised(values, exponent))
-    tl.store(weights + row, tl.load(w + row) * power_of_two(exponent))
+    tl.store(weights + row, tl.load(w + row) * w_scale * power_of_two(exponent))
 
 
 @triton.jit(do_not_specialize=["pages", "first", "last"])
@@ -137,25 +151,50 @@ def scores_and_maxima(
     return scores, maxima
 
 
-def quantise(q: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """q [T, H, D], w [T, H] fp32 -> e4m3 codes [T, H, D] uint8 and weights that carry their scales [T, H]."""
+def quantise(
+    q: Tensor, w: Tensor, w_scale: float = 1.0, positions: Tensor | None = None, freqs: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """q [T, H, D], w [T, H] fp32 -> e4m3 codes [T, H, D] uint8 and weights that carry their scales [T, H].
+
+    With `freqs`, q is rotated by them and Hadamard-turned before.
+    """
     codes, weights = torch.empty(q.shape, dtype=torch.uint8, device=q.device), torch.empty_like(w)
     if q.numel():
-        _quantise[(q.shape[0] * q.shape[1],)](q, w, codes, weights, q.shape[1], D=q.shape[2], num_warps=1)
+        dim = q.shape[2]
+        _quantise[(q.shape[0] * q.shape[1],)](
+            q, w, codes, weights, positions, freqs, dim**-0.5, w_scale, q.shape[1],
+            D=dim, STEPS=dim.bit_length() - 1, PAIRS=0 if freqs is None else freqs.shape[0], num_warps=1,
+        )  # fmt: skip
     return codes, weights
+
+
+def select_blocks(q: Tensor, w: Tensor, w_scale: float, freqs: Tensor, pool: RowPool, meta: StepMeta, k: int) -> Tensor:
+    """As `engine.kernels.index_topk.select_blocks`, for e4m3 queries and keys."""
+    _check(pool)
+    codes, weights = quantise(q.contiguous(), w.contiguous(), w_scale, meta.positions, freqs)
+    return _topk(codes, weights, pool, meta, k, half=True)
 
 
 def index_topk(q: Tensor, w: Tensor, pool: RowPool, meta: StepMeta, k: int, half: bool) -> Tensor:
     """As `engine.kernels.index_topk.index_topk`; with `half` products take e4m3 (v4) or bf16 (exact) operands."""
-    tokens = q.shape[0]
+    _check(pool)
+    q, w = q.contiguous(), w.contiguous()
+    if half and pool.layout == "v4":
+        q, w = quantise(q, w)
+    return _topk(q, w, pool, meta, k, half)
+
+
+def _check(pool: RowPool) -> None:
     if pool.rows_per_item != 64 or pool.dim & (pool.dim - 1) or pool.dim > 256:
         raise ValueError(
             f"index keys of {pool.dim} values, {pool.rows_per_item} a page: the GPU kernel reads 64 keys a page of a "
             "power of two up to 256 values. Use --device cpu for such a model."
         )
-    q, w = q.contiguous(), w.contiguous()
-    if half and pool.layout == "v4":
-        q, w = quantise(q, w)
+
+
+def _topk(q: Tensor, w: Tensor, pool: RowPool, meta: StepMeta, k: int, half: bool) -> Tensor:
+    """q [T, H, D] and w [T, H] as `_scores` reads them."""
+    tokens = q.shape[0]
     row_bytes = 4 * meta.page_table.shape[1] * 64
     at_once = max(TOKENS, SCORE_BYTES // max(row_bytes, 1) // TOKENS * TOKENS)
     chosen = []

@@ -7,6 +7,7 @@ whose parts are added in order by the one that reads them: a number that depends
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.device import few_tokens
 from engine.kernels.device.codec import e4m3_value, exact, operand
 
 FP8_BLOCK = 128
@@ -106,6 +108,8 @@ def product(x: Tensor, weight: Tensor, scales: Tensor | None, groups: int) -> Te
             "groups. Load such a matrix in bfloat16."
         )
     x = x if x.stride(1) == 1 else x.contiguous()
+    if few_tokens.takes(tokens, weight, groups):
+        return few_tokens.products(x, [(weight, scales)], groups)[0]
     few = tokens <= _DECODE_TOKENS
     tile, step, per_split, warps = plan(outputs, inputs, groups, fp8, few)
     tok = 16 if few else 64 if tokens <= 64 else 128
@@ -125,3 +129,11 @@ def product(x: Tensor, weight: Tensor, scales: Tensor | None, groups: int) -> Te
         count, block = tokens * outputs, 1024
         _add_parts[(triton.cdiv(count, block),)](parts, y, count, count, SPLITS=splits, BLOCK=block)
     return y
+
+
+def products(x: Tensor, matrices: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    """x [T, K] times each (weight, scales): in one launch, where it is few tokens and matrices that allow it."""
+    if len(matrices) <= few_tokens.MATRICES and all(few_tokens.takes(len(x), weight) for weight, _ in matrices):
+        x = x if x.stride(1) == 1 else x.contiguous()
+        return few_tokens.products(x, matrices)
+    return [product(x, weight, scales, 1) for weight, scales in matrices]

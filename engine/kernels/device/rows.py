@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.device.codec import bf16_bits, power_of_two, quantised, scale_exponent
+from engine.kernels.device.codec import bf16_bits, power_of_two, quantised, rotated, scale_exponent
 from engine.kernels.rows import GROUP, INDEX_DIM, LATENT_BYTES, LATENT_DIM, LATENT_SCALE_BYTES, NOPE_DIM, RowPool
 
 EXACT, LATENT, INDEX = (tl.constexpr(code) for code in (0, 1, 2))
@@ -60,6 +60,19 @@ def _write(pool, item_stride, n, row_ids, values, SIZE: tl.constexpr, CODEC: tl.
     )
 
 
+@triton.jit
+def _write_latents(
+    pool, item_stride, n, row_ids, kv, kv_row, weight, positions, freqs, eps,
+    SIZE: tl.constexpr, PAIRS: tl.constexpr, CODEC: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, SIZE)
+    values = tl.load(kv + row * kv_row + at)
+    values = values * tl.rsqrt(tl.sum(values * values, axis=0) / SIZE + eps)
+    values = rotated(tl.load(weight + at) * values, tl.load(positions + row), freqs, SIZE, PAIRS, 1.0)
+    store_row(pool, item_stride, tl.load(row_ids + row), values, n, SIZE, CODEC)
+
+
 def check_dim(pool: RowPool) -> None:
     """Raise ValueError for rows the kernels do not take."""
     if pool.dim & (pool.dim - 1) or pool.dim > 2 * LATENT_DIM:
@@ -75,4 +88,16 @@ def write_rows(pool: RowPool, rows: Tensor, values: Tensor) -> None:
     _write[(len(rows),)](
         pool.data, pool.data.stride(0), pool.rows_per_item, rows.contiguous(), values.contiguous(),
         SIZE=pool.dim, CODEC=codec(pool), num_warps=4 if pool.dim > 128 else 1,
+    )  # fmt: skip
+
+
+def write_latents(
+    pool: RowPool, rows: Tensor, kv: Tensor, weight: Tensor, positions: Tensor, freqs: Tensor, eps: float
+) -> None:
+    """As `engine.kernels.rows.write_latents`."""
+    check_dim(pool)
+    kv = kv if kv.stride(1) == 1 else kv.contiguous()
+    _write_latents[(len(rows),)](
+        pool.data, pool.data.stride(0), pool.rows_per_item, rows.contiguous(), kv, kv.stride(0), weight, positions,
+        freqs, eps, SIZE=pool.dim, PAIRS=freqs.shape[0], CODEC=codec(pool), num_warps=4 if pool.dim > 128 else 1,
     )  # fmt: skip

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from engine.batch import StepMeta
 from engine.config import C4_RATIO, C128_RATIO, WINDOW
-from engine.kernels.device.codec import e4m3_value, exact, operand
+from engine.kernels.device.codec import e4m3_value, exact, operand, rotated
+from engine.kernels.device.norm_rope import norm_rotate
 from engine.kernels.device.rows import check_dim
 from engine.kernels.rows import GROUP, LATENT_BYTES, LATENT_SCALE_BYTES, NOPE_DIM, RowPool
 
@@ -150,7 +151,10 @@ def _partial(
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _merge(parts, tops, totals, sink, out, heads, splits, D: tl.constexpr, SPLITS: tl.constexpr):
+def _merge(
+    parts, tops, totals, sink, out, positions, freqs, heads, splits,
+    D: tl.constexpr, SPLITS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     split = tl.arange(0, SPLITS)
     there = split < splits
@@ -170,20 +174,30 @@ def _merge(parts, tops, totals, sink, out, heads, splits, D: tl.constexpr, SPLIT
         own = tl.load(totals + place)
         if own != 0.0:
             result += tl.exp(tl.load(tops + place) - highest) * tl.load(parts + place * D + channel)
-    tl.store(out + (token * heads + head) * D + channel, result / denominator)
+    result = result / denominator
+    if PAIRS > 0:
+        result = rotated(result, tl.load(positions + token), freqs, D, PAIRS, -1.0)
+    tl.store(out + (token * heads + head) * D + channel, result)
 
 
-def num_splits(tokens: int, heads: int, key_tiles: int) -> int:
-    """Into how many programs a token's keys are cut."""
+def shape(tokens: int, heads: int, half: bool, v4: bool) -> tuple[int, int, int]:
+    """(heads of a program, keys of a tile, warps): sums of all its heads and a tile of decoded keys share a
+    multiprocessor's registers.
+    """
+    tile = (64 if v4 else 32) if half else 16
+    return min(64 if half else 16, max(16, triton.next_power_of_2(heads))), tile, 8
+
+
+def num_splits(tokens: int, blocks: int, key_tiles: int) -> int:
+    """Into how many programs the keys of a token are cut, for each of so many blocks of heads."""
     if tokens >= LONG_STEP:
         return 1
-    blocks = -(-heads // 64)
     return max(1, min(key_tiles, PROGRAMS // (tokens * blocks)))
 
 
 def sparse_attention(
     q: Tensor, sink: Tensor, meta: StepMeta, window: RowPool, compressed: RowPool | None, ratio: int,
-    selected: Tensor | None, scale: float, half: bool,
+    selected: Tensor | None, scale: float, half: bool, freqs: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As `engine.kernels.sparse_attention.sparse_attention`; with `half` products take bf16 operands."""
     check_dim(window)
@@ -194,12 +208,10 @@ def sparse_attention(
     rows = window if compressed is None else compressed
     picks = 0 if selected is None else selected.shape[1]
     v4 = window.layout == "v4"
-    # A tile of decoded keys and the sums of all heads share a multiprocessor's registers.
-    tile = (64 if v4 else 32) if half else 16
+    block, tile, warps = shape(tokens, heads, half, v4)
     pages = meta.page_table.shape[1]
     keys = WINDOW + {0: 0, C4_RATIO: picks, C128_RATIO: pages * (256 // C128_RATIO)}[ratio]
-    splits = num_splits(tokens, heads, -(-keys // tile))
-    block = min(64 if half else 16, max(16, triton.next_power_of_2(heads)))
+    splits = num_splits(tokens, -(-heads // block), -(-keys // tile))
     whole = splits == 1
     parts = out if whole else torch.empty(tokens, splits, heads, dim, dtype=torch.float32, device=q.device)
     tops, totals = (torch.empty(tokens, splits, heads, dtype=torch.float32, device=q.device) for _ in range(2))
@@ -208,10 +220,12 @@ def sparse_attention(
         window.data, window.data.stride(0), window.rows_per_item, rows.data, rows.data.stride(0), rows.rows_per_item,
         selected, picks, parts, tops, totals, heads, scale,
         D=dim, HEADS=block, TILE=tile, RATIO=ratio, V4=v4, HALF=half, OLDEST=meta.oldest is not None, WHOLE=whole,
-        num_warps=8, num_stages=1,
+        num_warps=warps, num_stages=1,
     )  # fmt: skip
     if not whole:
         _merge[(tokens, heads)](
-            parts, tops, totals, sink, out, heads, splits, D=dim, SPLITS=MAX_SPLITS, num_warps=4,
+            parts, tops, totals, sink, out, meta.positions, freqs, heads, splits,
+            D=dim, SPLITS=MAX_SPLITS, PAIRS=0 if freqs is None else freqs.shape[0], num_warps=4,
         )  # fmt: skip
-    return out
+        return out
+    return out if freqs is None else norm_rotate(out, None, None, meta.positions, freqs, inverse=True)

@@ -1,0 +1,169 @@
+"""Products of a few tokens with quantised matrices: the source of the CUDA kernels run on the CPU, against fp64."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.cuda_on_cpu import compiled
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return compiled("few_tokens", tmp_path_factory.mktemp("few"))
+
+
+P, N, L, F = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
+
+
+def call(function, fields: list[tuple[object, object]], *more: int) -> None:
+    """Call with a struct of these (type, value) fields."""
+    kinds = [(f"f{n}", kind) for n, (kind, _) in enumerate(fields)]
+    struct = type("Call", (ctypes.Structure,), {"_fields_": kinds})
+    values = [value.data_ptr() if isinstance(value, Tensor) else value for _, value in fields]
+    function(ctypes.byref(struct(*values)), *map(ctypes.c_uint, more))
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Described(ctypes.Structure):
+    _fields_ = (("weights", P), ("scales", P), ("rows", N), ("columns", N))
+
+
+def products(
+    library: ctypes.CDLL, x: Tensor, matrices: list[tuple[Tensor, Tensor | None]], groups: int, tiles: int, warps: int
+) -> list[Tensor]:
+    inputs = matrices[0][0].shape[1]
+    rows = [len(weight) for weight, _ in matrices]
+    table = (Described * 8)(*(
+        Described(w.data_ptr(), None if s is None else s.data_ptr(), len(w), 0 if s is None else s.shape[1])
+        for w, s in matrices
+    ))  # fmt: skip
+    y = torch.full((len(x) * sum(rows),), torch.nan)
+    call(
+        library.run_linears,
+        [(P, x), (P, y), (P, ctypes.addressof(table)), (L, x.stride(0)), (N, tiles), (N, len(x)), (N, inputs),
+         (N, sum(rows) // groups)],
+        32 * warps,
+    )  # fmt: skip
+    return [part.view(len(x), -1) for part in y.split([len(x) * n for n in rows])]
+
+
+def product(
+    library: ctypes.CDLL, x: Tensor, weight: Tensor, scales: Tensor | None, groups: int, tiles: int, warps: int
+) -> Tensor:
+    return products(library, x, [(weight, scales)], groups, tiles, warps)[0]
+
+
+def test_matrices_of_both_kinds_share_a_launch(library) -> None:
+    g = generator(9)
+    x = torch.randn(5, 256, generator=g)
+    matrices = [
+        (torch.randint(0x70, (32, 256), dtype=torch.uint8, generator=g), torch.rand(1, 2, generator=g)),
+        (torch.randn(16, 256, generator=g).bfloat16(), None),
+        (torch.randint(0x70, (144, 256), dtype=torch.uint8, generator=g), torch.rand(2, 2, generator=g)),
+        *((torch.randn(16, 256, generator=g).bfloat16(), None) for _ in range(5)),
+    ]
+    together = products(library, x, matrices, 1, 1, 2)
+    for got, (weight, scales) in zip(together, matrices, strict=True):
+        assert torch.equal(got, product(library, x, weight, scales, 1, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "inputs", "groups", "tiles", "warps"),
+    [(1, 32, 128, 1, 1, 1), (1, 64, 640, 1, 2, 4), (3, 256, 384, 1, 2, 2), (8, 64, 1024, 1, 1, 4),
+     (5, 256, 256, 2, 2, 1)],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_a_product_is_that_of_the_weights_as_they_are(library, kind, tokens, outputs, inputs, groups, tiles, warps):
+    """Uneven shares of the inputs for the warps, groups with inputs of their own, every e4m3 code."""
+    g = generator(outputs + inputs)
+    rows = torch.randn(tokens, groups * inputs + 3, generator=g)
+    x = rows[:, : groups * inputs]
+    if kind == "bf16":
+        weight, scales = torch.randn(outputs, inputs, generator=g).bfloat16(), None
+        meant, rounded = weight.double(), x.bfloat16().double()
+    else:
+        weight = torch.randint(256, (outputs, inputs), dtype=torch.uint8, generator=g)
+        weight[weight & 0x7F == 0x7F] = 0x01  # a NaN is no weight; the smallest there is, is one
+        scales = torch.exp2(torch.randint(-9, 9, (-(-outputs // 128), inputs // 128), generator=g).float())
+        wide = scales.repeat_interleave(128, 0)[:outputs].repeat_interleave(128, 1).double()
+        meant, rounded = weight.view(torch.float8_e4m3fn).double() * wide, x.half().double()
+    got = product(library, x, weight, scales, groups, tiles, warps)
+    parts = zip(rounded.split(inputs, 1), meant.split(outputs // groups), strict=True)
+    expected = torch.cat([part @ rows.T for part, rows in parts], dim=1)
+    size = torch.cat([a.abs() @ b.abs().T for a, b in zip(
+        rounded.split(inputs, 1), meant.split(outputs // groups), strict=True)], dim=1)  # fmt: skip
+    assert ((got - expected).abs() <= 1e-6 * size).all()
+
+
+def test_a_tokens_product_depends_on_no_other_token(library) -> None:
+    g = generator(3)
+    x = torch.randn(8, 512, generator=g)
+    weight = torch.randint(0x70, (64, 512), dtype=torch.uint8, generator=g)
+    scales = torch.ones(1, 4)
+    together = product(library, x, weight, scales, 1, 2, 4)
+    for token in range(8):
+        assert torch.equal(product(library, x[token : token + 1], weight, scales, 1, 2, 4)[0], together[token])
+
+
+def fp4(shape: tuple[int, int, int], g: torch.Generator, low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
+    """codes, scales, and what they mean [E, N, K] in fp64."""
+    count, outputs, inputs = shape
+    codes = torch.randint(256, (count, outputs, inputs // 2), dtype=torch.uint8, generator=g)
+    scales = torch.randint(low, high + 1, (count, outputs, inputs // 32), dtype=torch.uint8, generator=g)
+    nibbles = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(2).long()
+    return codes, scales, E2M1[nibbles] * torch.exp2(scales.double() - 127).repeat_interleave(32, 2)
+
+
+@pytest.mark.parametrize(("low", "high"), [(110, 127), (100, 110), (117, 140)])
+def test_experts_give_what_their_weights_mean(library, low: int, high: int) -> None:
+    """Every code and scales of a wide range; blocks that are empty, of one pair, and full."""
+    g = generator(low)
+    experts, hidden, inner, picks, limit = 3, 256, 128, 2, 10.0
+    gate, gate_scales, gate_meant = fp4((experts, inner, hidden), g, low, high)
+    up, up_scales, up_meant = fp4((experts, inner, hidden), g, low, high)
+    down, down_scales, down_meant = fp4((experts, hidden, inner), g, low, high)
+    tokens = 9
+    x = torch.randn(tokens, hidden, generator=g) * 2.0 ** min(10, 127 - high - 3)
+    weights = torch.rand(tokens * picks, generator=g)
+    pairs = tokens * picks
+    # Expert 2 takes every first pick, eight and one of them; expert 0 one pair; expert 1 none.
+    members = torch.full((4, 8), pairs, dtype=torch.int32)
+    members[0] = torch.arange(0, 16, 2)
+    members[1, 0], members[2, 0] = 16, 17
+    owners = torch.tensor([2, 2, 0, -1], dtype=torch.int32)
+    most = max(int(gate_scales.max()), int(up_scales.max()))
+    h = torch.full((pairs, inner), torch.nan)
+    call(
+        library.run_gate_up,
+        [(P, x), (P, gate), (P, gate_scales), (P, up), (P, up_scales), (N, most), (P, members), (P, owners), (P, h),
+         (N, pairs), (N, picks), (N, hidden), (N, inner), (F, limit)],
+        4, 64,
+    )  # fmt: skip
+    owner = dict.fromkeys(range(0, 18, 2), 2) | {17: 0}
+    for pair, expert in owner.items():
+        row = x[pair // picks].half().double()
+        a = (gate_meant[expert] @ row).clamp(max=limit)
+        expected = a / (1 + torch.exp(-a)) * (up_meant[expert] @ row).clamp(-limit, limit)
+        assert torch.allclose(h[pair].double(), expected, rtol=1e-4, atol=1e-6)
+    assert h[[p for p in range(pairs) if p not in owner]].isnan().all(), "pairs of nobody are left alone"
+    h = torch.randn(pairs, inner, generator=g)
+    parts = torch.full((pairs, hidden), torch.nan)
+    call(
+        library.run_down,
+        [(P, h), (P, down), (P, down_scales), (N, int(down_scales.max())), (P, weights), (P, members), (P, owners),
+         (P, parts), (N, pairs), (N, hidden), (N, inner)],
+        4, 32,
+    )  # fmt: skip
+    for pair, expert in owner.items():
+        expected = (down_meant[expert] @ h[pair].half().double()) * weights[pair].double()
+        size = (down_meant[expert].abs() @ h[pair].abs().double()) * weights[pair].double()
+        assert ((parts[pair] - expected).abs() <= 1e-6 * size).all()
