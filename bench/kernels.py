@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,9 +17,21 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bench import peers
 from bench.record import append_rows, commit
 from engine.batch import StepMeta
-from engine.kernels.device import compress, experts, hyper_connections, index_topk, linear, require, sparse_attention
+from engine.kernels.device import (
+    compress,
+    experts,
+    few_tokens,
+    hyper_connections,
+    index_topk,
+    linear,
+    mix_few,
+    require,
+    sparse_attention,
+    use_cuda_products,
+)
 from engine.kernels.device.topk_rows import choose, topk_rows
 from engine.kernels.rows import RowPool
 from wire.types import PAGE_TOKENS
@@ -113,6 +125,13 @@ class Figure:
 Cases = Iterator[Figure]
 
 
+def beside(figure: Figure, library: str, call: Callable[[], object] | None) -> Figure:
+    """The figure with what a library takes for the same, if it is here."""
+    if call is None:
+        return figure
+    return replace(figure, peer=peers.version(library), peer_us=microseconds(lambda _: call(), [None]))
+
+
 def topk_cases(bandwidth: float) -> Cases:
     for rows, n, k in ((1, 32_768, 512), (1, 225_280, 512), (1, 262_144, 512), (4, 262_144, 512), (8, 262_144, 512),
                        (64, 262_144, 512), (256, 65_536, 512), (1, 262_144, 1024), (64, 262_144, 1024)):  # fmt: skip
@@ -139,7 +158,10 @@ def indexer_cases(bandwidth: float) -> Cases:
             us = microseconds(lambda p: index_topk.scores_and_maxima(codes, weights, p, meta, 512, True), pools)
             both = microseconds(lambda p: index_topk.index_topk(q, w, p, meta, 512, True), pools)
             floor = length // 4 * (132 + 4 * tokens) / bandwidth * 1e6
-            yield Figure("indexer logits", f"{length // 4:,} keys, {tokens} tokens", us, floor)
+            library = peers.deep_gemm_logits(pools[0].data, meta.page_table, length // 4, tokens)
+            yield beside(
+                Figure("indexer logits", f"{length // 4:,} keys, {tokens} tokens", us, floor), "sgl-deep-gemm", library
+            )
             yield Figure("indexer logits and top-k", f"{length // 4:,} keys, {tokens} tokens", both, floor)
 
 
@@ -168,7 +190,8 @@ def attention_cases(bandwidth: float) -> Cases:
                 name = {0: "window", 4: "C4", 128: "C128"}[ratio]
                 shape = f"{keys:,} keys, {tokens} tokens, {heads} heads"
                 floor = keys * 584 * (tokens if ratio == 4 else 1) / bandwidth * 1e6
-                yield Figure(f"attention {name}", shape, us, floor)
+                library = peers.flash_mla(tokens, heads, keys - 128)
+                yield beside(Figure(f"attention {name}", shape, us, floor), "sgl-flash-mla", library)
 
 
 def compressor_cases(bandwidth: float) -> Cases:
@@ -221,10 +244,22 @@ def linear_cases(bandwidth: float) -> Cases:
             x = torch.randn(tokens, groups * inputs, device="cuda")
             half = x[:, :inputs].bfloat16()
             us = microseconds(lambda w: linear.product(x, w, scales, groups), weights)
+            if tokens <= few_tokens.TOKENS:
+                use_cuda_products(True)
+                cuda = microseconds(lambda w: linear.product(x, w, scales, groups), weights)
+                use_cuda_products(False)
+                yield Figure(
+                    "fp8 linear in CUDA C++", f"{outputs} x {inputs}, {tokens} tokens",
+                    cuda, outputs * inputs / bandwidth * 1e6, "Triton", us,
+                )  # fmt: skip
             peer = microseconds(lambda w: half @ w.T, wide)
             floor = outputs * inputs / bandwidth * 1e6
             shape = f"{outputs} x {inputs}, {tokens} tokens"
             yield Figure("fp8 linear", shape, us, floor, "bf16 cuBLAS, twice the bytes", peer)
+            library = peers.deep_gemm_linear(weights, tokens) if groups == 1 else None
+            if library is not None:
+                peer = microseconds(library, weights)
+                yield Figure("fp8 linear", shape, us, floor, peers.version("sgl-deep-gemm"), peer)
 
 
 def expert_cases(bandwidth: float) -> Cases:
@@ -236,10 +271,25 @@ def expert_cases(bandwidth: float) -> Cases:
         x = torch.randn(tokens, hidden, device="cuda")
         picks = [torch.rand(tokens, count, device="cuda").topk(k).indices.int() for _ in range(8)]
         weights = torch.rand(tokens, k, device="cuda")
-        us = microseconds(lambda p: experts.routed_experts(x, p, weights, (w1, w3, w2), (s1, s3, s2), 10.0), picks)
+        us = microseconds(
+            lambda p: experts.routed_experts(x, p, weights, (w1, w3, w2), (s1, s3, s2), (121, 121), 10.0), picks
+        )
+        use_cuda_products(True)
+        cuda = microseconds(
+            lambda p: experts.routed_experts(x, p, weights, (w1, w3, w2), (s1, s3, s2), (121, 121), 10.0), picks
+        )
+        use_cuda_products(False)
         hit = statistics.mean(len(p.unique()) for p in picks)
         floor = hit * 3 * hidden * inner * 17 / 32 / bandwidth * 1e6
-        yield Figure("fp4 experts", f"{tokens} tokens, {hit:.1f} experts", us, floor)
+        figure = Figure("fp4 experts", f"{tokens} tokens, {hit:.1f} experts", us, floor)
+        calls = peers.humming_experts((torch.cat([w1, w3], 1), torch.cat([s1, s3], 1)), (w2, s2), tokens, picks)
+        if calls is None:
+            yield figure
+        else:
+            peer = microseconds(lambda call: call(), calls)
+            figure = replace(figure, peer=f"{peers.version('humming-kernels')}, products alone", peer_us=peer)
+            yield figure
+        yield replace(figure, op="fp4 experts in CUDA C++", us=cuda)
 
 
 def mixing_cases(bandwidth: float) -> Cases:
@@ -253,6 +303,12 @@ def mixing_cases(bandwidth: float) -> Cases:
         us = microseconds(lambda f: hyper_connections.mix_in(streams, f, base, scale, norm, 1e-6, 1e-6, 20), fns)
         out = microseconds(lambda y: hyper_connections.mix_out(y, streams, post, comb), [y])
         yield Figure("mHC in, normed", f"{tokens} tokens", us, 4 * 24 * 4 * size / bandwidth * 1e6)
+        if tokens <= mix_few.TOKENS:
+            use_cuda_products(True)
+            cuda = microseconds(lambda f: hyper_connections.mix_in(streams, f, base, scale, norm, 1e-6, 1e-6, 20), fns)
+            use_cuda_products(False)
+            floor = 4 * 24 * 4 * size / bandwidth * 1e6
+            yield Figure("mHC in, normed, in CUDA C++", f"{tokens} tokens", cuda, floor, "Triton", us)
         yield Figure("mHC out", f"{tokens} tokens", out, tokens * size * 36 / bandwidth * 1e6)
 
 

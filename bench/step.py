@@ -21,7 +21,7 @@ from bench.record import append_rows, commit
 from engine.batch import StepMeta
 from engine.cache.pools import KvPools, PoolSizes
 from engine.config import C4_RATIO, C128_RATIO, FLASH, ModelConfig
-from engine.kernels.device import require
+from engine.kernels.device import require, use_cuda_products
 from engine.kernels.experts import Fp4Stack
 from engine.kernels.linear import Fp8Weight
 from engine.kernels.rows import RowPool
@@ -150,10 +150,16 @@ def step(pools: KvPools, batch: int, tokens: int, context: int) -> StepMeta:
 
 
 def run(
-    *, layers: int = 43, alias_experts: int = 224, console: Console | None = None, save: bool = True
+    *,
+    layers: int = 43,
+    alias_experts: int = 224,
+    kernels: str = "triton",
+    console: Console | None = None,
+    save: bool = True,
 ) -> list[dict[str, object]]:
-    """Measure every cell, print a table and append rows to bench/results/step.csv."""
+    """Measure every cell, print a table and append rows to bench/results/step.csv; `kernels` as of a worker."""
     require("cuda")
+    use_cuda_products(kernels == "cuda")
     console = console or Console()
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
@@ -194,7 +200,7 @@ def run(
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             graph.replay()
             torch.cuda.synchronize()
-        kernels = sum(1 for event in profile.events() or () if event.device_type.name == "CUDA")
+        launches = sum(1 for event in profile.events() or () if event.device_type.name == "CUDA")
         row: dict[str, object] = {
             "device": torch.cuda.get_device_name(),
             "versions": versions,
@@ -206,8 +212,9 @@ def run(
             "context": context,
             "step_ms": round(statistics.median(times), 3),
             "least_ms": round(min(times), 3),
-            "kernels_a_layer": round(kernels / layers, 1),
+            "kernels_a_layer": round(launches / layers, 1),
             "finite": bool(torch.isfinite(logits).all()),
+            "kernels": kernels,
         }
         rows.append(row)
         table.add_row(

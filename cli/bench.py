@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from cli.flags import ConfigFile, Device, KvLayout, KvMemory, Threads
+from cli.flags import ConfigFile, Device, Kernels, KvLayout, KvMemory, Threads
 from cli.settings import flag, integers
 from wire.errors import ConfigError
 
@@ -239,12 +239,13 @@ def bench_step(
         int,
         flag("alias-experts", "Experts a layer holds at most, since all of them do not fit one GPU.", min=6, max=256),
     ] = 224,
+    kernels: Kernels = "triton",
     config: ConfigFile = None,
 ) -> int:
     """A decode step of full-size DeepSeek-V4-Flash on one GPU, as a CUDA graph, from 4K to 900K tokens of context."""
     from bench.step import run
 
-    run(layers=layers, alias_experts=alias_experts)
+    run(layers=layers, alias_experts=alias_experts, kernels=kernels)
     return 0
 
 

@@ -1,0 +1,166 @@
+"""Libraries of the field beside our kernels, on the same data: one call of each, ready to be timed.
+
+They come with the `gpu` extra. A library that is missing, or refuses, yields None and says why, once.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_refused: set[str] = set()
+
+
+def _of(distribution: str) -> Callable[[Callable[P, T]], Callable[P, T | None]]:
+    """The decorated makes a peer out of that distribution, or None."""
+
+    def decorate(make: Callable[P, T]) -> Callable[P, T | None]:
+        @functools.wraps(make)
+        def made(*args: P.args, **kwargs: P.kwargs) -> T | None:
+            try:
+                return make(*args, **kwargs)
+            except Exception as error:  # whatever a foreign library raises, our figures are still worth having
+                if make.__name__ not in _refused:
+                    _refused.add(make.__name__)
+                    print(f"{distribution} not run for {make.__name__}: {type(error).__name__}: {str(error)[:300]}")
+                return None
+
+        return made
+
+    return decorate
+
+
+def version(distribution: str) -> str:
+    """Name and version, for a row of results."""
+    return f"{distribution} {importlib.metadata.version(distribution)}"
+
+
+@_of("humming-kernels")
+def humming_experts(
+    gate_up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor], tokens: int, picks: list[Tensor]
+) -> list[Callable[[], object]]:
+    """Both products of the experts each of `picks` [T, k] names, bf16 activations; the activation is not in it.
+
+    gate_up, down: codes [E, N, K / 2] and scales [E, N, K / 32], as in `engine.kernels.experts.Fp4Stack`.
+    """
+    layer_of = importlib.import_module("humming.layer").HummingLayer
+    heuristics = importlib.import_module("humming.tune").get_heuristics_config
+    sort = importlib.import_module("humming.testing.data").generate_moe_tensors
+
+    def layer(codes: Tensor, scales: Tensor) -> Any:
+        count, outputs, half = codes.shape
+        made = layer_of(
+            shape_n=outputs, shape_k=2 * half, weight_config={"quant_method": "mxfp4"}, num_experts=count,
+            torch_dtype=torch.bfloat16,
+        ).cuda()  # fmt: skip
+        made.load_from_tensors({"weight": codes, "weight_scale": scales})
+        made.transform()
+        return made
+
+    first, second = layer(*gate_up), layer(*down)
+    count, k = gate_up[0].shape[0], picks[0].shape[1]
+    x = torch.randn(tokens, 2 * gate_up[0].shape[2], device="cuda", dtype=torch.bfloat16)
+    h = torch.randn(tokens * k, 2 * down[0].shape[2], device="cuda", dtype=torch.bfloat16)
+    indexed = {"gemm_type": "indexed"}
+    calls: list[Callable[[], object]] = []
+    for pick in picks:
+        steps: list[Callable[[], object]] = []
+        for one, inputs, top_k in ((first, x, k), (second, h, 1)):
+            config = heuristics(one.humming_config, shape_m=tokens * k, gemm_type="indexed")
+            ids = pick if top_k > 1 else pick.reshape(-1, 1)
+            _, _, sorted_ids, expert_ids, padded = sort(ids, count, "indexed", config["block_shape"][0])
+            steps.append(
+                functools.partial(
+                    one,
+                    inputs,
+                    sorted_ids=sorted_ids,
+                    expert_ids=expert_ids,
+                    num_tokens_padded=padded,
+                    top_k=top_k,
+                    compute_config=indexed,
+                    tuning_config=config,
+                )
+            )
+        calls.append(functools.partial(_each, steps))
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    return calls
+
+
+def _each(steps: list[Callable[[], object]]) -> None:
+    for step in steps:
+        step()
+
+
+@_of("sgl-deep-gemm")
+def deep_gemm_linear(codes: list[Tensor], tokens: int) -> Callable[[Tensor], object]:
+    """x [T, K] e4m3 times each of codes [N, K] e4m3, which are the argument; block scales of 1."""
+    gemm = importlib.import_module("deep_gemm").fp8_gemm_nt
+    outputs, inputs = codes[0].shape
+    x = torch.randn(tokens, inputs, device="cuda").to(torch.float8_e4m3fn)
+    x_scales = torch.ones(tokens, inputs // 128, device="cuda")
+    scales = torch.ones(-(-outputs // 128), inputs // 128, device="cuda")
+    y = torch.empty(tokens, outputs, device="cuda", dtype=torch.bfloat16)
+
+    def call(weight: Tensor) -> object:
+        return gemm((x, x_scales), (weight.view(torch.float8_e4m3fn), scales), y)
+
+    call(codes[0])
+    torch.cuda.synchronize()
+    return call
+
+
+@_of("sgl-deep-gemm")
+def deep_gemm_logits(keys: Tensor, page_table: Tensor, rows: int, tokens: int) -> Callable[[], object]:
+    """Indexer logits of `tokens` tokens of one request over `rows` keys; keys [pages, 64 * 132] uint8."""
+    library = importlib.import_module("deep_gemm")
+    q = torch.randn(1, tokens, 64, 128, device="cuda").to(torch.float8_e4m3fn)
+    weights = torch.rand(tokens, 64, device="cuda")
+    lengths = torch.full((1, tokens), rows, dtype=torch.int32, device="cuda")
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    plan = library.get_paged_mqa_logits_metadata(lengths, 64, processors)
+    cache = keys.view(len(keys), 64, 1, 132)
+
+    def call() -> object:
+        return library.fp8_paged_mqa_logits(q, cache, weights, lengths, page_table, plan, rows, clean_logits=False)
+
+    call()
+    torch.cuda.synchronize()
+    return call
+
+
+@_of("sgl-flash-mla")
+def flash_mla(tokens: int, heads: int, keys: int) -> Callable[[], object]:
+    """Sparse decode of `tokens` queries of one request over 128 rows and `keys` others, in pages of its own of 64."""
+    library = importlib.import_module("flash_mla")
+    q = torch.randn(1, tokens, heads, 512, device="cuda", dtype=torch.bfloat16)
+    meta, _ = library.get_mla_metadata()
+
+    def paged(rows: int) -> tuple[Tensor, Tensor]:
+        pages = -(-rows // 64) + 1
+        cache = torch.randint(0x30, 0x40, (pages, 64 * 584), dtype=torch.uint8, device="cuda")
+        cache[:, 64 * 576 :] = 127
+        indices = torch.arange(64, 64 + -(-rows // 64) * 64, dtype=torch.int32, device="cuda")
+        return cache.view(pages, 64, 1, 584), indices.expand(1, tokens, -1).contiguous()
+
+    window, indices = paged(128)
+    more = dict(zip(("extra_k_cache", "extra_indices_in_kvcache"), paged(keys), strict=True)) if keys else {}
+
+    def call() -> object:
+        return library.flash_mla_with_kvcache(
+            q, window, None, None, 512, meta, softmax_scale=512**-0.5, is_fp8_kvcache=True, indices=indices,
+            use_legacy=True, kv_format="V4", **more,
+        )  # fmt: skip
+
+    call()
+    torch.cuda.synchronize()
+    return call
