@@ -309,12 +309,29 @@ __device__ __forceinline__ void fp4_rows(
 
 __device__ __forceinline__ float scale_of(int code) { return __uint_as_float((u32)code << 23); }  // 2^(code - 127)
 
-// The pairs of a block's work: members [blocks, 8] int32 in which `pairs` is none.
-__device__ __forceinline__ int count_of(const int* pair, int pairs) {
+// The rows times the tokens of one block of work: members [8] are its pairs, `pairs` where there is none. x(pair) is a
+// token's inputs; take(row, pair, sums of both tiles) gets each product.
+template <typename X, typename Take>
+__device__ __forceinline__ void for_pairs(Rows<2>& rows, int most, int inputs, const int* members, int pairs, X x, Take take) {
+    rows.least = (u32)(most > 29 ? most - 29 : 0);
+    Part part = part_of(inputs);
+    Stage<FP4, 2>* ring = reinterpret_cast<Stage<FP4, 2>*>(memory);
+    u32* words = reinterpret_cast<u32*>(ring + (int)blockDim.x / 32 * Shape<FP4>::AHEAD);
+    ring += warp_id() * Shape<FP4>::AHEAD;
+    begin<FP4, 2>(ring, rows, part);
     int count = 0;
 #pragma unroll
-    for (int t = 0; t < TOKENS; t++) count += pair[t] < pairs;
-    return count;
+    for (int t = 0; t < TOKENS; t++) count += members[t] < pairs;
+    int stride = inputs / 2 + PAD, token = lane_id() / 4;
+    for (int t = 0; t < count; t++) stage<FP4>(words + t * stride, x(members[t]), inputs);
+    __syncthreads();
+    float sum[2][4] = {};
+    multiply<FP4, 2>(sum, ring, rows, token < count ? words + token * stride : nullptr, part);
+    __syncthreads();
+    float scale = scale_of((int)rows.least + 29);
+    add_up<2>(sum, reinterpret_cast<float*>(memory), [&](int row, int of, const float (&total)[2]) {
+        if (of < count) take(row, members[of], total[0] * scale, total[1] * scale);
+    });
 }
 
 // y [pairs, inner]: swiglu(gate x, up x) of pairs (token * picks + pick) that go to the expert owners[block]. most: the
@@ -322,31 +339,16 @@ __device__ __forceinline__ int count_of(const int* pair, int pairs) {
 extern "C" __global__ void __launch_bounds__(MOST_THREADS) penumbra_gate_up(
     const float* x, const u8* gate, const u8* gate_scales, const u8* up, const u8* up_scales, int most,
     const int* members, const int* owners, float* y, int pairs, int picks, int hidden, int inner, float limit) {
-    int tiles = inner / 16, block = blockIdx.x / tiles, row = blockIdx.x % tiles * 16, expert = owners[block];
+    int tiles = inner / 16, block = blockIdx.x / tiles, first = blockIdx.x % tiles * 16, expert = owners[block];
     if (expert < 0) return;
     Rows<2> rows;
-    rows.least = (u32)(most > 29 ? most - 29 : 0);
-    fp4_rows(rows, 0, gate, gate_scales, expert, row, inner, hidden);
-    fp4_rows(rows, 1, up, up_scales, expert, row, inner, hidden);
-    Part part = part_of(hidden);
-    Stage<FP4, 2>* ring = reinterpret_cast<Stage<FP4, 2>*>(memory);
-    u32* words = reinterpret_cast<u32*>(ring + (int)blockDim.x / 32 * Shape<FP4>::AHEAD);
-    ring += warp_id() * Shape<FP4>::AHEAD;
-    begin<FP4, 2>(ring, rows, part);
-    const int* pair = members + block * TOKENS;
-    int stride = hidden / 2 + PAD, count = count_of(pair, pairs), token = lane_id() / 4;
-    for (int t = 0; t < count; t++) stage<FP4>(words + t * stride, x + (long long)(pair[t] / picks) * hidden, hidden);
-    __syncthreads();
-    float sum[2][4] = {};
-    multiply<FP4, 2>(sum, ring, rows, token < count ? words + token * stride : nullptr, part);
-    __syncthreads();
-    float scale = scale_of((int)rows.least + 29);
-    add_up<2>(sum, reinterpret_cast<float*>(memory), [&](int r, int of, const float (&total)[2]) {
-        if (of >= count) return;
-        float g = total[0] * scale, u = total[1] * scale;
+    fp4_rows(rows, 0, gate, gate_scales, expert, first, inner, hidden);
+    fp4_rows(rows, 1, up, up_scales, expert, first, inner, hidden);
+    auto of_token = [&](int pair) { return x + (long long)(pair / picks) * hidden; };
+    for_pairs(rows, most, hidden, members + block * TOKENS, pairs, of_token, [&](int row, int pair, float g, float u) {
         g = g > limit ? limit : g;
         u = u > limit ? limit : u < -limit ? -limit : u;
-        y[(long long)pair[of] * inner + row + r] = g / (1.0f + expf(-g)) * u;
+        y[(long long)pair * inner + first + row] = g / (1.0f + expf(-g)) * u;
     });
 }
 
@@ -354,27 +356,14 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS) penumbra_gate_up(
 extern "C" __global__ void __launch_bounds__(MOST_THREADS) penumbra_down(
     const float* x, const u8* down, const u8* scales, int most, const float* weights, const int* members,
     const int* owners, float* y, int pairs, int hidden, int inner) {
-    int tiles = hidden / 32, block = blockIdx.x / tiles, row = blockIdx.x % tiles * 32, expert = owners[block];
+    int tiles = hidden / 32, block = blockIdx.x / tiles, first = blockIdx.x % tiles * 32, expert = owners[block];
     if (expert < 0) return;
     Rows<2> rows;
-    rows.least = (u32)(most > 29 ? most - 29 : 0);
-    for (int r = 0; r < 2; r++) fp4_rows(rows, r, down, scales, expert, row + 16 * r, hidden, inner);
-    Part part = part_of(inner);
-    Stage<FP4, 2>* ring = reinterpret_cast<Stage<FP4, 2>*>(memory);
-    u32* words = reinterpret_cast<u32*>(ring + (int)blockDim.x / 32 * Shape<FP4>::AHEAD);
-    ring += warp_id() * Shape<FP4>::AHEAD;
-    begin<FP4, 2>(ring, rows, part);
-    const int* pair = members + block * TOKENS;
-    int stride = inner / 2 + PAD, count = count_of(pair, pairs), token = lane_id() / 4;
-    for (int t = 0; t < count; t++) stage<FP4>(words + t * stride, x + (long long)pair[t] * inner, inner);
-    __syncthreads();
-    float sum[2][4] = {};
-    multiply<FP4, 2>(sum, ring, rows, token < count ? words + token * stride : nullptr, part);
-    __syncthreads();
-    float scale = scale_of((int)rows.least + 29);
-    add_up<2>(sum, reinterpret_cast<float*>(memory), [&](int r, int of, const float (&total)[2]) {
-        if (of >= count) return;
-        for (int tile = 0; tile < 2; tile++)
-            y[(long long)pair[of] * hidden + row + 16 * tile + r] = total[tile] * scale * weights[pair[of]];
+    for (int r = 0; r < 2; r++) fp4_rows(rows, r, down, scales, expert, first + 16 * r, hidden, inner);
+    auto of_pair = [&](int pair) { return x + (long long)pair * inner; };
+    for_pairs(rows, most, inner, members + block * TOKENS, pairs, of_pair, [&](int row, int pair, float a, float b) {
+        float* at = y + (long long)pair * hidden + first + row;
+        at[0] = a * weights[pair];
+        at[16] = b * weights[pair];
     });
 }
