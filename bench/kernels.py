@@ -63,6 +63,15 @@ def microseconds(call: Callable[[Any], object], inputs: Sequence[Any]) -> float:
     return statistics.median(times)
 
 
+def in_cuda(call: Callable[[Any], object], inputs: Sequence[Any]) -> float:
+    """One call's time where CUDA C++ computes what it takes."""
+    use_cuda_products(True)
+    try:
+        return microseconds(call, inputs)
+    finally:
+        use_cuda_products(False)
+
+
 def copy_bandwidth() -> float:
     """Bytes read plus written a second by a large copy."""
     a, b = (torch.ones(1 << 29, dtype=torch.float32, device="cuda") for _ in range(2))
@@ -244,17 +253,12 @@ def linear_cases(bandwidth: float) -> Cases:
             x = torch.randn(tokens, groups * inputs, device="cuda")
             half = x[:, :inputs].bfloat16()
             us = microseconds(lambda w: linear.product(x, w, scales, groups), weights)
-            if tokens <= few_tokens.TOKENS:
-                use_cuda_products(True)
-                cuda = microseconds(lambda w: linear.product(x, w, scales, groups), weights)
-                use_cuda_products(False)
-                yield Figure(
-                    "fp8 linear in CUDA C++", f"{outputs} x {inputs}, {tokens} tokens",
-                    cuda, outputs * inputs / bandwidth * 1e6, "Triton", us,
-                )  # fmt: skip
             peer = microseconds(lambda w: half @ w.T, wide)
             floor = outputs * inputs / bandwidth * 1e6
             shape = f"{outputs} x {inputs}, {tokens} tokens"
+            if tokens <= few_tokens.TOKENS:
+                cuda = in_cuda(lambda w: linear.product(x, w, scales, groups), weights)
+                yield Figure("fp8 linear in CUDA C++", shape, cuda, floor, "Triton", us)
             yield Figure("fp8 linear", shape, us, floor, "bf16 cuBLAS, twice the bytes", peer)
             library = peers.deep_gemm_linear(weights, tokens) if groups == 1 else None
             if library is not None:
@@ -271,14 +275,11 @@ def expert_cases(bandwidth: float) -> Cases:
         x = torch.randn(tokens, hidden, device="cuda")
         picks = [torch.rand(tokens, count, device="cuda").topk(k).indices.int() for _ in range(8)]
         weights = torch.rand(tokens, k, device="cuda")
-        us = microseconds(
-            lambda p: experts.routed_experts(x, p, weights, (w1, w3, w2), (s1, s3, s2), (121, 121), 10.0), picks
-        )
-        use_cuda_products(True)
-        cuda = microseconds(
-            lambda p: experts.routed_experts(x, p, weights, (w1, w3, w2), (s1, s3, s2), (121, 121), 10.0), picks
-        )
-        use_cuda_products(False)
+
+        def ours(p: Tensor) -> Tensor:
+            return experts.routed_experts(x, p, weights, (w1, w3, w2), (s1, s3, s2), (121, 121), 10.0)
+
+        us, cuda = microseconds(ours, picks), in_cuda(ours, picks)
         hit = statistics.mean(len(p.unique()) for p in picks)
         floor = hit * 3 * hidden * inner * 17 / 32 / bandwidth * 1e6
         figure = Figure("fp4 experts", f"{tokens} tokens, {hit:.1f} experts", us, floor)
@@ -300,15 +301,16 @@ def mixing_cases(bandwidth: float) -> Cases:
         streams = torch.randn(tokens, 4, size, device="cuda")
         y = torch.randn(tokens, size, device="cuda")
         _, post, comb = hyper_connections.mix_in(streams, fns[0], base, scale, norm, 1e-6, 1e-6, 20)
-        us = microseconds(lambda f: hyper_connections.mix_in(streams, f, base, scale, norm, 1e-6, 1e-6, 20), fns)
+
+        def ours(fn: Tensor) -> object:
+            return hyper_connections.mix_in(streams, fn, base, scale, norm, 1e-6, 1e-6, 20)
+
+        us = microseconds(ours, fns)
         out = microseconds(lambda y: hyper_connections.mix_out(y, streams, post, comb), [y])
-        yield Figure("mHC in, normed", f"{tokens} tokens", us, 4 * 24 * 4 * size / bandwidth * 1e6)
+        floor = 4 * 24 * 4 * size / bandwidth * 1e6
+        yield Figure("mHC in, normed", f"{tokens} tokens", us, floor)
         if tokens <= mix_few.TOKENS:
-            use_cuda_products(True)
-            cuda = microseconds(lambda f: hyper_connections.mix_in(streams, f, base, scale, norm, 1e-6, 1e-6, 20), fns)
-            use_cuda_products(False)
-            floor = 4 * 24 * 4 * size / bandwidth * 1e6
-            yield Figure("mHC in, normed, in CUDA C++", f"{tokens} tokens", cuda, floor, "Triton", us)
+            yield Figure("mHC in, normed, in CUDA C++", f"{tokens} tokens", in_cuda(ours, fns), floor, "Triton", us)
         yield Figure("mHC out", f"{tokens} tokens", out, tokens * size * 36 / bandwidth * 1e6)
 
 

@@ -108,7 +108,7 @@ class Runner:
             swa_pages=pools.swa.allocate(1),
         )
         for tokens in WARM_UP_TOKENS:
-            for _ in range(2):  # a graph is captured the second time
+            for _ in range(1 if self.graphs is None else 2):  # a graph is captured the second time
                 self.step([Segment(sequence=sequence, start=0, tokens=[3] * tokens, sample=True, guesses=2)])
         pools.full.release(sequence.pages)
         pools.swa.release(sequence.swa_pages)

@@ -264,6 +264,8 @@ class _Forward:
 
 
 class _GraphStep:
+    """One batch's pass through what its family has captured."""
+
     def __init__(self, family: _Family, tokens: int, batch: list[Segment], tables: Tables) -> None:
         self._family, self._forward = family, family.forward(tokens)
         self._starts = [segment.start for segment in batch]

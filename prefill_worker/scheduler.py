@@ -281,7 +281,8 @@ class PrefillCore:
         if self._ahead:
             self._ahead_s += took_s
         else:
-            self._ahead_s, self._whole_s = 0.0, took_s
+            # At most what a step is to take: a worker that stood still for an hour owes no prompt an hour.
+            self._ahead_s, self._whole_s = 0.0, min(took_s, self._limits.step_s)
         for (run, segment), result in zip(batch, results, strict=True):
             sequence, offers = run.sequence, run.offers
             assert sequence is not None

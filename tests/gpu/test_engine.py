@@ -117,10 +117,10 @@ def test_a_flash_shaped_slice_agrees_with_the_cpu(tmp_path, record_property):
 
 
 @pytest.mark.parametrize("draft", [False, True])
-@pytest.mark.parametrize(("products", "graphs"), [("triton", False), ("triton", True), ("cuda", True)])
-def test_a_request_is_answered_and_twice_the_same(default_model, draft, products, graphs):
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_request_is_answered_and_twice_the_same(default_model, kernels, draft, graphs):
     config = EngineConfig(
-        model=default_model, device="cuda", kv_memory_bytes=256 << 20, max_requests=4, draft=draft, kernels=products,
+        model=default_model, device="cuda", kv_memory_bytes=256 << 20, max_requests=4, draft=draft, kernels=kernels,
         graphs=graphs,
     )  # fmt: skip
     runner = Runner.load(config)
@@ -130,9 +130,11 @@ def test_a_request_is_answered_and_twice_the_same(default_model, draft, products
     assert answers[0] == answers[1]
 
 
-def test_captured_steps_draw_and_guess_what_the_same_steps_do_uncaptured(default_model):
+def test_captured_steps_draw_and_guess_what_the_same_steps_do_uncaptured(default_model, kernels):
     """Several requests that come and go, three drafts deep: graphs of many sizes, each replayed over other pages."""
-    config = EngineConfig(model=default_model, device="cuda", kv_memory_bytes=256 << 20, max_requests=6, draft=True)
+    config = EngineConfig(
+        model=default_model, device="cuda", kv_memory_bytes=256 << 20, max_requests=6, draft=True, kernels=kernels
+    )
     answers = []
     for capture in (False, True):
         runner = Runner.load(config)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.kernels.device import few_tokens
 from tests.kernels.cuda_on_cpu import compiled
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
@@ -167,3 +168,23 @@ def test_experts_give_what_their_weights_mean(library, low: int, high: int) -> N
         expected = (down_meant[expert] @ h[pair].half().double()) * weights[pair].double()
         size = (down_meant[expert].abs() @ h[pair].abs().double()) * weights[pair].double()
         assert ((parts[pair] - expected).abs() <= 1e-6 * size).all()
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.bfloat16])
+def test_every_matrix_of_the_official_models_is_taken_and_fits_a_block(monkeypatch, kind) -> None:
+    """Flash's and Pro's, eight tokens: the longest inputs leave the fewest warps."""
+    monkeypatch.setattr(few_tokens, "cuda_products", lambda: True)
+    flash = [(1536, 4096), (32768, 1024), (8192, 4096), (4096, 8192), (4096, 2048), (64, 4096), (129_280, 4096)]
+    pro = [(2048, 7168), (65_536, 1536), (7168, 3072), (6144, 7168), (129_280, 7168)]
+    for outputs, inputs in flash + pro:
+        assert few_tokens.takes(8, torch.empty(outputs, inputs, dtype=kind, device="meta"))
+        tiles, warps = few_tokens.plan(outputs, inputs, outputs % 32 == 0, kind == torch.bfloat16)
+        assert 4 <= warps <= 16
+        assert outputs % (16 * tiles) == 0
+    for hidden, inner in ((4096, 2048), (7168, 3072)):
+        gate, down = (torch.empty(8, *shape, device="meta") for shape in ((inner, hidden // 2), (hidden, inner // 2)))
+        assert few_tokens.takes_experts(gate, down, 24)
+    assert not few_tokens.takes(9, torch.empty(64, 4096, dtype=kind, device="meta"))
+    assert not few_tokens.takes(8, torch.empty(64, 1 << 14, dtype=kind, device="meta")), (
+        "tokens alone would fill a block"
+    )

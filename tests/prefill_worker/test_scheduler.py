@@ -355,6 +355,25 @@ def test_a_short_prompt_beside_a_deep_one_waits_for_one_step_of_half_a_second_an
     assert depth() - deep >= 0.4 * (now - came) / (50e-6 + depth() * 50e-9)
 
 
+def test_a_worker_that_stood_still_in_a_step_puts_its_long_prompt_off_no_longer_than_ever() -> None:
+    core = PrefillCore(Pools(full=128, swa=64, slots=8), limits())
+    core.step(0.0, Submit(request("a", 8_000)))
+    core.finish(100.0, answer(core.next_batch(0.0)))  # frozen, and thawed
+    now, names = 100.0, []
+    for number in range(20):
+        name = chr(ord("b") + number)
+        core.step(now, Submit(request(name, 512)))  # one short prompt behind another
+        batch = core.next_batch(now)
+        now += 0.125
+        core.finish(now, answer(batch))
+        names.append({segment.sequence.request_id for segment in batch})
+        if name in names[-1]:
+            core.step(now, Drop(AttemptId(name, 1)))
+        if "a" in names[-1]:
+            break
+    assert now - 100.0 <= 0.5 + 0.125, names
+
+
 def test_several_prompts_share_a_step_up_to_its_budget() -> None:
     core = PrefillCore(Pools(), limits(chunk_tokens=256, max_batch_tokens=600))
     for name in "abc":

@@ -20,11 +20,14 @@ MATRICES = 8
 _STEP = 128
 _PAD_BYTES = 16
 _SHARED_BYTES = 227 << 10
+"""What a block may have on Hopper."""
 _AHEAD = {"bf16": 2, "fp8": 2, "fp4": 4}
 """Steps whose weights a warp has on their way at once, `AHEAD` of the source."""
 _ROW_BYTES = {"bf16": 256, "fp8": 128, "fp4": 64}
 """Of a row in one step."""
-_MOST_WARPS = 16
+_LEAST_WARPS, _MOST_WARPS = 4, 16
+"""Of a block, where a matrix has inputs enough for them; fewer where its rows or its tokens need the room."""
+_EXPERT_WARPS = 8
 _FULL = 132 * 32
 """Warps that keep a Hopper GPU busy twice over: more than that only wait for each other."""
 
@@ -38,7 +41,7 @@ def takes(tokens: int, weight: Tensor, groups: int = 1) -> bool:
         and weight.dtype in (torch.bfloat16, torch.uint8)
         and inputs % _STEP == 0
         and outputs // groups % 16 == 0
-        and 2 * inputs * TOKENS <= _SHARED_BYTES // 2
+        and _shared(2, _LEAST_WARPS, TOKENS, inputs, "bf16") <= _SHARED_BYTES
     )
 
 
@@ -47,7 +50,13 @@ def takes_experts(gate: Tensor, down: Tensor, pairs: int) -> bool:
     many pairs: an expert is read once for eight of its pairs.
     """
     count, inner, hidden = gate.shape[0], gate.shape[1], down.shape[1]
-    return cuda_products() and not inner % _STEP and not hidden % _STEP and pairs <= TOKENS // 2 * count
+    return (
+        cuda_products()
+        and inner % _STEP == 0
+        and hidden % _STEP == 0
+        and pairs <= TOKENS // 2 * count
+        and _shared(2, _EXPERT_WARPS, TOKENS, max(hidden, inner), "fp4") <= _SHARED_BYTES
+    )
 
 
 def products(x: Tensor, matrices: Sequence[tuple[Tensor, Tensor | None]], groups: int = 1) -> list[Tensor]:
@@ -83,15 +92,15 @@ def plan(outputs: int, inputs: int, whole: bool, bf16: bool) -> tuple[int, int]:
     tiles = 2 if outputs >= 4096 and whole else 1
     kind = "bf16" if bf16 else "fp8"
     warps = max(1, min(_MOST_WARPS, inputs // _STEP // _AHEAD[kind]))
-    while warps > 4 and (
+    while warps > _LEAST_WARPS and (
         outputs // (16 * tiles) * warps > _FULL or _shared(tiles, warps, TOKENS, inputs, kind) > _SHARED_BYTES
     ):
-        warps //= 2
+        warps = max(_LEAST_WARPS, warps // 2)
     return tiles, warps
 
 
 def _expert_warps(inputs: int) -> int:
-    return max(1, min(8, inputs // _STEP // _AHEAD["fp4"]))
+    return max(1, min(_EXPERT_WARPS, inputs // _STEP // _AHEAD["fp4"]))
 
 
 def _shared(tiles: int, warps: int, tokens: int, inputs: int, kind: str) -> int:

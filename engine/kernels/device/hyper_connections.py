@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.device import mix_few as few
+from engine.kernels.device import mix_few
 
 _STEP = 128
 _ROWS = tl.constexpr(32)
@@ -147,8 +147,8 @@ def mix_in(
     tokens, _, size = streams.shape
     x = torch.empty(tokens, size, dtype=torch.float32, device=streams.device)
     post, comb = (torch.empty(tokens, 4, *more, dtype=torch.float32, device=streams.device) for more in ((), (4,)))
-    if few.takes(tokens, size):
-        few.mix_in(streams, fn, base, scale, norm, rms_eps, hc_eps, iters, x, post, comb)
+    if mix_few.takes(tokens, size):
+        mix_few.mix_in(streams, fn, base, scale, norm, rms_eps, hc_eps, iters, x, post, comb)
     elif tokens:
         parts, splits = _partials(streams, fn)
         _finish[(tokens,)](
