@@ -9,10 +9,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from loadtest.record import Record
 from loadtest.scenario import load
@@ -48,6 +50,16 @@ arrivals = { kind = "once" }
 prompt = [{ tokens = 64 }]
 cancel = { share = 0, after_s = 1 }
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interrupts_are_heard() -> Iterator[None]:
+    """A shell starts what runs in its background with SIGINT ignored, and children inherit that."""
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def run(tmp_path: Path, server: Stalling, scenario: str, *more: str, **env: str) -> subprocess.Popen[str]:
@@ -97,7 +109,7 @@ def test_a_server_that_stalls_is_sent_all_that_is_due_and_every_wait_counts_from
             output, _ = process.communicate(timeout=60)
         finally:
             process.kill()
-            process.wait()
+            process.communicate()  # closes its pipe, too
     assert process.returncode == 1, output  # one request failed
     assert {kind for kind, name in told if name == "held"} == {
         "answer",
