@@ -36,7 +36,8 @@ from training.ngram import NGram
 from wire.errors import ConfigError, PenumbraError
 from wire.types import SamplingParams
 
-CHUNK = 256
+CHUNK = {"cpu": 256, "cuda": 2048}
+"""Tokens of a step, by device."""
 WINDOW_TOKENS = 2048
 DEPTH = 3
 ANSWER_TOKENS = 24
@@ -50,6 +51,7 @@ class Engine:
 
     def __init__(self, runner: Runner) -> None:
         self.runner, self.window = runner, WindowPages(runner.pools.swa)
+        self.chunk = CHUNK[runner.model.device.type]
 
     @contextmanager
     def _sequence(self, prompt: Sequence[int], tokens: int):
@@ -59,7 +61,7 @@ class Engine:
         sequence = Running(
             request_id="eval", sampling=sampling, slot=pools.slots.allocate(1)[0], prompt=prompt, answer=answer
         )
-        self.window.reserve(sequence, most_window_pages(CHUNK))
+        self.window.reserve(sequence, most_window_pages(self.chunk))
         try:
             yield sequence, answer
         finally:
@@ -75,8 +77,8 @@ class Engine:
         """[T, V] float32 of a whole text."""
         found = []
         with self._sequence(ids, 1) as (sequence, _):
-            for start in range(0, len(ids), CHUNK):
-                part = list(ids[start : start + CHUNK])
+            for start in range(0, len(ids), self.chunk):
+                part = list(ids[start : start + self.chunk])
                 self._cover(sequence, start + len(part))
                 meta = StepMeta.of([Segment(sequence=sequence, start=start, tokens=part, sample=False)])
                 wanted = torch.arange(len(part))
@@ -89,7 +91,7 @@ class Engine:
         """(greedy answer without its EOS, how many drafts each verifying step kept)."""
         eos, kept = self.runner.model_config.eos_token_id, []
         with self._sequence(prompt, tokens) as (sequence, answer):
-            part, rest = list(prompt[:CHUNK]), list(prompt[CHUNK:])
+            part, rest = list(prompt[: self.chunk]), list(prompt[self.chunk :])
             drafts: list[int] = []
             while True:
                 self._cover(sequence, sequence.length + len(part) + depth)
@@ -108,7 +110,7 @@ class Engine:
                     kept.append(len(new) - 1)
                 answer += new
                 if rest:
-                    part, rest = rest[:CHUNK], rest[CHUNK:]
+                    part, rest = rest[: self.chunk], rest[self.chunk :]
                     continue
                 if eos in answer or len(answer) >= tokens:
                     done = answer[: answer.index(eos)] if eos in answer else answer[:tokens]
@@ -144,7 +146,7 @@ def run(
     console = console or Console()
     memory = max(256 << 20, 3 * max((*lengths, WINDOW_TOKENS)) * 1500)
     engine = EngineConfig(
-        model=model, device=device, kv_layout=layout, kv_memory_bytes=memory, max_requests=1, threads=threads
+        model=model, device=device, kv_layout=layout, kv_memory_bytes=memory, max_requests=4, threads=threads
     )
     runner = Runner.load(engine)
     if max((*lengths, 0)) + ANSWER_TOKENS > runner.max_context:

@@ -1,5 +1,8 @@
 """One decode step of full-size DeepSeek-V4-Flash on one GPU, as a CUDA graph: forward pass and head, no sampling.
 
+Where a sequence has four tokens, the draft layer too: what it takes to remember them and to guess three more, each from
+the likeliest token of the guess before. The step and that together are the cycle of a depth-3 decode.
+
 All of Flash does not fit one GPU, so a layer holds fewer experts than the 256 of the checkpoint, and the router chooses
 among those: as many are read per token, from as much memory as the L2 can not hold. Weights are random, made where they
 are used, in the checkpoint's formats. Contexts are not prefilled: their rows are random, which costs a step the same.
@@ -9,7 +12,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -26,9 +31,14 @@ from engine.kernels.experts import Fp4Stack
 from engine.kernels.linear import Fp8Weight
 from engine.kernels.rows import RowPool
 from engine.model.deepseek_v4 import DeepseekV4
+from engine.model.mtp import DraftLayer
 from wire.types import PAGE_TOKENS
 
+T = TypeVar("T")
+
 REPLAYS = 20
+DRAFTED = 4
+"""Tokens of a step that verifies three drafts."""
 FLASH_EXPERTS = FLASH.num_experts
 RESERVE_BYTES = 12 << 30
 """For pools, workspaces and the graph."""
@@ -43,11 +53,13 @@ CELLS = (
 def flash(layers: int, experts: int) -> ModelConfig:
     """V4-Flash's shape with its first `layers` layers."""
     pattern = (0, 0, *((C4_RATIO, C128_RATIO) * layers))[:layers]
-    return replace(FLASH, compress_ratios=pattern, num_hash_layers=min(3, layers), num_experts=experts)
+    return replace(
+        FLASH, compress_ratios=pattern, num_hash_layers=min(3, layers), num_experts=experts, draft_layer=True
+    )
 
 
 def random_tensors(c: ModelConfig) -> dict[str, object]:
-    """Weights by official name on the GPU: FP8, FP4, bf16 and fp32 as in the checkpoint."""
+    """Weights by official name on the GPU, the draft layer's too: FP8, FP4, bf16 and fp32 as in the checkpoint."""
 
     def fp8(outputs: int, inputs: int) -> Fp8Weight:
         codes = torch.randint(256, (outputs, inputs), dtype=torch.uint8, device="cuda")
@@ -67,15 +79,21 @@ def random_tensors(c: ModelConfig) -> dict[str, object]:
     def fp32(*shape: int, spread: float = 1.0, mean: float = 0.0) -> Tensor:
         return torch.randn(*shape, device="cuda") * spread + mean
 
+    def read_out(prefix: str) -> dict[str, object]:
+        return {
+            prefix + "norm.weight": fp32(d, mean=1, spread=0.1), prefix + "hc_head_fn": fp32(4, 4 * d, spread=0.01),
+            prefix + "hc_head_base": fp32(4), prefix + "hc_head_scale": fp32(1, mean=1, spread=0),
+        }  # fmt: skip
+
     d, i = c.hidden_size, c.moe_intermediate_size
     tensors: dict[str, object] = {
         "embed.weight": torch.randn(c.vocab_size, d, dtype=torch.bfloat16, device="cuda"),
-        "head.weight": bf16(c.vocab_size, d),
-        "norm.weight": fp32(d, mean=1, spread=0.1),
-        "hc_head_fn": fp32(4, 4 * d, spread=0.01), "hc_head_base": fp32(4), "hc_head_scale": fp32(1, mean=1, spread=0),
+        "head.weight": bf16(c.vocab_size, d), **read_out(""), **read_out("mtp.0."),
+        "mtp.0.e_proj.weight": fp8(d, d), "mtp.0.h_proj.weight": fp8(d, d),
+        "mtp.0.enorm.weight": fp32(d, mean=1, spread=0.1), "mtp.0.hnorm.weight": fp32(d, mean=1, spread=0.1),
     }  # fmt: skip
-    for n, ratio in enumerate(c.compress_ratios):
-        p = f"layers.{n}."
+    for n, ratio in (*enumerate(c.compress_ratios), (None, 0)):
+        p = "mtp.0." if n is None else f"layers.{n}."
         for site in ("attn", "ffn"):
             tensors |= {
                 f"{p}hc_{site}_fn": fp32(24, 4 * d, spread=0.01), f"{p}hc_{site}_base": fp32(24),
@@ -105,8 +123,8 @@ def random_tensors(c: ModelConfig) -> dict[str, object]:
             tensors[a + "indexer.weights_proj.weight"] = bf16(c.index_heads, d)
         f = p + "ffn."
         tensors[f + "gate.weight"] = bf16(c.num_experts, d)
-        if n < c.num_hash_layers:
-            table = torch.randint(c.num_experts, (c.vocab_size, c.experts_per_token), device="cuda")
+        if n is not None and n < c.num_hash_layers:
+            table = torch.rand(c.vocab_size, c.num_experts, device="cuda").topk(c.experts_per_token).indices
             tensors[f + "gate.tid2eid"] = table
         else:
             tensors[f + "gate.bias"] = fp32(c.num_experts, spread=0.1)
@@ -149,6 +167,46 @@ def step(pools: KvPools, batch: int, tokens: int, context: int) -> StepMeta:
     )
 
 
+def captured(call: Callable[..., T], *args: object) -> tuple[torch.cuda.CUDAGraph, T]:
+    """The graph of a call, and what it makes."""
+    for _ in range(2):
+        call(*args)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = call(*args)
+    return graph, made
+
+
+def replayed(graph: torch.cuda.CUDAGraph) -> list[float]:
+    """Milliseconds of each replay."""
+    times = []
+    for _ in range(REPLAYS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return times
+
+
+def drafts(draft: DraftLayer, streams: Tensor, ids: Tensor, meta: StepMeta, kept: Tensor, pools: KvPools) -> Tensor:
+    """All tokens of a step remembered, and three guesses behind them, as `engine.steps` does after a step."""
+    before, oldest = draft.remember(streams, ids, meta, kept, pools)
+    likeliest = ids[meta.offsets[1:].long() - 1]
+    batch = len(kept)
+    for depth in range(DRAFTED - 1):
+        at = StepMeta(
+            positions=meta.starts + kept + depth, segment=torch.arange(batch, device="cuda").int(),
+            offsets=torch.arange(batch + 1, device="cuda").int(), starts=meta.starts + kept + depth,
+            page_table=meta.page_table, swa_table=meta.swa_table, slots=meta.slots, oldest=oldest,
+        )  # fmt: skip
+        logits, before = draft.guess(likeliest, before, at, pools)
+        likeliest = logits.argmax(-1)
+    return likeliest
+
+
 def run(
     *,
     layers: int = 43,
@@ -170,7 +228,9 @@ def run(
     if experts < 6:
         raise MemoryError(f"{layers} layers do not fit into {free / 1e9:.0f} GB with 6 experts each; give fewer layers")
     config = flash(layers, experts)
-    model = DeepseekV4(config, random_tensors(config))  # type: ignore[arg-type]
+    tensors = random_tensors(config)
+    model = DeepseekV4(config, tensors)  # type: ignore[arg-type]
+    draft = DraftLayer(model, tensors)  # type: ignore[arg-type]
     most = max(batch * -(-(context + tokens) // PAGE_TOKENS) for batch, tokens, context in CELLS) + 1
     pools = KvPools(config, "v4", PoolSizes(full=most, swa=3 * 32 + 2, slots=34), "bench", "cuda")
     for kind in (pools.window, pools.c4, pools.index, pools.c128):
@@ -178,27 +238,23 @@ def run(
             fill(pool)
     versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "triton"))
     rows: list[dict[str, object]] = []
-    table = Table("batch", "tokens", "context", "ms", "least ms", "kernels a layer")
+    table = Table("batch", "tokens", "context", "ms", "least ms", "kernels a layer", "drafts ms", "cycle ms")
     for batch, tokens, context in CELLS:
         meta = step(pools, batch, tokens, context)
         ids = torch.randint(config.vocab_size, (batch * tokens,), device="cuda")
         wanted = torch.arange(batch * tokens, device="cuda")
-        for _ in range(2):
-            model.forward(ids, meta, wanted, pools)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = model.forward(ids, meta, wanted, pools)
-        times = []
-        for _ in range(REPLAYS):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
+        step_graph, logits = captured(model.forward, ids, meta, wanted, pools)
+        times = replayed(step_graph)
+        cycle: dict[str, object] = {"drafts_ms": "", "cycle_ms": ""}
+        if tokens == DRAFTED:
+            streams = torch.randn(batch * tokens, 4, config.hidden_size, device="cuda")
+            kept = torch.full((batch,), tokens, device="cuda")
+            graph, _ = captured(drafts, draft, streams, ids, meta, kept, pools)
+            drafting = statistics.median(replayed(graph))
+            cycle = {"drafts_ms": round(drafting, 3), "cycle_ms": round(drafting + statistics.median(times), 3)}
+            del graph
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            graph.replay()
+            step_graph.replay()
             torch.cuda.synchronize()
         launches = sum(1 for event in profile.events() or () if event.device_type.name == "CUDA")
         row: dict[str, object] = {
@@ -215,12 +271,25 @@ def run(
             "kernels_a_layer": round(launches / layers, 1),
             "finite": bool(torch.isfinite(logits).all()),
             "kernels": kernels,
+            **cycle,
         }
         rows.append(row)
         table.add_row(
-            *(str(row[name]) for name in ("batch", "tokens", "context", "step_ms", "least_ms", "kernels_a_layer"))
+            *(
+                str(row[name])
+                for name in (
+                    "batch",
+                    "tokens",
+                    "context",
+                    "step_ms",
+                    "least_ms",
+                    "kernels_a_layer",
+                    "drafts_ms",
+                    "cycle_ms",
+                )
+            )
         )
-        del graph
+        del step_graph
     console.print(table)
     aliased = (
         f"{experts} of {FLASH_EXPERTS} experts a layer are there (aliased)"

@@ -7,9 +7,25 @@
 //            One more block of each token makes the mixing matrix doubly stochastic meanwhile.
 //
 // Parts are added in a fixed order, each token's alone: the same bits every time, in any company. fp32 throughout.
-// Written against little of CUDA, so that a test can run it on a CPU (tests/kernels/cuda_on_cpu.h).
+// Weights are read before a block waits for the kernel in front to end.
+// Written against little of CUDA, so that a test can run it on a CPU (tests/kernels/cuda_on_cpu.h), which brings its own
+// of what stands between #ifndef ON_CPU and #endif.
+
+#include "early.cuh"
 
 typedef unsigned int u32;
+
+struct __align__(16) Floats {
+    float f[4];
+};
+
+#ifndef ON_CPU
+__device__ __forceinline__ float inverse(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // one unit in the last place
+    return y;
+}
+#endif
 
 #define COLUMNS 32
 #define WIDE 512      // columns of a block that finishes
@@ -48,6 +64,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) penumbra_mix_partial(
     float weights[PRODUCTS];
 #pragma unroll
     for (int j = 0; j < PRODUCTS; j++) weights[j] = fn[(long long)(4 * j + stream) * size + column];
+    await_previous();
     for (int t = 0; t < tokens; t++) {
         const float* at = streams + (long long)t * 4 * size + column;
         float own = at[stream * size], next = at[(stream + 1) % 4 * size], over = at[(stream + 2) % 4 * size];
@@ -72,63 +89,100 @@ extern "C" __global__ void __launch_bounds__(THREADS) penumbra_mix_partial(
 
 __device__ __forceinline__ float opened(float x) { return 1.0f / (1.0f + expf(-x)); }
 
+// value [4][4] -> softmax over rows, then rows and columns in turn divided by their sums. By one thread: all of it is a
+// chain, and a sum of four is shorter in registers than over lanes.
+__device__ __forceinline__ void make_doubly_stochastic(float (&value)[4][4], int rounds, float eps) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        float top = fmaxf(fmaxf(value[j][0], value[j][1]), fmaxf(value[j][2], value[j][3]));
+#pragma unroll
+        for (int k = 0; k < 4; k++) value[j][k] = expf(value[j][k] - top);
+    }
+    for (int round = 0; round < rounds; round++) {
+        float first = round ? 0.0f : eps;  // the softmax itself is exact, and eps then added to it
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float by = inverse((value[j][0] + value[j][1]) + (value[j][2] + value[j][3]) + (eps - first));
+#pragma unroll
+            for (int k = 0; k < 4; k++) value[j][k] = value[j][k] * by + first;
+        }
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            float by = inverse((value[0][k] + value[1][k]) + (value[2][k] + value[3][k]) + eps);
+#pragma unroll
+            for (int j = 0; j < 4; j++) value[j][k] *= by;
+        }
+    }
+}
+
 // x [tokens, size], normed by norm [size] unless that is null; post [tokens, 4], comb [tokens, 4, 4].
 extern "C" __global__ void __launch_bounds__(THREADS) penumbra_mix_finish(
     const float* parts, const float* streams, const float* base, const float* scale, const float* norm, float* x,
     float* post, float* comb, int size, float rms_eps, float hc_eps, int rounds) {
     __shared__ float sums[SLOTS];
+    const int own_slots = (SLOTS + 3) / 4;  // of a warp
     int wide = (size + WIDE - 1) / WIDE, token = blockIdx.x / (wide + 1), part = blockIdx.x % (wide + 1);
-    int blocks = size / COLUMNS;
+    int blocks = size / COLUMNS, column = part * WIDE + 4 * threadIdx.x;
+    bool mixes = part < wide && column < size;
+    Floats weights = {{1.0f, 1.0f, 1.0f, 1.0f}}, in_streams[4];
+    if (mixes && norm) weights = *reinterpret_cast<const Floats*>(norm + column);
+    await_previous();
+    if (mixes)
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            in_streams[k] = *reinterpret_cast<const Floats*>(streams + (long long)(token * 4 + k) * size + column);
     const float* mine = parts + (long long)token * SLOTS * blocks;
+    float found[own_slots] = {};
+    for (int b = 4 * lane_id(); b < blocks; b += 128)
 #pragma unroll
-    for (int i = 0; i < (SLOTS + 3) / 4; i++) {
-        int slot = warp_id() + 4 * i;
-        float sum = 0.0f;
-        if (slot < SLOTS)
-            for (int b = lane_id(); b < blocks; b += 32) sum += mine[slot * blocks + b];
+        for (int i = 0; i < own_slots; i++)
+            if (warp_id() + 4 * i < SLOTS) {
+                Floats four = *reinterpret_cast<const Floats*>(mine + (warp_id() + 4 * i) * blocks + b);
+                found[i] += (four.f[0] + four.f[1]) + (four.f[2] + four.f[3]);
+            }
 #pragma unroll
-        for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(ALL, sum, d);
-        if (slot < SLOTS && lane_id() == 0) sums[slot] = sum;
-    }
+    for (int d = 16; d > 0; d /= 2)
+#pragma unroll
+        for (int i = 0; i < own_slots; i++) found[i] += __shfl_xor_sync(ALL, found[i], d);
+    if (lane_id() == 0)
+#pragma unroll
+        for (int i = 0; i < own_slots; i++)
+            if (warp_id() + 4 * i < SLOTS) sums[warp_id() + 4 * i] = found[i];
     __syncthreads();
     float shrink = 1.0f / sqrtf((sums[24] + sums[25] + sums[26] + sums[27]) / (4.0f * size) + rms_eps);
     if (part == wide) {
-        if (warp_id()) return;
-        int lane = lane_id();
-        if (lane < 4) post[token * 4 + lane] = 2.0f * opened(sums[4 + lane] * shrink * scale[1] + base[4 + lane]);
-        // Lane 4 j + k has cell (j, k); the upper half repeats the lower one.
-        int cell = lane & 15;
-        float value = sums[8 + cell] * shrink * scale[2] + base[8 + cell];
-        float top = fmaxf(value, __shfl_xor_sync(ALL, value, 1));
-        top = fmaxf(top, __shfl_xor_sync(ALL, top, 2));
-        value = expf(value - top);
-        for (int round = 0; round < rounds; round++) {
-            float row = value + __shfl_xor_sync(ALL, value, 1);
-            row += __shfl_xor_sync(ALL, row, 2);
-            value = round ? value / (row + hc_eps) : value / row + hc_eps;
-            float column = value + __shfl_xor_sync(ALL, value, 4);
-            column += __shfl_xor_sync(ALL, column, 8);
-            value /= column + hc_eps;
-        }
-        if (lane < 16) comb[token * 16 + lane] = value;
+        int at = threadIdx.x - 32;
+        if (at >= 0 && at < 4) post[token * 4 + at] = 2.0f * opened(sums[4 + at] * shrink * scale[1] + base[4 + at]);
+        if (threadIdx.x) return;
+        float value[4][4];
+#pragma unroll
+        for (int i = 0; i < 16; i++) value[i / 4][i % 4] = sums[8 + i] * shrink * scale[2] + base[8 + i];
+        make_doubly_stochastic(value, rounds, hc_eps);
+#pragma unroll
+        for (int i = 0; i < 16; i++) comb[token * 16 + i] = value[i / 4][i % 4];
         return;
     }
     float in[4];
+#pragma unroll
     for (int k = 0; k < 4; k++) in[k] = opened(sums[k] * shrink * scale[0] + base[k]) + hc_eps;
     float factor = 1.0f;
     if (norm) {
         float squares = 0.0f;
+#pragma unroll
         for (int k = 0; k < 4; k++) {
             squares += in[k] * in[k] * sums[24 + k] + 2.0f * in[k] * in[(k + 1) % 4] * sums[28 + k];
             if (k < 2) squares += 2.0f * in[k] * in[k + 2] * sums[32 + k];
         }
         factor = 1.0f / sqrtf(squares / size + rms_eps);
     }
-    const float* at = streams + (long long)token * 4 * size;
-    for (int column = part * WIDE + threadIdx.x; column < (part + 1) * WIDE && column < size; column += THREADS) {
-        float mixed = 0.0f;
-        for (int k = 0; k < 4; k++) mixed += in[k] * at[k * size + column];
-        mixed *= factor;
-        x[(long long)token * size + column] = norm ? norm[column] * mixed : mixed;
+    if (!mixes) return;
+    Floats mixed;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        mixed.f[i] = 0.0f;
+#pragma unroll
+        for (int k = 0; k < 4; k++) mixed.f[i] += in[k] * in_streams[k].f[i];
+        mixed.f[i] *= factor * weights.f[i];
     }
+    *reinterpret_cast<Floats*>(x + (long long)token * size + column) = mixed;
 }

@@ -11,6 +11,8 @@
 //
 // Written against little of CUDA, so that a test can run it on a CPU (tests/kernels/cuda_on_cpu.h).
 
+#include "early.cuh"
+
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
@@ -209,6 +211,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) penumbra_topk_rows(
     const float* scores, long long score_stride, const float* maxima, long long maxima_stride,
     const long long* positions, int ratio, int k, int* out) {
     extern __shared__ __align__(16) unsigned char memory[];
+    await_previous();
     Shared& s = *reinterpret_cast<Shared*>(memory);
     const float* row = scores + blockIdx.x * score_stride;
     out += (long long)blockIdx.x * k;

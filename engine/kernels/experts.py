@@ -91,15 +91,21 @@ class Experts:
         )
 
 
+WorkList = tuple[Tensor, Tensor]
+"""What routing a few tokens on a GPU also tells: members and owners, as engine/csrc/route_few.cu says."""
+
+
 def routed_experts(
-    x: Tensor, picks: Tensor, weights: Tensor, experts: Experts, limit: float, beside: Tensor | None = None
-) -> Tensor:
+    x: Tensor, picks: Tensor, weights: Tensor, experts: Experts, limit: float, beside: Tensor | None = None,
+    work: WorkList | None = None,
+) -> Tensor:  # fmt: skip
     """Every token through its picked experts, weighted and summed in pick order, then added to `beside` [T, D].
 
     x        [T, D] fp32
     picks    [T, k] int32   expert numbers; an expert picked twice counts twice
     weights  [T, k] fp32
     limit                   swiglu_limit: bounds the gate from above and the up projection on both sides
+    work                    the picks by expert, where `route_few` gave it
     ->       [T, D] fp32    sum over j of weights[j] * expert[picks[j]](x)
     """
     tokens, k = picks.shape
@@ -112,7 +118,7 @@ def routed_experts(
         from engine.kernels.device import experts as device
 
         stacks = (experts.gate, experts.up, experts.down)
-        return device.routed_experts(x, picks, weights, stacks, experts.scales, experts.most, limit, beside)
+        return device.routed_experts(x, picks, weights, stacks, experts.scales, experts.most, limit, beside, work)
     if experts.packed and (twin := native.function("penumbra_routed_experts", *_EXPERTS)) is not None:
         x, picks, weights = fp32_rows(x), picks.int().contiguous(), fp32_rows(weights).contiguous()
         y, bad = x.new_empty(tokens, experts.hidden), ctypes.c_int64()
@@ -205,6 +211,27 @@ def route_hashed(x: Tensor, gate: Matrix, table: Tensor, token_ids: Tensor, scal
         picks = picks.int()
         return picks, _route(twin, x, gate, None, picks, scaling)
     return picks.int(), _weights(_scores(x, gate).gather(1, picks), scaling)
+
+
+def route_few(
+    x: Tensor, gate: Matrix, bias: Tensor | None, table: Tensor | None, token_ids: Tensor, k: int, scaling: float
+) -> tuple[Tensor, Tensor, WorkList] | None:
+    """What `route_scored` says with a bias and `route_hashed` with a table, and the list of work for `routed_experts`.
+
+    None where no kernel does both at once: on a CPU, for more than a few tokens, or without CUDA C++.
+    """
+    if not x.is_cuda:
+        return None
+    from engine.kernels.device import route_few as device
+
+    if x.dim() != 2 or x.shape[1] != gate.inputs or (table is not None and table.shape[1] != k):
+        raise ValueError(
+            f"x {list(x.shape)} does not fit {k} picks of {gate.outputs} experts, whose gate has {gate.inputs} inputs"
+        )
+    if not device.takes(x.shape[0], gate.data, k):
+        return None
+    picks, weights, members, owners = device.route(x, gate.data, bias, table, token_ids, k, scaling)
+    return picks, weights, (members, owners)
 
 
 def _route(

@@ -10,6 +10,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#define ON_CPU
 #define __device__
 #define __global__
 #define __forceinline__ inline
@@ -123,4 +124,17 @@ inline uint32_t __match_any_sync(uint32_t, uint32_t value) {
     uint32_t bits = 0;
     for (int i = 0; i < 32; i++) bits |= (seen[i] == value ? 1u : 0u) << i;
     return bits;
+}
+inline uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
+    const uint32_t* seen = block::exchange(value);
+    return *std::max_element(seen, seen + 32);
+}
+inline uint32_t __reduce_min_sync(uint32_t, uint32_t value) {
+    const uint32_t* seen = block::exchange(value);
+    return *std::min_element(seen, seen + 32);
+}
+inline float __shfl_sync(uint32_t, float value, int lane) {
+    uint32_t bits = shuffled(__float_as_uint(value), lane);
+    std::memcpy(&value, &bits, 4);
+    return value;
 }

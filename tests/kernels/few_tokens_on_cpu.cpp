@@ -2,7 +2,6 @@
 #include <cmath>
 #include "cuda_on_cpu.h"
 
-#define ON_CPU
 #define __shared__
 unsigned char memory[1 << 18] __attribute__((aligned(16)));
 static inline float __uint_as_float(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
@@ -10,6 +9,13 @@ static void fetch16(void* to, const void* from) { std::memcpy(to, from, 16); }
 static void fetch4(void* to, const void* from) { std::memcpy(to, from, 4); }
 static void close_group() {}
 template <int> void await_groups() { block::sync_warp(); }
+static int fresh(const int* at) { return *at; }
+static uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+    uint64_t bytes = (uint64_t)high << 32 | low;
+    uint32_t made = 0;
+    for (int i = 0; i < 4; i++) made |= (uint32_t)(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    return made;
+}
 static void __syncwarp() { block::sync_warp(); }
 static _Float16 half_of(uint32_t bits) { uint16_t low = (uint16_t)bits; _Float16 x; std::memcpy(&x, &low, 2); return x; }
 static uint32_t bits_of(_Float16 x) { uint16_t bits; std::memcpy(&bits, &x, 2); return bits; }
@@ -57,9 +63,9 @@ static void blocks(unsigned count, unsigned threads, void (*kernel)()) {
     }
 }
 
-struct Linears { const float* x; float* y; const Matrix* matrices; long long x_row; int tiles, tokens, inputs, per_group; };
-struct GateUp { const float* x; const u8 *gate, *gate_scales, *up, *up_scales; int most; const int *members, *owners; float* y; int pairs, picks, hidden, inner; float limit; };
-struct Down { const float* x; const u8 *down, *scales; int most; const float* weights; const int *members, *owners; float* y; int pairs, hidden, inner; };
+struct Linears { const float* x; float* y; const Matrix* matrices; long long x_row; int tokens, inputs, per_group, span; };
+struct GateUp { const float* x; const u8 *gate, *gate_scales, *up, *up_scales; int most; const int *members, *owners; float* y; int pairs, picks, hidden, inner; float limit; int span; };
+struct Down { const float* x; const u8 *down, *scales; int most; const float* weights; const int *members, *owners; float* y; int pairs, hidden, inner, span; };
 static Linears l;
 static GateUp g;
 static Down d;
@@ -67,23 +73,23 @@ static Down d;
 #define PASSED(I) l.matrices[I].weights, l.matrices[I].scales, l.matrices[I].rows, l.matrices[I].columns,
 extern "C" void run_linears(const Linears* call, unsigned threads) {
     l = *call;
-    int rows = 0;
-    for (int i = 0; i < MATRICES; i++) rows += l.matrices[i].rows;
-    blocks(rows / (16 * l.tiles), threads, [] {
-        auto kernel = l.tiles == 1 ? penumbra_linears_1 : penumbra_linears_2;
-        kernel(EACH(PASSED) l.x, l.x_row, l.y, l.tokens, l.inputs, l.per_group);
+    int count = 0, of_block = 16 * l.span;
+    for (int i = 0; i < MATRICES; i++) count += (l.matrices[i].rows + of_block - 1) / of_block;
+    blocks(count, threads, [] {
+        penumbra_linears(EACH(PASSED) l.x, l.x_row, l.y, l.tokens, l.inputs, l.per_group, l.span);
     });
 }
 extern "C" void run_gate_up(const GateUp* call, unsigned blocks_of_work, unsigned threads) {
     g = *call;
-    blocks(blocks_of_work * (g.inner / 16), threads, [] {
+    blocks(blocks_of_work * (g.inner / (16 * g.span)), threads, [] {
         penumbra_gate_up(g.x, g.gate, g.gate_scales, g.up, g.up_scales, g.most, g.members, g.owners, g.y, g.pairs,
-                         g.picks, g.hidden, g.inner, g.limit);
+                         g.picks, g.hidden, g.inner, g.limit, g.span);
     });
 }
 extern "C" void run_down(const Down* call, unsigned blocks_of_work, unsigned threads) {
     d = *call;
-    blocks(blocks_of_work * (d.hidden / 32), threads, [] {
-        penumbra_down(d.x, d.down, d.scales, d.most, d.weights, d.members, d.owners, d.y, d.pairs, d.hidden, d.inner);
+    blocks(blocks_of_work * (d.hidden / (32 * d.span)), threads, [] {
+        penumbra_down(d.x, d.down, d.scales, d.most, d.weights, d.members, d.owners, d.y, d.pairs, d.hidden, d.inner,
+                      d.span);
     });
 }

@@ -382,6 +382,19 @@ def test_the_work_list_holds_every_pair_under_its_expert(tokens):
     assert work(members, owners, picks.numel(), 16) == expected
 
 
+@pytest.mark.parametrize(("tokens", "room"), [(1, 1), (3, 3), (7, 5), (30, 6)])
+def test_a_block_of_the_work_list_holds_no_more_pairs_than_it_has_room_for(tokens, room):
+    picks = torch.randint(5, (tokens, 6), generator=torch.Generator().manual_seed(1)).int()
+    picks[0] = 2  # as a row of a hash table may: more pairs of one expert than there are tokens
+    expected = {e: (picks.flatten() == e).nonzero().flatten().tolist() for e in picks.unique().tolist()}
+    members, owners = device_experts.work_list(there(picks), 5, 8, room)
+    assert work(members, owners, picks.numel(), 8) == expected
+    sizes = [sum(p != picks.numel() for p in places) for places in members.view(-1, 8).tolist()]
+    assert max(sizes) <= room
+    needed = [-(-len(expected.get(e, [])) // room) for e in range(5)]
+    assert owners[owners >= 0].tolist() == [e for e in range(5) for _ in range(needed[e])]
+
+
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "fp4"])
 @pytest.mark.parametrize("tokens", [1, 5, 60])
 @pytest.mark.parametrize("hidden", [192, 256])

@@ -39,8 +39,8 @@ class Described(ctypes.Structure):
 
 
 def products(
-    library: ctypes.CDLL, x: Tensor, matrices: list[tuple[Tensor, Tensor | None]], groups: int, tiles: int, warps: int
-) -> list[Tensor]:
+    library: ctypes.CDLL, x: Tensor, matrices: list[tuple[Tensor, Tensor | None]], groups: int, warps: int, span: int = 1,
+) -> list[Tensor]:  # fmt: skip
     inputs = matrices[0][0].shape[1]
     rows = [len(weight) for weight, _ in matrices]
     table = (Described * 8)(*(
@@ -50,17 +50,17 @@ def products(
     y = torch.full((len(x) * sum(rows),), torch.nan)
     call(
         library.run_linears,
-        [(P, x), (P, y), (P, ctypes.addressof(table)), (L, x.stride(0)), (N, tiles), (N, len(x)), (N, inputs),
-         (N, sum(rows) // groups)],
+        [(P, x), (P, y), (P, ctypes.addressof(table)), (L, x.stride(0)), (N, len(x)), (N, inputs),
+         (N, sum(rows) // groups), (N, span)],
         32 * warps,
     )  # fmt: skip
     return [part.view(len(x), -1) for part in y.split([len(x) * n for n in rows])]
 
 
 def product(
-    library: ctypes.CDLL, x: Tensor, weight: Tensor, scales: Tensor | None, groups: int, tiles: int, warps: int
+    library: ctypes.CDLL, x: Tensor, weight: Tensor, scales: Tensor | None, groups: int, warps: int, span: int = 1
 ) -> Tensor:
-    return products(library, x, [(weight, scales)], groups, tiles, warps)[0]
+    return products(library, x, [(weight, scales)], groups, warps, span)[0]
 
 
 def test_matrices_of_both_kinds_share_a_launch(library) -> None:
@@ -72,21 +72,23 @@ def test_matrices_of_both_kinds_share_a_launch(library) -> None:
         (torch.randint(0x70, (144, 256), dtype=torch.uint8, generator=g), torch.rand(2, 2, generator=g)),
         *((torch.randn(16, 256, generator=g).bfloat16(), None) for _ in range(5)),
     ]
-    together = products(library, x, matrices, 1, 1, 2)
+    together = products(library, x, matrices, 1, 2, span=4)  # a block's last rows end with their matrix
     for got, (weight, scales) in zip(together, matrices, strict=True):
-        assert torch.equal(got, product(library, x, weight, scales, 1, 1, 2))
+        assert torch.equal(got, product(library, x, weight, scales, 1, 2))
 
 
 @pytest.mark.parametrize(
-    ("tokens", "outputs", "inputs", "groups", "tiles", "warps"),
-    [(1, 32, 128, 1, 1, 1), (1, 64, 640, 1, 2, 4), (3, 256, 384, 1, 2, 2), (8, 64, 1024, 1, 1, 4),
-     (5, 256, 256, 2, 2, 1)],
+    ("tokens", "outputs", "inputs", "groups", "warps", "span"),
+    [(1, 32, 128, 1, 1, 1), (1, 64, 640, 1, 4, 2), (3, 256, 384, 1, 2, 3), (8, 64, 1024, 1, 4, 1),
+     (5, 256, 256, 2, 1, 4), (2, 320, 512, 1, 4, 8)],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["bf16", "fp8"])
-def test_a_product_is_that_of_the_weights_as_they_are(library, kind, tokens, outputs, inputs, groups, tiles, warps):
+def test_a_product_is_that_of_the_weights_as_they_are(
+    library, kind, tokens, outputs, inputs, groups, warps, span
+) -> None:
     """Uneven shares of the inputs for the warps, groups with inputs of their own, every e4m3 code."""
     g = generator(outputs + inputs)
-    rows = torch.randn(tokens, groups * inputs + 3, generator=g)
+    rows = torch.randn(tokens, groups * inputs + 4, generator=g)
     x = rows[:, : groups * inputs]
     if kind == "bf16":
         weight, scales = torch.randn(outputs, inputs, generator=g).bfloat16(), None
@@ -97,7 +99,7 @@ def test_a_product_is_that_of_the_weights_as_they_are(library, kind, tokens, out
         scales = torch.exp2(torch.randint(-9, 9, (-(-outputs // 128), inputs // 128), generator=g).float())
         wide = scales.repeat_interleave(128, 0)[:outputs].repeat_interleave(128, 1).double()
         meant, rounded = weight.view(torch.float8_e4m3fn).double() * wide, x.half().double()
-    got = product(library, x, weight, scales, groups, tiles, warps)
+    got = product(library, x, weight, scales, groups, warps, span)
     parts = zip(rounded.split(inputs, 1), meant.split(outputs // groups), strict=True)
     expected = torch.cat([part @ rows.T for part, rows in parts], dim=1)
     size = torch.cat([a.abs() @ b.abs().T for a, b in zip(
@@ -110,9 +112,9 @@ def test_a_tokens_product_depends_on_no_other_token(library) -> None:
     x = torch.randn(8, 512, generator=g)
     weight = torch.randint(0x70, (64, 512), dtype=torch.uint8, generator=g)
     scales = torch.ones(1, 4)
-    together = product(library, x, weight, scales, 1, 2, 4)
+    together = product(library, x, weight, scales, 1, 4)
     for token in range(8):
-        assert torch.equal(product(library, x[token : token + 1], weight, scales, 1, 2, 4)[0], together[token])
+        assert torch.equal(product(library, x[token : token + 1], weight, scales, 1, 4)[0], together[token])
 
 
 def fp4(shape: tuple[int, int, int], g: torch.Generator, low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,8 +126,8 @@ def fp4(shape: tuple[int, int, int], g: torch.Generator, low: int, high: int) ->
     return codes, scales, E2M1[nibbles] * torch.exp2(scales.double() - 127).repeat_interleave(32, 2)
 
 
-@pytest.mark.parametrize(("low", "high"), [(110, 127), (100, 110), (117, 140)])
-def test_experts_give_what_their_weights_mean(library, low: int, high: int) -> None:
+@pytest.mark.parametrize(("low", "high", "span"), [(110, 127, 1), (100, 110, 2), (117, 140, 4)])
+def test_experts_give_what_their_weights_mean(library, low: int, high: int, span: int) -> None:
     """Every code and scales of a wide range; blocks that are empty, of one pair, and full."""
     g = generator(low)
     experts, hidden, inner, picks, limit = 3, 256, 128, 2, 10.0
@@ -146,7 +148,7 @@ def test_experts_give_what_their_weights_mean(library, low: int, high: int) -> N
     call(
         library.run_gate_up,
         [(P, x), (P, gate), (P, gate_scales), (P, up), (P, up_scales), (N, most), (P, members), (P, owners), (P, h),
-         (N, pairs), (N, picks), (N, hidden), (N, inner), (F, limit)],
+         (N, pairs), (N, picks), (N, hidden), (N, inner), (F, limit), (N, span)],
         4, 64,
     )  # fmt: skip
     owner = dict.fromkeys(range(0, 18, 2), 2) | {17: 0}
@@ -161,7 +163,7 @@ def test_experts_give_what_their_weights_mean(library, low: int, high: int) -> N
     call(
         library.run_down,
         [(P, h), (P, down), (P, down_scales), (N, int(down_scales.max())), (P, weights), (P, members), (P, owners),
-         (P, parts), (N, pairs), (N, hidden), (N, inner)],
+         (P, parts), (N, pairs), (N, hidden), (N, inner), (N, span)],
         4, 32,
     )  # fmt: skip
     for pair, expert in owner.items():
@@ -178,9 +180,12 @@ def test_every_matrix_of_the_official_models_is_taken_and_fits_a_block(monkeypat
     pro = [(2048, 7168), (65_536, 1536), (7168, 3072), (6144, 7168), (129_280, 7168)]
     for outputs, inputs in flash + pro:
         assert few_tokens.takes(8, torch.empty(outputs, inputs, dtype=kind, device="meta"))
-        tiles, warps = few_tokens.plan(outputs, inputs, outputs % 32 == 0, kind == torch.bfloat16)
-        assert 4 <= warps <= 16
-        assert outputs % (16 * tiles) == 0
+        for tokens in (1, 8):
+            name = "bf16" if kind == torch.bfloat16 else "fp8"
+            warps, shared, span = few_tokens.plan((outputs,), inputs, 1, tokens, name)
+            assert 4 <= warps <= 16
+            assert shared <= 227 << 10
+            assert span in (1, 2, 4, 8)
     for hidden, inner in ((4096, 2048), (7168, 3072)):
         gate, down = (torch.empty(8, *shape, device="meta") for shape in ((inner, hidden // 2), (hidden, inner // 2)))
         assert few_tokens.takes_experts(gate, down, 24)

@@ -12,7 +12,7 @@ be captured as a CUDA graph. None uses atomics on floats: the same inputs give t
 Precision: a product takes fp32 operands where its matrix is fp32 (`--dtype float32`), else bf16 ones, or fp16 ones
 where CUDA C++ multiplies by e4m3 and e2m1; it sums in fp32. What lies between products is fp32.
 
-With `--kernels cuda`, `few_tokens.py` and `mix_few.py` take what they can of linear, experts and hyper_connections.
+With `--kernels cuda`, the modules named `*_few.py` and `few_tokens.py` take what they can of a step of few tokens.
 """
 
 from __future__ import annotations
@@ -25,6 +25,14 @@ from wire.errors import ConfigError
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Kernels run under Triton's interpreter, on CPU tensors. It truncates where hardware rounds, so kernels that round
 to bf16 do so by integer arithmetic there, and hand products fp32 operands that hold bf16 values."""
+
+
+def early_launches() -> bool:
+    """Whether kernels that allow it may begin while the one in front ends. PENUMBRA_EARLY_LAUNCHES=0 forbids it, to
+    look for races and to see what it is worth.
+    """
+    return os.environ.get("PENUMBRA_EARLY_LAUNCHES") != "0"
+
 
 _cuda_products = False
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.batch import StepMeta
 from engine.config import C4_RATIO, C4_RING, C128_RATIO, C128_RING
 from engine.kernels.device.codec import hadamard_row, rotated
+from engine.kernels.device.early import EARLY, await_previous
 from engine.kernels.device.rows import check_dim, codec, store_row
 from engine.kernels.rows import RowPool
 
@@ -43,6 +44,7 @@ def _c4(
     D: tl.constexpr, STEPS: tl.constexpr, PAIRS: tl.constexpr, ROTATE_KEYS: tl.constexpr, CODEC: tl.constexpr,
     ROWS: tl.constexpr, REMEMBER: tl.constexpr,
 ):  # fmt: skip
+    await_previous()
     for r in tl.range(ROWS):
         t = tl.program_id(0).to(tl.int64) * ROWS + r
         if t < tokens:
@@ -104,6 +106,7 @@ def _c128(
     D: tl.constexpr, PAIRS: tl.constexpr, CODEC: tl.constexpr, ROWS: tl.constexpr, STRIP: tl.constexpr,
     REMEMBER: tl.constexpr,
 ):  # fmt: skip
+    await_previous()
     for r in tl.range(ROWS):
         t = tl.program_id(0).to(tl.int64) * ROWS + r
         if t < tokens:
@@ -167,7 +170,7 @@ def compress_c4(
         meta.page_table, meta.swa_table, meta.page_table.shape[1], freqs, eps,
         out.data, out.data.stride(0), out.rows_per_item, tokens, d**-0.5,
         D=d, STEPS=d.bit_length() - 1, PAIRS=freqs.shape[0], ROTATE_KEYS=rotate_keys, CODEC=codec(out),
-        ROWS=rows, REMEMBER=short, num_warps=4 if d > 128 else 1,
+        ROWS=rows, REMEMBER=short, num_warps=4 if d > 128 else 1, **EARLY,
     )  # fmt: skip
     if not short:
         _ring_c4[(tokens,)](
@@ -191,7 +194,7 @@ def compress_c128(
         u, g, u.stride(0), g.stride(0), ape, norm, ring, meta.positions, meta.segment, meta.offsets, meta.starts,
         meta.page_table, meta.slots, meta.page_table.shape[1], freqs, eps,
         out.data, out.data.stride(0), out.rows_per_item, tokens,
-        D=d, PAIRS=freqs.shape[0], CODEC=codec(out), ROWS=rows, STRIP=8, REMEMBER=short, num_warps=4,
+        D=d, PAIRS=freqs.shape[0], CODEC=codec(out), ROWS=rows, STRIP=8, REMEMBER=short, num_warps=4, **EARLY,
     )  # fmt: skip
     if not short:
         _ring_c128[(tokens,)](

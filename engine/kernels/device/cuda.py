@@ -10,6 +10,8 @@ import torch
 from cuda.bindings import driver
 from cuda.core import Device, LaunchConfig, Program, ProgramOptions, launch
 
+from engine.kernels.device import early_launches
+
 SOURCES = Path(__file__).resolve().parent.parent.parent / "csrc"
 
 
@@ -28,7 +30,7 @@ def _compiled(source: str) -> Any:
     device = Device(torch.cuda.current_device())
     device.set_current()
     arch = "".join(str(part) for part in device.compute_capability)
-    options = ProgramOptions(std="c++17", arch=f"sm_{arch}a")
+    options = ProgramOptions(std="c++17", arch=f"sm_{arch}a", include_path=str(SOURCES))
     return Program((SOURCES / source).read_text(), "c++", options).compile("cubin")
 
 
@@ -51,8 +53,14 @@ def _device_stream(handle: int) -> Any:
     return Device(torch.cuda.current_device()).create_stream(_Stream(handle))
 
 
-def run(function: Any, grid: int, block: int, shared_bytes: int, *arguments: Any) -> None:
-    """Queue `function` on torch's current stream. arguments: tensors, ctypes scalars."""
-    config = LaunchConfig(grid=grid, block=block, shmem_size=shared_bytes)
+def run(function: Any, grid: int, block: int, shared_bytes: int, *arguments: Any, waits: bool = False) -> None:
+    """Queue `function` on torch's current stream. arguments: tensors, 0 for none, ctypes scalars.
+
+    waits: it calls griddepcontrol.wait before it reads what others wrote, so it may begin while the kernel in front
+    of it ends.
+    """
+    config = LaunchConfig(
+        grid=grid, block=block, shmem_size=shared_bytes, programmatic_stream_serialization=waits and early_launches()
+    )
     stream = _device_stream(torch.cuda.current_stream().cuda_stream)
     launch(stream, config, function, *(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments))

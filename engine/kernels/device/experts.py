@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.kernels.device import few_tokens
 from engine.kernels.device.codec import exact, operand
+from engine.kernels.device.early import EARLY, await_previous
 
 FP32, BF16, FP4 = (tl.constexpr(kind) for kind in (0, 1, 2))
 FP4_GROUP = 32
@@ -29,6 +30,7 @@ def _swiglu(gate, up, limit):
 
 @triton.jit(do_not_specialize=["count"])
 def _swiglu_rows(gate, up, y, count, limit, BLOCK: tl.constexpr):
+    await_previous()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     g, u = tl.load(gate + at, mask=inside, other=0.0), tl.load(up + at, mask=inside, other=0.0)
@@ -82,11 +84,12 @@ def _route(
             tl.store(weights + token * K + j, weight / (total + 1e-20) * scaling)
 
 
-@triton.jit(do_not_specialize=["pairs", "blocks"])
-def _work_list(picks, members, owners, pairs, blocks, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["pairs", "blocks", "room"])
+def _work_list(picks, members, owners, pairs, blocks, room, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
     """For few pairs, all in one program: pair i goes behind those of lower experts and behind earlier ones of its own.
 
-    members [blocks * BLOCK] int32  pair of each place, or `pairs` where none; owners [blocks] int32, or -1
+    members [blocks * BLOCK] int32  pair of each place, or `pairs` where none, as behind the first `room` of a block
+    owners  [blocks] int32          expert of each block, or -1
     """
     place = tl.arange(0, 2 * PAIRS)
     for start in tl.range(0, blocks * BLOCK, 2 * PAIRS):
@@ -101,12 +104,12 @@ def _work_list(picks, members, owners, pairs, blocks, PAIRS: tl.constexpr, BLOCK
     first = rank == 0
     # Blocks before an expert's own: those of every lower expert, counted where its first pair stands.
     size = tl.sum(same.to(tl.int32), axis=1)
-    needed = tl.where(first & (i < pairs), (size + BLOCK - 1) // BLOCK, 0)
+    needed = tl.where(first & (i < pairs), (size + room - 1) // room, 0)
     lower = expert[None, :] < expert[:, None]
     before = tl.sum(tl.where(lower, needed[None, :], 0), axis=1)
-    block = before + rank // BLOCK
-    tl.store(members + block * BLOCK + rank % BLOCK, i, mask=i < pairs)
-    tl.store(owners + block, expert, mask=(i < pairs) & (rank % BLOCK == 0))
+    block = before + rank // room
+    tl.store(members + block * BLOCK + rank % room, i, mask=i < pairs)
+    tl.store(owners + block, expert, mask=(i < pairs) & (rank % room == 0))
 
 
 @triton.jit
@@ -198,6 +201,7 @@ def _down(
 
 @triton.jit
 def _sum_picks(parts, beside, y, hidden, K: tl.constexpr, BLOCK: tl.constexpr, BESIDE: tl.constexpr):
+    await_previous()
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < hidden
@@ -213,7 +217,7 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     """As `engine.kernels.experts.swiglu`."""
     y = torch.empty_like(gate)
     if y.numel():
-        _swiglu_rows[(triton.cdiv(y.numel(), 1024),)](gate, up, y, y.numel(), limit, BLOCK=1024)
+        _swiglu_rows[(triton.cdiv(y.numel(), 1024),)](gate, up, y, y.numel(), limit, BLOCK=1024, **EARLY)
     return y
 
 
@@ -236,25 +240,28 @@ FEW_PAIRS = 128
 """Pairs that one program sorts; more go through torch."""
 
 
-def work_list(picks: Tensor, experts: int, block: int) -> tuple[Tensor, Tensor]:
-    """picks [T, k] int32 -> members [B * block] int32, owners [B] int32, as `_work_list` says."""
-    pairs = picks.numel()
-    blocks = pairs if pairs <= FEW_PAIRS else min(pairs, experts) + pairs // block
+def work_list(picks: Tensor, experts: int, block: int, room: int | None = None) -> tuple[Tensor, Tensor]:
+    """picks [T, k] int32 -> members [B * block] int32, owners [B] int32, as `_work_list` says.
+
+    room: how many pairs a block may hold, where that is fewer than it has places for.
+    """
+    pairs, room = picks.numel(), block if room is None else room
+    blocks = pairs if pairs <= FEW_PAIRS else min(pairs, experts) + pairs // room
     members, owners = (torch.empty(n, dtype=torch.int32, device=picks.device) for n in (blocks * block, blocks))
     if pairs <= FEW_PAIRS:
-        _work_list[(1,)](picks, members, owners, pairs, blocks, PAIRS=FEW_PAIRS, BLOCK=block, num_warps=4)
+        _work_list[(1,)](picks, members, owners, pairs, blocks, room, PAIRS=FEW_PAIRS, BLOCK=block, num_warps=4)
         return members, owners
     members.fill_(pairs)
     owners.fill_(-1)
     flat = picks.reshape(-1).long()
     order = torch.argsort(flat, stable=True)
     sizes = torch.zeros(experts, dtype=torch.int64, device=picks.device).scatter_add_(0, flat, torch.ones_like(flat))
-    needed = (sizes + block - 1) // block
+    needed = (sizes + room - 1) // room
     before = needed.cumsum(0) - needed
     sorted_experts = flat[order]
     rank = torch.arange(pairs, device=picks.device) - (sizes.cumsum(0) - sizes)[sorted_experts]
-    place = before[sorted_experts] + rank // block
-    members[place * block + rank % block] = order.int()
+    place = before[sorted_experts] + rank // room
+    members[place * block + rank % room] = order.int()
     owners[place] = sorted_experts.int()
     return members, owners
 
@@ -262,7 +269,7 @@ def work_list(picks: Tensor, experts: int, block: int) -> tuple[Tensor, Tensor]:
 def routed_experts(
     x: Tensor, picks: Tensor, weights: Tensor, stacks: tuple[Tensor, Tensor, Tensor],
     scales: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None], most: tuple[int, int], limit: float,
-    beside: Tensor | None = None,
+    beside: Tensor | None = None, work: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """As `engine.kernels.experts.routed_experts`; stacks are gate, up [E, I, D] and down [E, D, I].
 
@@ -283,7 +290,9 @@ def routed_experts(
     h = torch.empty(pairs, inner, dtype=torch.float32, device=x.device)
     parts = torch.empty(pairs, hidden, dtype=torch.float32, device=x.device)
     if scales[0] is not None and few_tokens.takes_experts(gate, down, pairs):
-        members, owners = work_list(picks, count, few_tokens.TOKENS)
+        # These have memory for as many pairs of an expert as there are tokens, too little where a row of a hash table
+        # names one twice: what has no room goes to another block.
+        members, owners = work or work_list(picks, count, few_tokens.TOKENS, min(tokens, few_tokens.TOKENS))
         few_tokens.gate_up(x, gate, up, scales[:2], most[0], members, owners, pairs, limit, h)
         few_tokens.down(h, down, scales[2], most[1], weights, members, owners, pairs, tokens, parts)
     else:
@@ -302,7 +311,14 @@ def routed_experts(
         )  # fmt: skip
     y = torch.empty_like(x)
     _sum_picks[(tokens, triton.cdiv(hidden, 1024))](
-        parts, beside, y, hidden, K=k, BLOCK=1024, BESIDE=beside is not None
+        parts,
+        beside,
+        y,
+        hidden,
+        K=k,
+        BLOCK=1024,
+        BESIDE=beside is not None,
+        **EARLY,
     )
     return y
 

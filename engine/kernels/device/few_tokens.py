@@ -21,15 +21,20 @@ _STEP = 128
 _PAD_BYTES = 16
 _SHARED_BYTES = 227 << 10
 """What a block may have on Hopper."""
-_AHEAD = {"bf16": 2, "fp8": 2, "fp4": 4}
-"""Steps whose weights a warp has on their way at once, `AHEAD` of the source."""
+_AHEAD = 2
+"""Steps whose weights a warp has on their way at once, as in the source."""
 _ROW_BYTES = {"bf16": 256, "fp8": 128, "fp4": 64}
 """Of a row in one step."""
 _LEAST_WARPS, _MOST_WARPS = 4, 16
-"""Of a block, where a matrix has inputs enough for them; fewer where its rows or its tokens need the room."""
+"""Of a block, where a matrix has inputs enough for them and a block memory."""
 _EXPERT_WARPS = 8
-_FULL = 132 * 32
-"""Warps that keep a Hopper GPU busy twice over: more than that only wait for each other."""
+_REGISTERS = {1: 64, 2: 80}
+"""Of a thread that multiplies one tile of rows, or the two of an expert: the source bounds them."""
+_PROCESSORS = 132
+_LINEAR_SPAN, _GATE_SPAN, _DOWN_SPAN = 8, 2, 4
+"""The most groups of rows that a block does one behind the other. Of experts, some are not there and some come late:
+short runs share what there is among the multiprocessors.
+"""
 
 
 def takes(tokens: int, weight: Tensor, groups: int = 1) -> bool:
@@ -41,7 +46,7 @@ def takes(tokens: int, weight: Tensor, groups: int = 1) -> bool:
         and weight.dtype in (torch.bfloat16, torch.uint8)
         and inputs % _STEP == 0
         and outputs // groups % 16 == 0
-        and _shared(2, _LEAST_WARPS, TOKENS, inputs, "bf16") <= _SHARED_BYTES
+        and _shared(1, _LEAST_WARPS, TOKENS, inputs, "bf16") <= _SHARED_BYTES
     )
 
 
@@ -67,46 +72,69 @@ def products(x: Tensor, matrices: Sequence[tuple[Tensor, Tensor | None]], groups
     from engine.kernels.device.cuda import kernel, run
 
     tokens, inputs = x.shape[0], matrices[0][0].shape[1]
-    rows = [len(weight) for weight, _ in matrices]
-    whole = all(count // groups % 32 == 0 for count in rows)
-    tiles, warps = plan(sum(rows), inputs, whole, any(scales is None for _, scales in matrices))
+    rows = tuple(len(weight) for weight, _ in matrices)
+    kind = "bf16" if any(scales is None for _, scales in matrices) else "fp8"
+    warps, shared, span = plan(rows, inputs, groups, tokens, kind)
+    if x.stride(0) % 4 or x.data_ptr() % 16:
+        x = x.contiguous()
     y = torch.empty(tokens * sum(rows), dtype=torch.float32, device=x.device)
     table: list[object] = []
     for weight, scales in matrices:
         columns = 0 if scales is None else scales.shape[1]
-        at = ctypes.c_void_p(0) if scales is None else scales
-        table += [weight, at, ctypes.c_int32(len(weight)), ctypes.c_int32(columns)]
+        table += [weight, 0 if scales is None else scales, ctypes.c_int32(len(weight)), ctypes.c_int32(columns)]
     for _ in range(MATRICES - len(matrices)):
-        table += [ctypes.c_void_p(0), ctypes.c_void_p(0), ctypes.c_int32(0), ctypes.c_int32(0)]
+        table += [0, 0, ctypes.c_int32(0), ctypes.c_int32(0)]
     run(
-        kernel("few_tokens.cu", f"penumbra_linears_{tiles}", _SHARED_BYTES), sum(rows) // (16 * tiles), 32 * warps,
-        max(_shared(tiles, warps, tokens, inputs, "fp8" if scales is not None else "bf16") for _, scales in matrices),
-        *table, x, ctypes.c_int64(x.stride(0)), y, *map(ctypes.c_int32, (tokens, inputs, sum(rows) // groups)),
+        kernel("few_tokens.cu", "penumbra_linears", _SHARED_BYTES), sum(-(-n // (16 * span)) for n in rows), 32 * warps,
+        shared,
+        *table, x, ctypes.c_int64(x.stride(0)), y, *map(ctypes.c_int32, (tokens, inputs, sum(rows) // groups, span)),
+        waits=True,
     )  # fmt: skip
-    return [part.view(tokens, -1) for part in y.split([tokens * count for count in rows])]
+    return [part.view(tokens, -1) for part in y.split([tokens * n for n in rows])]
 
 
 @lru_cache(maxsize=1024)
-def plan(outputs: int, inputs: int, whole: bool, bf16: bool) -> tuple[int, int]:
-    """(tiles of 16 rows a block, warps that share its inputs) for so many rows; `whole`: they come by 32."""
-    tiles = 2 if outputs >= 4096 and whole else 1
-    kind = "bf16" if bf16 else "fp8"
-    warps = max(1, min(_MOST_WARPS, inputs // _STEP // _AHEAD[kind]))
-    while warps > _LEAST_WARPS and (
-        outputs // (16 * tiles) * warps > _FULL or _shared(tiles, warps, TOKENS, inputs, kind) > _SHARED_BYTES
-    ):
+def plan(rows: tuple[int, ...], inputs: int, groups: int, tokens: int, kind: str) -> tuple[int, int, int]:
+    """(warps of a block, its bytes of shared memory, its span) for matrices of so many rows in `groups` groups each."""
+    warps = max(1, min(_MOST_WARPS, inputs // _STEP // _AHEAD))
+    while warps > _LEAST_WARPS and _shared(1, warps, TOKENS, inputs, kind) > _SHARED_BYTES:
         warps = max(_LEAST_WARPS, warps // 2)
-    return tiles, warps
+    shared = _shared(1, warps, tokens, inputs, kind)
+    runs = [n // groups // 16 for n in rows for _ in range(groups)]
+    return warps, shared, _span(runs, groups > 1, _resident(1, warps, shared), _LINEAR_SPAN)
 
 
-def _expert_warps(inputs: int) -> int:
-    return max(1, min(_EXPERT_WARPS, inputs // _STEP // _AHEAD["fp4"]))
+@lru_cache(maxsize=1024)
+def expert_plan(inputs: int, tokens: int, groups: int, blocks: int, most_span: int) -> tuple[int, int, int]:
+    """(warps of a block, its bytes of shared memory, its span) for up to `blocks` experts of so many groups of rows."""
+    warps = max(1, min(_EXPERT_WARPS, inputs // _STEP // _AHEAD))
+    shared = _shared(2, warps, min(tokens, TOKENS), inputs, "fp4")
+    return warps, shared, _span([groups] * blocks, True, _resident(2, warps, shared), most_span)
+
+
+def _resident(tiles: int, warps: int, shared: int) -> int:
+    """Blocks that the GPU runs at once."""
+    return _PROCESSORS * max(1, min(_SHARED_BYTES // (shared + 1024), 65536 // (_REGISTERS[tiles] * 32 * warps)))
+
+
+def _span(runs: list[int], whole: bool, resident: int, most: int) -> int:
+    """Groups of rows for each block, so that all blocks run at once where they may: a second wave of few would leave
+    the GPU idle. `whole`: the span divides every run.
+    """
+    span = 1
+    while (
+        span < most
+        and sum(-(-run // span) for run in runs) > resident
+        and not (whole and any(run % (2 * span) for run in runs))
+    ):
+        span *= 2
+    return span
 
 
 def _shared(tiles: int, warps: int, tokens: int, inputs: int, kind: str) -> int:
-    """Bytes of shared memory: each warp's ring of steps, then the tokens."""
-    ring = warps * _AHEAD[kind] * (tiles * 16 * _ROW_BYTES[kind] + 128)
-    return ring + tokens * (2 * inputs + _PAD_BYTES)
+    """Bytes of shared memory: each warp's ring of steps, the tokens, and the warps' sums twice."""
+    ring = warps * _AHEAD * (tiles * 16 * _ROW_BYTES[kind] + 128)
+    return ring + tokens * (2 * inputs + _PAD_BYTES) + 2 * warps * tiles * tokens * 64
 
 
 def gate_up(
@@ -122,12 +150,12 @@ def gate_up(
 
     tokens, hidden = x.shape
     inner, blocks = gate.shape[1], owners.shape[0]
-    warps = _expert_warps(hidden)
+    warps, shared, span = expert_plan(hidden, tokens, inner // 16, blocks, _GATE_SPAN)
     run(
-        kernel("few_tokens.cu", "penumbra_gate_up", _SHARED_BYTES), blocks * (inner // 16), 32 * warps,
-        _shared(2, warps, min(tokens, TOKENS), hidden, "fp4"),
+        kernel("few_tokens.cu", "penumbra_gate_up", _SHARED_BYTES), blocks * (inner // (16 * span)), 32 * warps, shared,
         x, gate, scales[0], up, scales[1], ctypes.c_int32(most), members, owners, h,
         *map(ctypes.c_int32, (pairs, pairs // tokens, hidden, inner)), ctypes.c_float(limit),
+        ctypes.c_int32(span), waits=True,
     )  # fmt: skip
 
 
@@ -139,10 +167,9 @@ def down(
     from engine.kernels.device.cuda import kernel, run
 
     inner, hidden, blocks = h.shape[1], weight.shape[1], owners.shape[0]
-    warps = _expert_warps(inner)
+    warps, shared, span = expert_plan(inner, tokens, hidden // 32, blocks, _DOWN_SPAN)
     run(
-        kernel("few_tokens.cu", "penumbra_down", _SHARED_BYTES), blocks * (hidden // 32), 32 * warps,
-        _shared(2, warps, min(tokens, TOKENS), inner, "fp4"),
+        kernel("few_tokens.cu", "penumbra_down", _SHARED_BYTES), blocks * (hidden // (32 * span)), 32 * warps, shared,
         h, weight, scales, ctypes.c_int32(most), weights, members, owners, parts,
-        *map(ctypes.c_int32, (pairs, hidden, inner)),
+        *map(ctypes.c_int32, (pairs, hidden, inner, span)), waits=True,
     )  # fmt: skip

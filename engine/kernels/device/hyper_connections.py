@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.device import mix_few
+from engine.kernels.device.early import EARLY, await_previous
 
 _STEP = 128
 _ROWS = tl.constexpr(32)
@@ -21,6 +22,7 @@ _SQUARES = tl.constexpr(24)
 @triton.jit(do_not_specialize=["tokens"])
 def _partial(x, fn, parts, tokens, width, rows, PER_SPLIT: tl.constexpr, TOK: tl.constexpr, STEP: tl.constexpr):
     """x [T, W], fn [rows, W] -> parts [S, T, 32]."""
+    await_previous()
     split = tl.program_id(1)
     token = tl.program_id(0) * TOK + tl.arange(0, TOK)
     here = token < tokens
@@ -99,6 +101,7 @@ def _finish(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _collapse(parts, streams, base, scale, x, tokens, size, rms_eps, hc_eps, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    await_previous()
     token = tl.program_id(0).to(tl.int64)
     row = tl.arange(0, _ROWS)
     mix = _mixes(parts, token, tokens, 4 * size, rms_eps, SPLITS)
@@ -113,6 +116,7 @@ def _collapse(parts, streams, base, scale, x, tokens, size, rms_eps, hc_eps, SPL
 
 @triton.jit
 def _spread(y, streams, post, comb, out, size, BLOCK: tl.constexpr):
+    await_previous()
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
@@ -133,7 +137,7 @@ def _partials(streams: Tensor, fn: Tensor) -> tuple[Tensor, int]:
     per_split = -(-width // splits // _STEP) * _STEP
     parts = torch.empty(splits, tokens, 32, dtype=torch.float32, device=streams.device)
     _partial[(triton.cdiv(tokens, 16), splits)](
-        streams, fn, parts, tokens, width, fn.shape[0], PER_SPLIT=per_split, TOK=16, STEP=_STEP, num_warps=4,
+        streams, fn, parts, tokens, width, fn.shape[0], PER_SPLIT=per_split, TOK=16, STEP=_STEP, num_warps=4, **EARLY,
     )  # fmt: skip
     return parts, splits
 
@@ -168,7 +172,7 @@ def collapse(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rms_eps: 
         parts, splits = _partials(streams, fn)
         _collapse[(tokens,)](
             parts, streams, base, scale, x, tokens, size, rms_eps, hc_eps, SPLITS=splits,
-            BLOCK=triton.next_power_of_2(size), num_warps=8 if size > 1024 else 4,
+            BLOCK=triton.next_power_of_2(size), num_warps=8 if size > 1024 else 4, **EARLY,
         )  # fmt: skip
     return x
 
@@ -179,5 +183,7 @@ def mix_out(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     out = torch.empty_like(streams)
     if tokens:
         block = min(1024, triton.next_power_of_2(size))
-        _spread[(tokens, triton.cdiv(size, block))](y.contiguous(), streams, post, comb, out, size, BLOCK=block)
+        _spread[(tokens, triton.cdiv(size, block))](
+            y.contiguous(), streams, post, comb, out, size, BLOCK=block, **EARLY
+        )
     return out

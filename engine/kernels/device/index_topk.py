@@ -25,6 +25,7 @@ from engine.kernels.device.codec import (
     rotated,
     scale_exponent,
 )
+from engine.kernels.device.early import EARLY, await_previous
 from engine.kernels.device.topk_rows import choose
 from engine.kernels.rows import INDEX_DIM, RowPool
 
@@ -44,6 +45,7 @@ def _quantise(
     D: tl.constexpr, STEPS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """q [T, H, D] -> e4m3 codes; w [T, H] takes over the scale. With PAIRS, q is rotated and Hadamard-turned before."""
+    await_previous()
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, D)
     values = tl.load(q + row * D + at)
@@ -62,6 +64,7 @@ def _scores(
     V4: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """scores [tokens, pages * 64] and maxima [tokens, pages] of tokens [first, last), STRIP pages a program."""
+    await_previous()
     token = first + tl.program_id(0) * TOKENS
     strip = tl.program_id(1) * STRIP
     j = tl.arange(0, TOKENS)
@@ -146,7 +149,7 @@ def scores_and_maxima(
     _scores[(triton.cdiv(last - first, together), triton.cdiv(pages, strip))](
         q, w, meta.positions, meta.segment, meta.page_table, pages, pool.data, pool.data.stride(0), scores, maxima,
         first, last, heads, k, D=dim, HEADS=padded, TOKENS=together, STRIP=strip, KIND=kind, V4=v4,
-        EMULATE=INTERPRETED, num_warps=4, num_stages=3,
+        EMULATE=INTERPRETED, num_warps=4, num_stages=3, **EARLY,
     )  # fmt: skip
     return scores, maxima
 
@@ -163,7 +166,7 @@ def quantise(
         dim = q.shape[2]
         _quantise[(q.shape[0] * q.shape[1],)](
             q, w, codes, weights, positions, freqs, dim**-0.5, w_scale, q.shape[1],
-            D=dim, STEPS=dim.bit_length() - 1, PAIRS=0 if freqs is None else freqs.shape[0], num_warps=1,
+            D=dim, STEPS=dim.bit_length() - 1, PAIRS=0 if freqs is None else freqs.shape[0], num_warps=1, **EARLY,
         )  # fmt: skip
     return codes, weights
 

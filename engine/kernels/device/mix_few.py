@@ -16,7 +16,7 @@ _COLUMNS, _WIDE, _THREADS, _SLOTS = 32, 512, 128, 34
 
 
 def takes(tokens: int, size: int) -> bool:
-    return 0 < tokens <= TOKENS and size % _COLUMNS == 0 and cuda_products()
+    return 0 < tokens <= TOKENS and size % (4 * _COLUMNS) == 0 and cuda_products()
 
 
 def mix_in(
@@ -31,10 +31,10 @@ def mix_in(
     count, of = ctypes.c_int32, ctypes.c_float
     run(
         kernel("mix_few.cu", "penumbra_mix_partial"), size // _COLUMNS, _THREADS, 0,
-        streams, fn, parts, count(tokens), count(size),
+        streams, fn, parts, count(tokens), count(size), waits=True,
     )  # fmt: skip
     run(
         kernel("mix_few.cu", "penumbra_mix_finish"), tokens * (-(-size // _WIDE) + 1), _THREADS, 0,
-        parts, streams, base, scale, ctypes.c_void_p(0) if norm is None else norm, x, post, comb, count(size),
-        of(rms_eps), of(hc_eps), count(iters),
+        parts, streams, base, scale, 0 if norm is None else norm, x, post, comb, count(size),
+        of(rms_eps), of(hc_eps), count(iters), waits=True,
     )  # fmt: skip

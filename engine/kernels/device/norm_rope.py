@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.device.codec import hadamard_row, rotated
+from engine.kernels.device.early import EARLY, await_previous
 
 _MAX_ROW = 1 << 15
 """Values a program holds in registers; hidden sizes end far below."""
@@ -18,6 +19,7 @@ def _norm_rotate(
     x, y, weight, positions, freqs, x_row, rows_per_token, size, eps, sign,
     SIZE: tl.constexpr, PAIRS: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
 ):  # fmt: skip
+    await_previous()
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, SIZE)
     inside = at < size
@@ -63,7 +65,7 @@ def norm_rotate(
             x, y, weight, positions, freqs, x.stride(-2) if x.dim() > 1 else size,
             max(rows // x.shape[0], 1) if x.dim() > 1 else 1, size, eps or 0.0, -1.0 if inverse else 1.0,
             SIZE=block, PAIRS=pairs, NORM=eps is not None, WEIGHT=weight is not None,
-            num_warps=4 if block <= 2048 else 8,
+            num_warps=4 if block <= 2048 else 8, **EARLY,
         )  # fmt: skip
     return y
 

@@ -2,6 +2,7 @@
 
 A program takes one token, some of its heads and a run of key tiles; partial results are merged by a second kernel,
 in order. Rows are decoded in registers on their way into the products, so pools are read as they are, once.
+A few tokens go to `attend_few.py` where it takes them: there a program's latency is all that counts.
 
 T tokens, H heads, D values a row, S splits.
 """
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from engine.batch import StepMeta
 from engine.config import C4_RATIO, C128_RATIO, WINDOW
+from engine.kernels.device import attend_few
 from engine.kernels.device.codec import e4m3_value, exact, operand, rotated
 from engine.kernels.device.norm_rope import norm_rotate
 from engine.kernels.device.rows import check_dim
@@ -208,9 +210,12 @@ def sparse_attention(
     rows = window if compressed is None else compressed
     picks = 0 if selected is None else selected.shape[1]
     v4 = window.layout == "v4"
-    block, tile, warps = shape(tokens, heads, half, v4)
     pages = meta.page_table.shape[1]
     keys = WINDOW + {0: 0, C4_RATIO: picks, C128_RATIO: pages * (256 // C128_RATIO)}[ratio]
+    if attend_few.takes(tokens, heads, dim, half, window, compressed):
+        attend_few.attend(q.contiguous(), sink, meta, window, compressed, selected, keys, scale, freqs, out)
+        return out
+    block, tile, warps = shape(tokens, heads, half, v4)
     splits = num_splits(tokens, -(-heads // block), -(-keys // tile))
     whole = splits == 1
     parts = out if whole else torch.empty(tokens, splits, heads, dim, dtype=torch.float32, device=q.device)

@@ -54,6 +54,6 @@ def choose(scores: Tensor, maxima: Tensor, positions: Tensor, ratio: int, k: int
         run(
             kernel("topk_rows.cu", "penumbra_topk_rows", _SHARED_BYTES), scores.shape[0], _THREADS, _SHARED_BYTES,
             scores, ctypes.c_int64(scores.stride(0)), maxima, ctypes.c_int64(maxima.stride(0)), positions,
-            ctypes.c_int32(ratio), ctypes.c_int32(k), out,
+            ctypes.c_int32(ratio), ctypes.c_int32(k), out, waits=True,
         )  # fmt: skip
     return out
