@@ -108,19 +108,34 @@ template <Format F> __device__ __forceinline__ constexpr int second_of(int word)
     return first_of<F>(word) + (F == BF16 ? 1 : 2);
 }
 
-// x [inputs] fp32 of one token -> its words in shared memory. By all threads of the block.
-template <Format F> __device__ void stage(u32* to, const float* x, int inputs) {
-    for (int i = threadIdx.x; i < inputs / 8; i += blockDim.x) {
-        const Floats* at = reinterpret_cast<const Floats*>(x + 8 * i);
-        Floats parts[2] = {at[0], at[1]};
-        Words words;
+// row(token) [inputs] fp32 of each token -> its words in shared memory, `stride` apart. By all threads of the block, which
+// send for four pieces each before they wait for one.
+template <Format F, typename Row>
+__device__ __forceinline__ void stage(u32* words, int stride, int tokens, int inputs, Row row) {
+    u32 pieces = inputs / 8, all = tokens * pieces;
+    for (u32 n = threadIdx.x; n < all; n += 4 * blockDim.x) {
+        Floats parts[4][2];
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const int one = first_of<F>(j), other = second_of<F>(j);
-            float low = parts[one / 4].f[one % 4], high = parts[other / 4].f[other % 4];
-            words.w[j] = F == BF16 ? bf16s(low, high) : halves(low, high);
+        for (int u = 0; u < 4; u++) {
+            u32 piece = n + u * blockDim.x, token = piece / pieces;
+            if (piece >= all) continue;
+            const Floats* at = reinterpret_cast<const Floats*>(row(token) + 8 * (piece - token * pieces));
+            parts[u][0] = at[0];
+            parts[u][1] = at[1];
         }
-        *reinterpret_cast<Words*>(to + 4 * i) = words;
+#pragma unroll
+        for (int u = 0; u < 4; u++) {
+            u32 piece = n + u * blockDim.x, token = piece / pieces;
+            if (piece >= all) continue;
+            Words made;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int one = first_of<F>(j), other = second_of<F>(j);
+                float low = parts[u][one / 4].f[one % 4], high = parts[u][other / 4].f[other % 4];
+                made.w[j] = F == BF16 ? bf16s(low, high) : halves(low, high);
+            }
+            *reinterpret_cast<Words*>(words + token * stride + 4 * (piece - token * pieces)) = made;
+        }
     }
 }
 
@@ -323,7 +338,7 @@ __device__ __forceinline__ void product(
     pipe.begin(ring, rows, inputs, groups);
     int stride = inputs / 2 + PAD, token = lane_id() / 4;
     await_previous();
-    for (int t = 0; t < tokens; t++) stage<F>(words + t * stride, x + t * x_row, inputs);
+    stage<F>(words, stride, tokens, inputs, [&](u32 t) { return x + t * x_row; });
     __syncthreads();
     const u32* mine = token < tokens ? words + token * stride : nullptr;
     float* sums = reinterpret_cast<float*>(words + tokens * stride);
@@ -397,9 +412,12 @@ __device__ __forceinline__ void for_pairs(
         count += mine[t] < pairs;
     }
     int stride = inputs / 2 + PAD, token = lane_id() / 4;
+    stage<FP4>(words, stride, count, inputs, [&](u32 t) {
+        int pair = mine[0];
 #pragma unroll
-    for (int t = 0; t < TOKENS; t++)
-        if (t < count) stage<FP4>(words + t * stride, x(mine[t]), inputs);
+        for (int i = 1; i < TOKENS; i++) pair = (int)t == i ? mine[i] : pair;  // registers can not be indexed
+        return x(pair);
+    });
     __syncthreads();
     float* sums = reinterpret_cast<float*>(words + count * stride);
     float scale = scale_of((int)rows.least + 29);

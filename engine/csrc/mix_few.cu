@@ -30,6 +30,7 @@ __device__ __forceinline__ float inverse(float x) {
 #define COLUMNS 32
 #define WIDE 512      // columns of a block that finishes
 #define THREADS 128   // a warp for each stream
+#define TOGETHER 4  // tokens that are on their way at once
 #define PRODUCTS 24
 #define SLOTS 34      // the products, then the sums of streams (0,0) (1,1) (2,2) (3,3) (0,1) (1,2) (2,3) (3,0) (0,2) (1,3)
 #define ALL 0xffffffffu
@@ -59,31 +60,45 @@ __device__ __forceinline__ float sum_of_own(float (&values)[32]) {
 // streams [tokens, 4, size], fn [24, 4 * size] -> parts [tokens, SLOTS, size / COLUMNS]
 extern "C" __global__ void __launch_bounds__(THREADS) penumbra_mix_partial(
     const float* streams, const float* fn, float* parts, int tokens, int size) {
-    __shared__ float warps[4][32];
+    __shared__ float warps[TOGETHER][4][32];
     int stream = warp_id(), column = blockIdx.x * COLUMNS + lane_id(), blocks = size / COLUMNS;
     float weights[PRODUCTS];
 #pragma unroll
     for (int j = 0; j < PRODUCTS; j++) weights[j] = fn[(long long)(4 * j + stream) * size + column];
     await_previous();
-    for (int t = 0; t < tokens; t++) {
-        const float* at = streams + (long long)t * 4 * size + column;
-        float own = at[stream * size], next = at[(stream + 1) % 4 * size], over = at[(stream + 2) % 4 * size];
-        float values[32];
+    for (int first = 0; first < tokens; first += TOGETHER) {
+        int count = tokens - first < TOGETHER ? tokens - first : TOGETHER;
+        float own[TOGETHER], next[TOGETHER], over[TOGETHER];
 #pragma unroll
-        for (int j = 0; j < PRODUCTS; j++) values[j] = own * weights[j];
-        values[24] = own * own;
-        values[25] = own * next;
-        values[26] = own * over;  // of streams 0 and 1: the other two repeat them
+        for (int t = 0; t < TOGETHER; t++)
+            if (t < count) {
+                const float* at = streams + (long long)(first + t) * 4 * size + column;
+                own[t] = at[stream * size];
+                next[t] = at[(stream + 1) % 4 * size];
+                over[t] = at[(stream + 2) % 4 * size];
+            }
 #pragma unroll
-        for (int j = 27; j < 32; j++) values[j] = 0.0f;
-        float sum = sum_of_own(values);
+        for (int t = 0; t < TOGETHER; t++)
+            if (t < count) {
+                float values[32];
+#pragma unroll
+                for (int j = 0; j < PRODUCTS; j++) values[j] = own[t] * weights[j];
+                values[24] = own[t] * own[t];
+                values[25] = own[t] * next[t];
+                values[26] = own[t] * over[t];  // of streams 0 and 1: the other two repeat them
+#pragma unroll
+                for (int j = 27; j < 32; j++) values[j] = 0.0f;
+                warps[t][stream][lane_id()] = sum_of_own(values);
+            }
         __syncthreads();
-        warps[stream][lane_id()] = sum;
+        for (int n = threadIdx.x; n < count * SLOTS; n += THREADS) {
+            int t = n / SLOTS, slot = n % SLOTS;
+            const float(&of)[4][32] = warps[t];
+            float sum = slot < PRODUCTS ? of[0][slot] + of[1][slot] + of[2][slot] + of[3][slot]
+                                        : of[(slot - 24) % 4][24 + (slot - 24) / 4];
+            parts[((long long)(first + t) * SLOTS + slot) * blocks + blockIdx.x] = sum;
+        }
         __syncthreads();
-        float* out = parts + (long long)t * SLOTS * blocks + blockIdx.x;
-        int slot = threadIdx.x;
-        if (slot < PRODUCTS) out[slot * blocks] = warps[0][slot] + warps[1][slot] + warps[2][slot] + warps[3][slot];
-        else if (slot < SLOTS) out[slot * blocks] = warps[(slot - 24) % 4][24 + (slot - 24) / 4];
     }
 }
 

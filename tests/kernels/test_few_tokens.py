@@ -39,7 +39,8 @@ class Described(ctypes.Structure):
 
 
 def products(
-    library: ctypes.CDLL, x: Tensor, matrices: list[tuple[Tensor, Tensor | None]], groups: int, warps: int, span: int = 1,
+    library: ctypes.CDLL, x: Tensor, matrices: list[tuple[Tensor, Tensor | None]], groups: int, warps: int,
+    span: int = 1,
 ) -> list[Tensor]:  # fmt: skip
     inputs = matrices[0][0].shape[1]
     rows = [len(weight) for weight, _ in matrices]

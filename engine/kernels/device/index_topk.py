@@ -127,6 +127,11 @@ def _scores(
                     tl.store(maxima + out * pages + page, tl.max(sums, axis=0), mask=mine)
 
 
+def shape(pages: int) -> tuple[int, int, int]:
+    """(pages of a program, its warps and stages) for a table of so many pages."""
+    return 4, 4, 3
+
+
 def scores_and_maxima(
     q: Tensor, w: Tensor, pool: RowPool, meta: StepMeta, k: int, half: bool, first: int = 0, last: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -145,11 +150,11 @@ def scores_and_maxima(
     together = min(TOKENS, triton.next_power_of_2(last - first)) if half else 1
     if padded < 64:
         together = min(together * (64 // padded), triton.next_power_of_2(last - first)) if half else 1
-    strip = 4
+    strip, warps, stages = shape(pages)
     _scores[(triton.cdiv(last - first, together), triton.cdiv(pages, strip))](
         q, w, meta.positions, meta.segment, meta.page_table, pages, pool.data, pool.data.stride(0), scores, maxima,
         first, last, heads, k, D=dim, HEADS=padded, TOKENS=together, STRIP=strip, KIND=kind, V4=v4,
-        EMULATE=INTERPRETED, num_warps=4, num_stages=3, **EARLY,
+        EMULATE=INTERPRETED, num_warps=warps, num_stages=stages, **EARLY,
     )  # fmt: skip
     return scores, maxima
 
