@@ -29,6 +29,7 @@ from engine.kernels.device import (
     linear,
     mix_few,
     require,
+    route_few,
     sparse_attention,
     use_cuda_products,
 )
@@ -194,13 +195,14 @@ def attention_cases(bandwidth: float) -> Cases:
                         q, sink, meta, window, rows, ratio, selected, 512**-0.5, True
                     )
 
-                us = microseconds(ours, pools)
+                us, cuda = microseconds(ours, pools), in_cuda(ours, pools)
                 keys = 128 + {0: 0, 4: 512, 128: length // 128}[ratio]
                 name = {0: "window", 4: "C4", 128: "C128"}[ratio]
                 shape = f"{keys:,} keys, {tokens} tokens, {heads} heads"
                 floor = keys * 584 * (tokens if ratio == 4 else 1) / bandwidth * 1e6
                 library = peers.flash_mla(tokens, heads, keys - 128)
-                yield beside(Figure(f"attention {name}", shape, us, floor), "sgl-flash-mla", library)
+                yield Figure(f"attention {name}", shape, us, floor)
+                yield beside(Figure(f"attention {name} in CUDA C++", shape, cuda, floor), "sgl-flash-mla", library)
 
 
 def compressor_cases(bandwidth: float) -> Cases:
@@ -249,21 +251,23 @@ def linear_cases(bandwidth: float) -> Cases:
                    for _ in turns(outputs * inputs)]  # fmt: skip
         wide = [torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16) for _ in turns(2 * outputs * inputs)]
         scales = torch.rand(-(-outputs // 128), -(-inputs // 128), device="cuda")
-        for tokens in (1, 4, 16, 4096):
+        for tokens in (1, 4, 4096):
             x = torch.randn(tokens, groups * inputs, device="cuda")
             half = x[:, :inputs].bfloat16()
             us = microseconds(lambda w: linear.product(x, w, scales, groups), weights)
             peer = microseconds(lambda w: half @ w.T, wide)
             floor = outputs * inputs / bandwidth * 1e6
-            shape = f"{outputs} x {inputs}, {tokens} tokens"
+            figure = Figure("fp8 linear", f"{outputs} x {inputs}, {tokens} tokens", us, floor)
             if tokens <= few_tokens.TOKENS:
                 cuda = in_cuda(lambda w: linear.product(x, w, scales, groups), weights)
-                yield Figure("fp8 linear in CUDA C++", shape, cuda, floor, "Triton", us)
-            yield Figure("fp8 linear", shape, us, floor, "bf16 cuBLAS, twice the bytes", peer)
+                yield replace(figure, peer="bf16 cuBLAS, twice the bytes", peer_us=peer)
+                figure = replace(figure, op="fp8 linear in CUDA C++", us=cuda)
             library = peers.deep_gemm_linear(weights, tokens) if groups == 1 else None
             if library is not None:
                 peer = microseconds(library, weights)
-                yield Figure("fp8 linear", shape, us, floor, peers.version("sgl-deep-gemm"), peer)
+                yield replace(figure, peer=peers.version("sgl-deep-gemm"), peer_us=peer)
+            else:
+                yield replace(figure, peer="bf16 cuBLAS, twice the bytes", peer_us=peer)
 
 
 def expert_cases(bandwidth: float) -> Cases:
@@ -314,6 +318,25 @@ def mixing_cases(bandwidth: float) -> Cases:
         yield Figure("mHC out", f"{tokens} tokens", out, tokens * size * 36 / bandwidth * 1e6)
 
 
+def routing_cases(bandwidth: float) -> Cases:
+    """The gate's product, the choice of experts and the list of work."""
+    count, hidden, k = 256, 4096, 6
+    gates = [torch.randn(count, hidden, device="cuda") * hidden**-0.5 for _ in turns(4 * count * hidden)]
+    bias = torch.randn(count, device="cuda") * 0.1
+    for tokens in (1, 4, 8):
+        x, ids = torch.randn(tokens, hidden, device="cuda"), torch.zeros(tokens, dtype=torch.int64, device="cuda")
+
+        def single(gate: Tensor) -> object:
+            z = linear.product(x, gate, None, 1)
+            picks, _ = experts.route(z, bias, None, None, k, 1.5)
+            return experts.work_list(picks, count, few_tokens.TOKENS)
+
+        us = microseconds(single, gates)
+        cuda = in_cuda(lambda gate: route_few.route(x, gate, bias, None, ids, k, 1.5), gates)
+        floor = 4 * count * hidden / bandwidth * 1e6
+        yield Figure("routing in CUDA C++", f"{tokens} tokens, {count} experts", cuda, floor, "Triton", us)
+
+
 GROUPS: dict[str, Callable[[float], Cases]] = {
     "topk": topk_cases,
     "indexer": indexer_cases,
@@ -322,6 +345,7 @@ GROUPS: dict[str, Callable[[float], Cases]] = {
     "linear": linear_cases,
     "experts": expert_cases,
     "mixing": mixing_cases,
+    "routing": routing_cases,
 }
 
 

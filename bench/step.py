@@ -211,7 +211,7 @@ def run(
     *,
     layers: int = 43,
     alias_experts: int = 224,
-    kernels: str = "triton",
+    kernels: str = "cuda",
     console: Console | None = None,
     save: bool = True,
 ) -> list[dict[str, object]]:

@@ -215,7 +215,10 @@ def bench_900k(
 def bench_kernels(
     only: Annotated[
         str,
-        flag("only", "Groups of kernels, such as topk,indexer,attention,compressor,linear,experts,mixing; else all."),
+        flag(
+            "only",
+            "Groups of kernels, such as topk,indexer,attention,compressor,linear,experts,mixing,routing; else all.",
+        ),
     ] = "",
     config: ConfigFile = None,
 ) -> int:
@@ -239,7 +242,7 @@ def bench_step(
         int,
         flag("alias-experts", "Experts a layer holds at most, since all of them do not fit one GPU.", min=6, max=256),
     ] = 224,
-    kernels: Kernels = "triton",
+    kernels: Kernels = "cuda",
     config: ConfigFile = None,
 ) -> int:
     """A decode step of full-size DeepSeek-V4-Flash on one GPU, as a CUDA graph, from 4K to 900K tokens of context."""

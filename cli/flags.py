@@ -29,8 +29,8 @@ Dtype = Annotated[
     flag("dtype", "Type of products' operands; auto: float32 on a CPU, bfloat16 on a GPU."),
 ]
 Kernels = Annotated[
-    Literal["triton", "cuda"],
-    flag("kernels", "On a GPU, what computes products of few tokens: Triton, or kernels of our own in CUDA C++."),
+    Literal["cuda", "triton"],
+    flag("kernels", "On a GPU, what computes steps of few tokens: CUDA C++ where it can, or Triton alone."),
 ]
 Graphs = Annotated[bool, flag("graphs", "On a GPU, replay steps of few tokens as CUDA graphs.", switch=True)]
 KvLayout = Annotated[

@@ -109,8 +109,8 @@ def up(
     json_keepalive_s: JsonKeepalive = 30.0,
     device: Device = "cpu",
     dtype: Dtype = "auto",
-    kernels: Kernels = "triton",
-    graphs: Graphs = False,
+    kernels: Kernels = "cuda",
+    graphs: Graphs = True,
     kv_layout: KvLayout = "v4",
     kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]
     prefix_cache: PrefixCache = True,
@@ -527,8 +527,8 @@ def prefill(
     advertise_host: AdvertiseHost = "",
     device: Device = "cpu",
     dtype: Dtype = "auto",
-    kernels: Kernels = "triton",
-    graphs: Graphs = False,
+    kernels: Kernels = "cuda",
+    graphs: Graphs = True,
     kv_layout: KvLayout = "v4",
     kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]
     prefix_cache: PrefixCache = True,
@@ -595,8 +595,8 @@ def decode(
     advertise_host: AdvertiseHost = "",
     device: Device = "cpu",
     dtype: Dtype = "auto",
-    kernels: Kernels = "triton",
-    graphs: Graphs = False,
+    kernels: Kernels = "cuda",
+    graphs: Graphs = True,
     kv_layout: KvLayout = "v4",
     kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]
     host_memory: HostMemory = "1GiB",  # type: ignore[assignment]

@@ -296,8 +296,8 @@ class EngineConfig:
     kv_memory_bytes covers every pool; max_requests bounds the sequences held at once (one request slot each).
     dtype is that of products' operands: on a CPU float32, on a GPU the checkpoint's own formats times bfloat16, or
     float32 to compare with a CPU.
-    kernels and graphs are for a GPU: where products of few tokens are computed, and whether steps of few tokens are
-    replayed as CUDA graphs.
+    kernels and graphs mean something on a GPU only: what computes steps of few tokens, CUDA C++ where it can or Triton
+    alone, and whether such steps are replayed as CUDA graphs.
     """
 
     model: Path
@@ -309,8 +309,8 @@ class EngineConfig:
     max_context: int = 0  # 0: what the checkpoint allows
     threads: int = 1
     draft: bool = True  # run the draft layer of a checkpoint that has one
-    kernels: Literal["triton", "cuda"] = "triton"
-    graphs: bool = False
+    kernels: Literal["cuda", "triton"] = "cuda"
+    graphs: bool = True
 
     @property
     def half(self) -> bool:

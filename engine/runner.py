@@ -68,8 +68,6 @@ class Runner:
         if config.device == "cuda":
             require(config.device)
             use_cuda_products(config.kernels == "cuda")
-        elif config.kernels == "cuda" or config.graphs:
-            raise ConfigError("--kernels cuda and --graphs are for a GPU. Use them with --device cuda, or not at all.")
         elif config.dtype == "bfloat16":
             raise ConfigError(
                 f"dtype={config.dtype!r} is for GPUs: on a CPU activations are float32, and matrices already stay in "

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
+import structlog
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from engine.cache.pools import KvPools
 from engine.model.deepseek_v4 import DeepseekV4
 from engine.model.mtp import DraftLayer
 
+log = structlog.get_logger()
 T = TypeVar("T")
 
 SEGMENT_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -147,13 +149,23 @@ class _Part(Generic[T]):
             self._made, self._ran = self._run(), True
             return self._made
         if self._graph is None:
-            graph = torch.cuda.CUDAGraph()
-            # Other threads go on copying pages meanwhile.
-            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-                self._made = self._run()
-            self._graph = graph
+            try:
+                self._graph = self._captured()
+            except RuntimeError as error:  # of torch and of the driver: capturing has run nothing
+                log.warning(
+                    "part_of_a_step_not_captured", why=str(error)[:300], instead="its kernels are called singly"
+                )
+                self._memory = None
+                return self()
         self._graph.replay()
         return self._made
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads go on copying pages meanwhile.
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            self._made = self._run()
+        return graph
 
 
 class _Buffer:

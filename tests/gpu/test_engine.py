@@ -22,8 +22,6 @@ from tests.engine.speculation import Speculator
 from wire.types import PageClass, SamplingParams
 
 pytestmark = pytest.mark.gpu
-if not torch.cuda.is_available():
-    pytest.skip("there is no GPU", allow_module_level=True)
 
 GREEDY = SamplingParams(max_tokens=24, seed=0, temperature=0, ignore_eos=True)
 TOKENS = 2_500
@@ -41,11 +39,16 @@ def prompt(vocab: int, tokens: int = TOKENS) -> torch.Tensor:
 
 def logits_of(model: DeepseekV4, layout, device: str, chunks: list[int]) -> torch.Tensor:
     """[T, V] of one prompt computed in these chunks."""
+    return logits_of_ids(model, layout, device, prompt(model.config.vocab_size, sum(chunks)), chunks)
+
+
+def logits_of_ids(model: DeepseekV4, layout, device: str, ids: torch.Tensor, chunks: list[int]) -> torch.Tensor:
+    """[T, V] of these tokens computed in these chunks."""
     pools = KvPools(model.config, layout, PoolSizes(full=14, swa=14, slots=3), "test", device)
     sequence = Sequence(request_id="r", sampling=GREEDY, slot=pools.slots.allocate(1)[0])
     window = WindowPages(pools.swa)
     window.reserve(sequence, 13)
-    ids, found = prompt(model.config.vocab_size, sum(chunks)), []
+    found = []
     for part in ids.split(chunks):
         end = sequence.length + len(part)
         sequence.pages += pools.full.allocate(num_pages(end) - len(sequence.pages))
@@ -133,7 +136,7 @@ def test_a_request_is_answered_and_twice_the_same(default_model, kernels, draft,
 def test_captured_steps_draw_and_guess_what_the_same_steps_do_uncaptured(default_model, kernels):
     """Several requests that come and go, three drafts deep: graphs of many sizes, each replayed over other pages."""
     config = EngineConfig(
-        model=default_model, device="cuda", kv_memory_bytes=256 << 20, max_requests=6, draft=True, kernels=kernels
+        model=default_model, device="cuda", kv_memory_bytes=256 << 20, max_requests=10, draft=True, kernels=kernels
     )
     answers = []
     for capture in (False, True):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 
 from tests.training.toy import CONFIG, toy_texts
 from training.config import Stage
@@ -15,8 +14,6 @@ from training.initial import initial_model
 from training.loop import Metrics, Trainer
 
 pytestmark = pytest.mark.gpu
-if not torch.cuda.is_available():
-    pytest.skip("there is no GPU", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")

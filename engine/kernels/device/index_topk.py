@@ -36,7 +36,9 @@ _DIM = tl.constexpr(INDEX_DIM)
 _C4 = tl.constexpr(C4_RATIO)
 _FP8, _BF16, _FP32 = (tl.constexpr(kind) for kind in (0, 1, 2))
 TOKENS = 4
-"""Neighbouring tokens that share a read of the keys."""
+"""Neighbouring tokens that share a read of the keys, at most."""
+_FEW_PROGRAMS = 512
+"""Of a page each: four for each multiprocessor."""
 
 
 @triton.jit
@@ -127,9 +129,11 @@ def _scores(
                     tl.store(maxima + out * pages + page, tl.max(sums, axis=0), mask=mine)
 
 
-def shape(pages: int) -> tuple[int, int, int]:
-    """(pages of a program, its warps and stages) for a table of so many pages."""
-    return 4, 4, 3
+def shape(pages: int, tokens: int) -> tuple[int, int]:
+    """(tokens of a program, its pages) for a table of so many pages: in a short step, programs are what is short."""
+    together = min(TOKENS, triton.next_power_of_2(tokens))
+    short = triton.cdiv(tokens, together) * pages <= _FEW_PROGRAMS
+    return (min(2, together), 1) if short else (together, 4 * together)
 
 
 def scores_and_maxima(
@@ -147,14 +151,15 @@ def scores_and_maxima(
     scores = torch.empty(last - first, pages * 64, dtype=torch.float32, device=q.device)
     maxima = torch.empty(last - first, pages, dtype=torch.float32, device=q.device)
     padded = max(16, triton.next_power_of_2(heads))
-    together = min(TOKENS, triton.next_power_of_2(last - first)) if half else 1
-    if padded < 64:
-        together = min(together * (64 // padded), triton.next_power_of_2(last - first)) if half else 1
-    strip, warps, stages = shape(pages)
+    together, strip = shape(pages, last - first)
+    if not half:
+        together = 1
+    elif padded < 64:
+        together = min(together * (64 // padded), triton.next_power_of_2(last - first))
     _scores[(triton.cdiv(last - first, together), triton.cdiv(pages, strip))](
         q, w, meta.positions, meta.segment, meta.page_table, pages, pool.data, pool.data.stride(0), scores, maxima,
         first, last, heads, k, D=dim, HEADS=padded, TOKENS=together, STRIP=strip, KIND=kind, V4=v4,
-        EMULATE=INTERPRETED, num_warps=warps, num_stages=stages, **EARLY,
+        EMULATE=INTERPRETED, num_warps=4, num_stages=2, **EARLY,
     )  # fmt: skip
     return scores, maxima
 

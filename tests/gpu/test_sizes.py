@@ -1,0 +1,222 @@
+"""Kernels of a decode step at the sizes of V4-Flash and V4-Pro: against fp64 on the same operands, and ten times."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.kernels import random_pool, step
+from engine.kernels import experts as experts_door
+from engine.kernels import hyper_connections
+from engine.kernels import sparse_attention as attention_door
+from engine.kernels.device import (
+    attend_few,
+    experts,
+    few_tokens,
+    index_topk,
+    linear,
+    mix_few,
+    route_few,
+    sparse_attention,
+    use_cuda_products,
+)
+from engine.kernels.device import hyper_connections as device_hyper
+from engine.kernels.linear import Matrix
+from engine.kernels.rows import RowPool, read_rows
+
+pytestmark = pytest.mark.gpu
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def in_cuda() -> Iterator[None]:
+    use_cuda_products(True)
+    torch.manual_seed(0)
+    yield
+    use_cuda_products(False)
+    torch.cuda.empty_cache()
+
+
+def ten_times(call: Callable[[], Tensor]) -> Tensor:
+    """What a call gives, which must be the same bits every time."""
+    first = call().clone()
+    for _ in range(9):
+        assert torch.equal(call(), first), "two runs of the same inputs differ"
+    return first
+
+
+def apart(got: Tensor, expected: Tensor) -> float:
+    """1 - 2 <x, y> / (<x, x> + <y, y>), in fp64."""
+    x, y = got.double().flatten(), expected.double().flatten()
+    return float(1 - 2 * (x @ y) / (x @ x + y @ y))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "groups"),
+    [(1536, 4096, 1), (32_768, 1024, 1), (8192, 4096, 8), (4096, 8192, 1), (4096, 2048, 1),
+     (2048, 7168, 1), (65_536, 1536, 1), (16_384, 4096, 16), (7168, 3072, 1)],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["fp8", "bf16"])
+def test_products_of_few_tokens(kind: str, outputs: int, inputs: int, groups: int) -> None:
+    if kind == "fp8":
+        weight = torch.randint(256, (outputs, inputs), dtype=torch.uint8, device="cuda")
+        weight[weight & 0x7F == 0x7F] = 0
+        scales = torch.exp2(torch.randint(-20, 20, (outputs // 128, inputs // 128), device="cuda").float())
+        wide = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        meant = weight.view(torch.float8_e4m3fn).float().mul_(wide)
+    else:
+        weight, scales = torch.randn(outputs, inputs, device="cuda").bfloat16(), None
+        meant = weight.float()
+    x = torch.randn(8, groups * inputs, device="cuda")
+    rounded = (x.half() if kind == "fp8" else x.bfloat16()).double()
+    parts = zip(rounded.split(inputs, 1), meant.split(outputs // groups), strict=True)
+    expected = torch.cat([part @ rows.double().T for part, rows in parts], dim=1)
+    for tokens in (1, 4, 8):
+        assert few_tokens.takes(tokens, weight, groups)
+        got = ten_times(lambda count=tokens: linear.product(x[:count], weight, scales, groups))
+        assert apart(got, expected[:tokens]) < 1e-9
+    together = linear.product(x, weight, scales, groups)
+    for token in (0, 5):
+        assert torch.equal(linear.product(x[token : token + 1], weight, scales, groups)[0], together[token])
+
+
+@pytest.mark.parametrize(("hidden", "inner"), [(4096, 2048), (7168, 3072)])
+def test_fp4_experts_of_few_tokens(hidden: int, inner: int) -> None:
+    count, k, limit = 12, 6, 10.0
+
+    def stack(outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
+        codes = torch.randint(256, (count, outputs, inputs // 2), dtype=torch.uint8, device="cuda")
+        scales = torch.randint(112, 122, (count, outputs, inputs // 32), dtype=torch.uint8, device="cuda")
+        nibbles = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(2).int()
+        table = E2M1.to("cuda", torch.float32)
+        return codes, scales, table[nibbles] * torch.exp2(scales.float() - 127).repeat_interleave(32, 2)
+
+    gate, up, down = stack(inner, hidden), stack(inner, hidden), stack(hidden, inner)
+    for tokens in (1, 3, 8):
+        x = torch.randn(tokens, hidden, device="cuda")
+        picks = torch.rand(tokens, count, device="cuda").topk(k).indices.int()
+        picks[0, 1] = picks[0, 0]  # as a row of a hash table may
+        weights = torch.rand(tokens, k, device="cuda")
+        most = (int(max(gate[1].max(), up[1].max())), int(down[1].max()))
+
+        def ours(
+            x: Tensor = x, picks: Tensor = picks, weights: Tensor = weights, most: tuple[int, int] = most
+        ) -> Tensor:
+            stacks, scales = (gate[0], up[0], down[0]), (gate[1], up[1], down[1])
+            return experts.routed_experts(x, picks, weights, stacks, scales, most, limit)
+
+        expected = torch.zeros(tokens, hidden, dtype=torch.float64, device="cuda")
+        for token in range(tokens):
+            for expert, weight in zip(picks[token].tolist(), weights[token].double(), strict=True):
+                row = x[token].half().double()
+                a = (gate[2][expert].double() @ row).clamp(max=limit)
+                h = a * torch.sigmoid(a) * (up[2][expert].double() @ row).clamp(-limit, limit)
+                expected[token] += weight * (down[2][expert].double() @ h.float().half().double())
+        assert apart(ten_times(ours), expected) < 1e-7
+
+
+@pytest.mark.parametrize("heads", [64, 128])
+@pytest.mark.parametrize(("ratio", "length"), [(0, 4096), (4, 65_536), (128, 4096), (128, 901_120)])
+def test_attention_of_few_tokens(heads: int, ratio: int, length: int) -> None:
+    for tokens in (1, 4):
+        meta = step([length], tokens)
+        pages = meta.page_table.shape[1] + 1
+        window = random_pool(pages, 256, "latent")
+        pool = random_pool(pages, {0: 2, 4: 64, 128: 2}[ratio], "latent") if ratio else None
+        window.data[0] = 0xFF  # nobody's page
+        if pool is not None:
+            pool.data[0] = 0xFF
+        q, sink = torch.randn(tokens, heads, 512, device="cuda"), torch.randn(heads, device="cuda")
+        selected = None
+        if ratio == 4:
+            found = [torch.randperm(length // 4)[:512].sort().values for _ in range(tokens)]
+            selected = torch.stack(found).int().cuda()
+            selected[0, -100:] = -1
+        assert attend_few.takes(tokens, heads, 512, True, window, pool)
+        scale = 512**-0.5
+        got = ten_times(
+            partial(sparse_attention.sparse_attention, q, sink, meta, window, pool, ratio, selected, scale, True)
+        )
+        expected = attention_door.sparse_attention(
+            q.bfloat16().float().cpu(), sink.cpu(), meta.to(torch.device("cpu")), on_cpu(window),
+            None if pool is None else on_cpu(pool), ratio, None if selected is None else selected.cpu(), scale,
+        )  # fmt: skip
+        assert apart(got.cpu(), expected) < 1e-5
+
+
+def on_cpu(pool: RowPool) -> RowPool:
+    return replace(pool, data=pool.data.cpu())
+
+
+@pytest.mark.parametrize("length", [4096, 901_120])
+def test_indexer_scores_of_few_tokens(length: int) -> None:
+    for tokens in (1, 2, 4):
+        meta = step([length], tokens)
+        pool = random_pool(meta.page_table.shape[1] + 1, 64, "index")
+        q, w = torch.randn(tokens, 64, 128, device="cuda"), torch.rand(tokens, 64, device="cuda")
+        codes, weights = index_topk.quantise(q, w)
+        scored = partial(index_topk.scores_and_maxima, codes, weights, pool, meta, 16, True)
+        got = ten_times(lambda scored=scored: scored()[0])
+        blocks = torch.arange(length // 4)
+        places = meta.page_table[0].cpu().long()[blocks // 64] * 64 + blocks % 64
+        keys = read_rows(on_cpu(pool), places).cuda().double()
+        for token in range(tokens):
+            seen = (length - tokens + token + 1) // 4
+            one = codes[token].view(torch.float8_e4m3fn).double()
+            expected = (keys[:seen] @ one.T).relu() @ weights[token].double()
+            assert apart(got[token, :seen], expected) < 1e-6
+
+
+@pytest.mark.parametrize("size", [4096, 7168])
+def test_hyper_connections_of_few_tokens(size: int) -> None:
+    for tokens in (1, 4, 16):
+        assert mix_few.takes(tokens, size)
+        streams = torch.randn(tokens, 4, size, device="cuda")
+        fn = torch.randn(24, 4 * size, device="cuda") * size**-0.5
+        base, scale = torch.randn(24, device="cuda"), torch.rand(3, device="cuda")
+        site = hyper_connections.HyperSite(fn.cpu(), base.cpu(), scale.cpu())
+        expected = hyper_connections.mix_in(streams.cpu(), site, 1e-6, 1e-6, 20)
+        got = device_hyper.mix_in(streams, fn, base, scale, None, 1e-6, 1e-6, 20)
+        for n, tolerance in enumerate((2e-5, 2e-6, 1e-5)):
+            assert torch.allclose(got[n].cpu(), expected[n], rtol=tolerance, atol=tolerance)
+        mixed = partial(device_hyper.mix_in, streams, fn, base, scale, None, 1e-6, 1e-6, 20)
+        ten_times(lambda mixed=mixed: mixed()[0])
+
+
+@pytest.mark.parametrize(("count", "hidden", "k"), [(256, 4096, 6), (384, 7168, 6)])
+def test_routing_of_few_tokens(count: int, hidden: int, k: int) -> None:
+    gate = torch.randn(count, hidden, device="cuda") * hidden**-0.5
+    bias = torch.randn(count, device="cuda") * 0.1
+    for tokens in (1, 4, 8):
+        assert route_few.takes(tokens, gate, k)
+        x = torch.randn(tokens, hidden, device="cuda")
+        picks, weights, members, owners = route_few.route(
+            x, gate, bias, None, torch.zeros(tokens).cuda().long(), k, 1.5
+        )
+        wanted, shares = experts_door.route_scored(x.cpu(), Matrix.prepare(gate.cpu()), bias.cpu(), k, 1.5)
+        assert torch.equal(picks.cpu(), wanted)
+        assert torch.allclose(weights.cpu(), shares, atol=1e-6)
+        assert sorted(members[members < tokens * k].tolist()) == list(range(tokens * k))
+        assert sorted(set(owners[owners >= 0].tolist())) == sorted(set(wanted.flatten().tolist()))
+
+
+def test_kernels_that_begin_early_give_the_same_bits_as_kernels_that_do_not() -> None:
+    """Whole decode steps as graphs, each kernel begun while the one in front ends, or after it."""
+    answers = []
+    for early in ("0", "1"):
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.gpu.steps_of_a_slice"], capture_output=True, text=True, timeout=240,
+            env=os.environ | {"PENUMBRA_EARLY_LAUNCHES": early},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        answers.append(done.stdout.strip().splitlines()[-1])
+    assert answers[0] == answers[1]
+    assert len(answers[0]) == 64
