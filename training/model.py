@@ -483,7 +483,8 @@ def _attend(
                 mass = all_weights.softmax(-1)[..., 2 * WINDOW : -1].sum(3)
                 asked = (closed.sum(-1) > rule.topk) & real
                 kept = (mass * picked).sum(-1) / mass.sum(-1).clamp(min=1e-20)
-                seen = torch.stack([seen[0], (kept * asked).sum(), asked.sum().float()])
+                recalled = (kept * asked).sum(), asked.sum().float()
+            seen = torch.stack([seen[0], *recalled])
     return out.float().view(batch, blocks * WINDOW, heads, size), seen
 
 

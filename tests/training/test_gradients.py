@@ -169,3 +169,20 @@ def test_the_recall_of_an_indexer_is_the_attention_its_choice_holds() -> None:
         # Positions from 67 on see more than 16 rows.
         assert queries.item() == TOKENS - 67
         assert 16 / 75 < held.item() / queries.item() < 1
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_step_that_is_watched_has_the_gradients_of_one_that_is_not(sparse: bool) -> None:
+    config, tensors = tiny(37, "c4")
+    ids = torch.randint(config.vocab_size, (1, TOKENS + 1), generator=torch.Generator().manual_seed(37))
+    found = []
+    for observe in (False, True):
+        model = of(config, tensors)
+        main, index = losses(model, ids, Numerics(sparse=sparse, observe=observe))
+        (main + index).backward()
+        found.append({name: parameter.grad for name, parameter in model.parameters.items()})
+    assert any(".indexer." in name for name in found[0])
+    for name, gradient in found[0].items():
+        assert (gradient is None) == (found[1][name] is None), name
+        if gradient is not None:  # rows of the embedding are added up in no fixed order
+            assert torch.allclose(gradient, found[1][name], rtol=1e-4, atol=1e-6), name
