@@ -1,6 +1,6 @@
 """Libraries of the field beside our kernels, on the same data: one call of each, ready to be timed.
 
-They come with the `gpu` extra. A library that is missing, or refuses, yields None and says why, once.
+They come with the `peers` extra. A library that is missing, or refuses, yields None and says why, once.
 """
 
 from __future__ import annotations

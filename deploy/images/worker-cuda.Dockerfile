@@ -1,5 +1,5 @@
 # syntax=docker/dockerfile:1
-# A prefill or decode worker on NVIDIA GPUs: torch's CUDA build and the kernel libraries of the `gpu` extra. The driver
+# A prefill or decode worker on NVIDIA GPUs: torch's CUDA build and what the `gpu` extra names. The driver
 # and libibverbs' device access come from the node. Build from the project's root:
 #   docker build -f deploy/images/worker-cuda.Dockerfile -t penumbra/worker-cuda:0.1.0 .
 FROM python:3.11.14-slim-bookworm AS build

@@ -120,7 +120,8 @@ def test_the_hadamard_turn_adds_in_the_references_order():
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize(
-    ("tokens", "outputs", "inputs", "groups"), [(1, 40, 96, 1), (3, 256, 2048, 1), (70, 256, 384, 2)]
+    ("tokens", "outputs", "inputs", "groups"),
+    [(1, 40, 96, 1), (3, 256, 2048, 1), (70, 256, 384, 2), (300, 160, 224, 1), (260, 256, 384, 2)],
 )
 def test_products(kind, tokens, outputs, inputs, groups):
     x, scales = randn(tokens, groups * inputs), None

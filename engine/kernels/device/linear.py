@@ -3,6 +3,9 @@
 Weights are read once for up to 64 tokens and stay in the checkpoint's own format: fp32, bf16, or e4m3 with a scale for
 every 128 x 128 block. Where a matrix has too few outputs to fill the GPU, its inputs are split over several programs,
 whose parts are added in order by the one that reads them: a number that depends on the matrix alone.
+
+Steps of many tokens are bound by arithmetic instead. Their products are cuBLAS's, over matrices widened to bf16 for the
+occasion: exactly, where scales are powers of two, as DeepSeek's are.
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.device import few_tokens
+from engine.kernels.device import INTERPRETED, few_tokens
 from engine.kernels.device.codec import e4m3_value, exact, operand
 
 FP8_BLOCK = 128
 _DECODE_TOKENS = 16
 """Up to this many tokens a step is bound by reading weights."""
+MANY_TOKENS = 256
+"""From this many on, widening a matrix is soon paid for."""
 
 
 @triton.jit(do_not_specialize=["tokens", "part_stride"])
@@ -75,6 +80,45 @@ def _add_parts(parts, y, count, part_stride, SPLITS: tl.constexpr, BLOCK: tl.con
     tl.store(y + at, total, mask=inside)
 
 
+@triton.jit
+def _widen(codes, scales, wide, outputs, inputs, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """e4m3 codes times their block's scale -> bf16."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = row.to(tl.int64)[:, None] * inputs + column[None, :]
+    inside = (row < outputs)[:, None] & (column < inputs)[None, :]
+    scale = tl.load(scales + tl.program_id(0) * ROWS // BLOCK * columns + tl.program_id(1))
+    values = e4m3_value(tl.load(codes + at, mask=inside, other=0)) * scale
+    tl.store(wide + at, operand(values, True).to(tl.bfloat16), mask=inside)
+
+
+def widened(weight: Tensor, scales: Tensor | None) -> Tensor:
+    """[G * N, K] in bf16."""
+    if scales is None:
+        return weight
+    outputs, inputs = weight.shape
+    wide = torch.empty(outputs, inputs, dtype=torch.bfloat16, device=weight.device)
+    rows = 32  # of a program, all under one scale
+    _widen[(triton.cdiv(outputs, rows), triton.cdiv(inputs, FP8_BLOCK))](
+        weight, scales, wide, outputs, inputs, scales.shape[1], ROWS=rows, BLOCK=FP8_BLOCK, num_warps=4
+    )
+    return wide
+
+
+def _product_of_many(x: Tensor, weight: Tensor, scales: Tensor | None, groups: int) -> Tensor:
+    """As `product`; sums in fp32."""
+    tokens, per_group = x.shape[0], weight.shape[0] // groups
+    a = x.to(torch.bfloat16).reshape(tokens, groups, -1).transpose(0, 1)
+    b = widened(weight, scales).view(groups, per_group, -1).transpose(1, 2)
+    if INTERPRETED:  # on a CPU, where torch multiplies bf16 to bf16 alone
+        y = torch.bmm(a.float(), b.float())
+    elif groups == 1:
+        return torch.mm(a[0], b[0], out_dtype=torch.float32)
+    else:
+        y = torch.bmm(a, b, out_dtype=torch.float32)
+    return y.transpose(0, 1).reshape(tokens, groups * per_group)
+
+
 @lru_cache(maxsize=1024)
 def plan(outputs: int, inputs: int, groups: int, fp8: bool, few: bool) -> tuple[int, int, int, int]:
     """(outputs of a tile, inputs of a step, inputs of a split, warps) for a matrix; `few` tokens or many."""
@@ -110,6 +154,8 @@ def product(x: Tensor, weight: Tensor, scales: Tensor | None, groups: int) -> Te
     x = x if x.stride(1) == 1 else x.contiguous()
     if few_tokens.takes(tokens, weight, groups):
         return few_tokens.products(x, [(weight, scales)], groups)[0]
+    if tokens >= MANY_TOKENS and weight.dtype != torch.float32:
+        return _product_of_many(x, weight, scales, groups)
     few = tokens <= _DECODE_TOKENS
     tile, step, per_split, warps = plan(outputs, inputs, groups, fp8, few)
     tok = 16 if few else 64 if tokens <= 64 else 128
