@@ -53,6 +53,11 @@ def microseconds(call: Callable[[Any], object], inputs: Sequence[Any]) -> float:
     with torch.cuda.graph(graph):
         for i in range(count):
             call(inputs[i % len(inputs)])
+    return statistics.median(replayed(graph)) * 1e3 / count
+
+
+def replayed(graph: torch.cuda.CUDAGraph) -> list[float]:
+    """Milliseconds of each of REPLAYS replays."""
     times = []
     for _ in range(REPLAYS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -60,8 +65,8 @@ def microseconds(call: Callable[[Any], object], inputs: Sequence[Any]) -> float:
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / count)
-    return statistics.median(times)
+        times.append(begin.elapsed_time(end))
+    return times
 
 
 def in_cuda(call: Callable[[Any], object], inputs: Sequence[Any]) -> float:

@@ -123,9 +123,11 @@ def deep_gemm_linear(codes: list[Tensor], tokens: int) -> Callable[[Tensor], obj
 def deep_gemm_logits(keys: Tensor, page_table: Tensor, rows: int, tokens: int) -> Callable[[], object]:
     """Indexer logits of `tokens` tokens of one request over `rows` keys; keys [pages, 64 * 132] uint8."""
     library = importlib.import_module("deep_gemm")
-    q = torch.randn(1, tokens, 64, 128, device="cuda").to(torch.float8_e4m3fn)
+    together = min(tokens, 2)  # it takes no more of a request: four are two requests over the same pages
+    q = torch.randn(tokens // together, together, 64, 128, device="cuda").to(torch.float8_e4m3fn)
     weights = torch.rand(tokens, 64, device="cuda")
-    lengths = torch.full((1, tokens), rows, dtype=torch.int32, device="cuda")
+    lengths = torch.full((tokens // together, together), rows, dtype=torch.int32, device="cuda")
+    page_table = page_table.repeat(tokens // together, 1)
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     plan = library.get_paged_mqa_logits_metadata(lengths, 64, processors)
     cache = keys.view(len(keys), 64, 1, 132)

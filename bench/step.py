@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench.kernels import copy_bandwidth
+from bench.kernels import copy_bandwidth, replayed
 from bench.record import append_rows, commit
 from engine.batch import StepMeta
 from engine.cache.pools import KvPools, PoolSizes
@@ -36,7 +36,6 @@ from wire.types import PAGE_TOKENS
 
 T = TypeVar("T")
 
-REPLAYS = 20
 DRAFTED = 4
 """Tokens of a step that verifies three drafts."""
 FLASH_EXPERTS = FLASH.num_experts
@@ -176,19 +175,6 @@ def captured(call: Callable[..., T], *args: object) -> tuple[torch.cuda.CUDAGrap
     with torch.cuda.graph(graph):
         made = call(*args)
     return graph, made
-
-
-def replayed(graph: torch.cuda.CUDAGraph) -> list[float]:
-    """Milliseconds of each replay."""
-    times = []
-    for _ in range(REPLAYS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return times
 
 
 def drafts(draft: DraftLayer, streams: Tensor, ids: Tensor, meta: StepMeta, kept: Tensor, pools: KvPools) -> Tensor:

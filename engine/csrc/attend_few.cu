@@ -19,10 +19,7 @@
 // Written against little of CUDA, so that a test can run it on a CPU (tests/kernels/cuda_on_cpu.h), which brings its
 // own of what stands between #ifndef ON_CPU and #endif.
 
-#include "early.cuh"
-
-typedef unsigned int u32;
-typedef unsigned char u8;
+#include "warp.cuh"
 
 #define THREADS 256
 #define WARPS 8
@@ -38,51 +35,22 @@ typedef unsigned char u8;
 #define SCALE_BYTES 8
 #define MERGERS 128  // threads of a block that merges, four channels each
 #define MERGED 8     // parts that are on their way at once
-#define ALL 0xffffffffu
 #define NOTHING __uint_as_float(0xff800000u)  // -inf
 
-struct __align__(16) Four {
-    u32 w[4];
-};
-template <int N> struct __align__(4 * N) Floats {
-    float of[N];
-};
-
 #ifndef ON_CPU
-// 16 bytes on their way to shared memory, zeros if `from` is null; what a lane sends for, in groups that come in order.
-__device__ __forceinline__ void fetch16(void* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-        :: "r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(from ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LEFT> __device__ __forceinline__ void await_groups() {
-    asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory");
-    __syncwarp();
-}
-__device__ __forceinline__ void mma_bf16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ u32 bf16s(float low, float high) {
-    u32 both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-}
 __device__ __forceinline__ u32 times(u32 a, u32 b) {  // bf16
     u32 both;
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
     return both;
 }
 // Four 8 x 8 matrices of 16 bits, transposed: lanes 8 i to 8 i + 7 name the rows of matrix i, in shared memory.
-__device__ __forceinline__ void turned(u32 (&to)[4], const Four* row) {
+__device__ __forceinline__ void turned(u32 (&to)[4], const Words* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
         : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"((u32)__cvta_generic_to_shared(row)) : "memory");
 }
 #endif
 
 extern __shared__ __align__(16) unsigned char memory[];
-__device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
-__device__ __forceinline__ int warp_id() { return threadIdx.x >> 5; }
 
 // Where a key's row lies; null where there is no key.
 struct __align__(16) Row {
@@ -91,8 +59,8 @@ struct __align__(16) Row {
 
 // Decoded rows: bf16 pairs of a warp's channels. 16 bytes lie where place() says, so that neither eight lanes that take
 // the same of eight keys, nor four of each of two, meet in a bank. Likewise codes, 16 bytes of twice the channels.
-typedef Four Tile[TILE][CHANNELS / 8];
-typedef Four Codes[TILE][CHANNELS / 16];
+typedef Words Tile[TILE][CHANNELS / 8];
+typedef Words Codes[TILE][CHANNELS / 16];
 __device__ __forceinline__ int place(int key, int sixteen) { return sixteen ^ ((key & 1) << 2 | (key >> 1 & 3)); }
 __device__ __forceinline__ int place_of_codes(int key, int sixteen) { return place(key, sixteen) & 3; }
 
@@ -129,13 +97,13 @@ template <int R> __device__ __forceinline__ u32 send_for(Shared<R>& s, int tile,
         int stage = tile % AHEAD, warp = warp_id(), lane = lane_id();
         // A key has 2^bits times 16 bytes here: 128 of rope values, 64 of codes.
         int bits = warp == WARPS - 1 ? 3 : 2, last = (1 << bits) - 1;
-        Four* to = warp == WARPS - 1 ? &s.rope[stage][0][0] : &s.codes[stage][warp][0][0];
+        Words* to = warp == WARPS - 1 ? &s.rope[stage][0][0] : &s.codes[stage][warp][0][0];
 #pragma unroll 4
         for (int i = lane; i < TILE << bits; i += 32) {
             int key = i >> bits, sixteen = i & last;
             const u8* from = rows[key].codes;
             if (from) from += warp * CHANNELS + sixteen * 16;
-            fetch16(to + (key << bits) + (place(key, sixteen) & last), from);
+            fetch16_or_zeros(to + (key << bits) + (place(key, sixteen) & last), from);
         }
         if (rows[lane].codes) scale = rows[lane].scales[warp];
     }
@@ -156,10 +124,10 @@ __device__ __forceinline__ void decode(Tile& values, const Codes& codes, u32 cod
     u32 power = (code == 255 ? 0x7fc0u : (code > 134 ? 254 : code + 120) << 7) * 0x10001u;
 #pragma unroll
     for (int i = 0; i < CHANNELS / 16; i++) {
-        Four sixteen = codes[key][place_of_codes(key, i)];
+        Words sixteen = codes[key][place_of_codes(key, i)];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            Four pairs;
+            Words pairs;
 #pragma unroll
             for (int j = 0; j < 2; j++) {
                 pairs.w[2 * j] = times(e4m3<0>(sixteen.w[2 * h + j]), power);
@@ -191,8 +159,8 @@ template <int R> __device__ __forceinline__ void read_queries(Queries<R>& to, co
                 int head = 16 * r + 8 * h + lane_id() / 4;
                 int channel = warp_id() * CHANNELS + i / 2 * 32 + (lane_id() & 3) * 8 + i % 2 * 4;
                 Floats<4> four = *reinterpret_cast<const Floats<4>*>(q + head * DIM + channel);
-                to.a[r][i][h] = bf16s(four.of[0], four.of[1]);
-                to.a[r][i][2 + h] = bf16s(four.of[2], four.of[3]);
+                to.a[r][i][h] = bf16s(four.f[0], four.f[1]);
+                to.a[r][i][2 + h] = bf16s(four.f[2], four.f[3]);
             }
 }
 
@@ -204,7 +172,7 @@ template <int R> __device__ __forceinline__ void score(Shared<R>& s, const Queri
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             int key = 8 * n + lane_id() / 4;
-            Four pairs = values[key][place(key, 4 * h + (lane_id() & 3))];
+            Words pairs = values[key][place(key, 4 * h + (lane_id() & 3))];
 #pragma unroll
             for (int i = 0; i < 2; i++)
 #pragma unroll
@@ -236,7 +204,7 @@ template <int R> __device__ __forceinline__ void weigh(Shared<R>& s, Softmax<R>&
     for (int w = 0; w < WARPS; w++) {
         Floats<2 * R> more = *reinterpret_cast<const Floats<2 * R>*>(&s.logits[w][head][key]);
 #pragma unroll
-        for (int j = 0; j < 2 * R; j++) logits[j] += more.of[j];
+        for (int j = 0; j < 2 * R; j++) logits[j] += more.f[j];
     }
     float higher = of.top;
 #pragma unroll
@@ -440,7 +408,7 @@ extern "C" __global__ void __launch_bounds__(MERGERS) penumbra_attend_merge(
 #pragma unroll
             for (int i = 0; i < MERGED; i++)
 #pragma unroll
-                for (int j = 0; j < 4; j++) sums[j] += weights[i] * some[i].of[j];
+                for (int j = 0; j < 4; j++) sums[j] += weights[i] * some[i].f[j];
         }
     }
 #pragma unroll
@@ -452,8 +420,8 @@ extern "C" __global__ void __launch_bounds__(MERGERS) penumbra_attend_merge(
     for (int i = 0; i < 2; i++) {
         float even = sums[2 * i] * share, odd = sums[2 * i + 1] * share, sine = 0.0f, cosine = 1.0f;
         if (freqs && channel >= DIM - 2 * pairs) sincosf(angles[i], &sine, &cosine);
-        result.of[2 * i] = even * cosine + odd * sine;
-        result.of[2 * i + 1] = odd * cosine - even * sine;
+        result.f[2 * i] = even * cosine + odd * sine;
+        result.f[2 * i + 1] = odd * cosine - even * sine;
     }
     *reinterpret_cast<Floats<4>*>(out + (long long)blockIdx.x * DIM + channel) = result;
 }

@@ -20,10 +20,7 @@
 // Written against little of CUDA, so that a test can run it on a CPU (tests/kernels/cuda_on_cpu.h), which brings its
 // own of what stands between #ifndef ON_CPU and #endif.
 
-#include "early.cuh"
-
-typedef unsigned int u32;
-typedef unsigned char u8;
+#include "warp.cuh"
 
 #define TOKENS 8
 #define MATRICES 8  // of one launch
@@ -31,42 +28,18 @@ typedef unsigned char u8;
 #define AHEAD 2   // steps whose weights a warp has on their way at once
 #define PAD 4     // words behind a token in shared memory: neighbours start in other banks
 
-struct __align__(16) Words {
-    u32 w[4];
-};
-struct __align__(16) Floats {
-    float f[4];
-};
-
 #ifndef ON_CPU
-// 16 or 4 bytes on their way to shared memory; what a lane sends for, in groups that arrive in order.
-__device__ __forceinline__ void fetch16(void* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
-}
+// 4 bytes, as fetch16.
 __device__ __forceinline__ void fetch4(void* to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
-}
-__device__ __forceinline__ void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LEFT> __device__ __forceinline__ void await_groups() {
-    asm volatile("cp.async.wait_group %0;" :: "n"(LEFT) : "memory");
-    __syncwarp();
 }
 __device__ __forceinline__ void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-__device__ __forceinline__ void mma_bf16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 __device__ __forceinline__ u32 halves(float low, float high) {
     u32 both;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-}
-__device__ __forceinline__ u32 bf16s(float low, float high) {
-    u32 both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
 }
 __device__ __forceinline__ u32 times(u32 a, u32 b) {  // halves
@@ -97,8 +70,6 @@ template <Format F, int R> struct __align__(16) Stage {
 };
 
 extern __shared__ __align__(16) unsigned char memory[];
-__device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
-__device__ __forceinline__ int warp_id() { return threadIdx.x >> 5; }
 
 // Inputs i and j of the token in its word, counting words of eight inputs.
 template <Format F> __device__ __forceinline__ constexpr int first_of(int word) {
@@ -114,12 +85,12 @@ template <Format F, typename Row>
 __device__ __forceinline__ void stage(u32* words, int stride, int tokens, int inputs, Row row) {
     u32 pieces = inputs / 8, all = tokens * pieces;
     for (u32 n = threadIdx.x; n < all; n += 4 * blockDim.x) {
-        Floats parts[4][2];
+        Floats<4> parts[4][2];
 #pragma unroll
         for (int u = 0; u < 4; u++) {
             u32 piece = n + u * blockDim.x, token = piece / pieces;
             if (piece >= all) continue;
-            const Floats* at = reinterpret_cast<const Floats*>(row(token) + 8 * (piece - token * pieces));
+            const Floats<4>* at = reinterpret_cast<const Floats<4>*>(row(token) + 8 * (piece - token * pieces));
             parts[u][0] = at[0];
             parts[u][1] = at[1];
         }
@@ -258,7 +229,7 @@ template <Format F, int R> struct Pipe {
                         u32 v = upper.w[i], w = lower.w[i];
                         if constexpr (F == BF16) {
                             if (i % 2 == 0)  // two words of weights make one product
-                                mma_bf16(sum[r], v, w, upper.w[i + 1], lower.w[i + 1], b[0].w[i], b[0].w[i + 1]);
+                                mma_bf16(sum[r], {v, w, upper.w[i + 1], lower.w[i + 1]}, b[0].w[i], b[0].w[i + 1]);
                         } else if constexpr (F == FP8) {
                             mma_half(parts[r], e4m3_even(v), e4m3_even(w), e4m3_odd(v), e4m3_odd(w),
                                      b[i / 2].w[i % 2 * 2], b[i / 2].w[i % 2 * 2 + 1]);

@@ -11,13 +11,7 @@
 // Written against little of CUDA, so that a test can run it on a CPU (tests/kernels/cuda_on_cpu.h), which brings its own
 // of what stands between #ifndef ON_CPU and #endif.
 
-#include "early.cuh"
-
-typedef unsigned int u32;
-
-struct __align__(16) Floats {
-    float f[4];
-};
+#include "warp.cuh"
 
 #ifndef ON_CPU
 __device__ __forceinline__ float inverse(float x) {
@@ -33,29 +27,6 @@ __device__ __forceinline__ float inverse(float x) {
 #define TOGETHER 4  // tokens that are on their way at once
 #define PRODUCTS 24
 #define SLOTS 34      // the products, then the sums of streams (0,0) (1,1) (2,2) (3,3) (0,1) (1,2) (2,3) (3,0) (0,2) (1,3)
-#define ALL 0xffffffffu
-
-__device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
-__device__ __forceinline__ int warp_id() { return threadIdx.x >> 5; }
-
-template <int HALF> __device__ __forceinline__ void fold(float (&values)[32]) {
-    bool upper = lane_id() & HALF;
-#pragma unroll
-    for (int i = 0; i < HALF; i++) {
-        float kept = upper ? values[i + HALF] : values[i], given = upper ? values[i] : values[i + HALF];
-        values[i] = kept + __shfl_xor_sync(ALL, given, HALF);
-    }
-}
-
-// 32 values of each lane -> the sum of value `lane` over all lanes, in 31 exchanges.
-__device__ __forceinline__ float sum_of_own(float (&values)[32]) {
-    fold<16>(values);
-    fold<8>(values);
-    fold<4>(values);
-    fold<2>(values);
-    fold<1>(values);
-    return values[0];
-}
 
 // streams [tokens, 4, size], fn [24, 4 * size] -> parts [tokens, SLOTS, size / COLUMNS]
 extern "C" __global__ void __launch_bounds__(THREADS) penumbra_mix_partial(
@@ -88,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) penumbra_mix_partial(
                 values[26] = own[t] * over[t];  // of streams 0 and 1: the other two repeat them
 #pragma unroll
                 for (int j = 27; j < 32; j++) values[j] = 0.0f;
-                warps[t][stream][lane_id()] = sum_of_own(values);
+                warps[t][stream][lane_id()] = sum_of_own<32>(values);
             }
         __syncthreads();
         for (int n = threadIdx.x; n < count * SLOTS; n += THREADS) {
@@ -139,20 +110,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) penumbra_mix_finish(
     int wide = (size + WIDE - 1) / WIDE, token = blockIdx.x / (wide + 1), part = blockIdx.x % (wide + 1);
     int blocks = size / COLUMNS, column = part * WIDE + 4 * threadIdx.x;
     bool mixes = part < wide && column < size;
-    Floats weights = {{1.0f, 1.0f, 1.0f, 1.0f}}, in_streams[4];
-    if (mixes && norm) weights = *reinterpret_cast<const Floats*>(norm + column);
+    Floats<4> weights = {{1.0f, 1.0f, 1.0f, 1.0f}}, in_streams[4];
+    if (mixes && norm) weights = *reinterpret_cast<const Floats<4>*>(norm + column);
     await_previous();
     if (mixes)
 #pragma unroll
         for (int k = 0; k < 4; k++)
-            in_streams[k] = *reinterpret_cast<const Floats*>(streams + (long long)(token * 4 + k) * size + column);
+            in_streams[k] = *reinterpret_cast<const Floats<4>*>(streams + (long long)(token * 4 + k) * size + column);
     const float* mine = parts + (long long)token * SLOTS * blocks;
     float found[own_slots] = {};
     for (int b = 4 * lane_id(); b < blocks; b += 128)
 #pragma unroll
         for (int i = 0; i < own_slots; i++)
             if (warp_id() + 4 * i < SLOTS) {
-                Floats four = *reinterpret_cast<const Floats*>(mine + (warp_id() + 4 * i) * blocks + b);
+                Floats<4> four = *reinterpret_cast<const Floats<4>*>(mine + (warp_id() + 4 * i) * blocks + b);
                 found[i] += (four.f[0] + four.f[1]) + (four.f[2] + four.f[3]);
             }
 #pragma unroll
@@ -191,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) penumbra_mix_finish(
         factor = 1.0f / sqrtf(squares / size + rms_eps);
     }
     if (!mixes) return;
-    Floats mixed;
+    Floats<4> mixed;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         mixed.f[i] = 0.0f;
@@ -199,5 +170,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) penumbra_mix_finish(
         for (int k = 0; k < 4; k++) mixed.f[i] += in[k] * in_streams[k].f[i];
         mixed.f[i] *= factor * weights.f[i];
     }
-    *reinterpret_cast<Floats*>(x + (long long)token * size + column) = mixed;
+    *reinterpret_cast<Floats<4>*>(x + (long long)token * size + column) = mixed;
 }

@@ -12,13 +12,10 @@
 // Written against little of CUDA, so that a test can run it on a CPU (tests/kernels/cuda_on_cpu.h), which brings its
 // own of what stands between #ifndef ON_CPU and #endif.
 
-#include "early.cuh"
-
-typedef unsigned int u32;
+#include "warp.cuh"
 
 #define TOKENS 8
 #define THREADS 256
-#define ALL 0xffffffffu
 #define SPAN 1024     // columns of a block that multiplies
 #define EXPERTS 8     // of such a block
 #define TILE 4        // experts of a warp
@@ -26,10 +23,6 @@ typedef unsigned int u32;
 #define LOADS 2       // of 16 bytes, of a lane for an expert: a warp's 256 columns
 #define PAIRS 128     // of a token and a pick
 #define MOST_PICKS 16  // of a token
-
-struct __align__(16) Four {
-    float of[4];
-};
 
 #ifndef ON_CPU
 // To 1 in 2^23, and without a branch for what is rare.
@@ -41,30 +34,6 @@ __device__ __forceinline__ float root(float x) {
 __device__ __forceinline__ float quotient(float x, float y) { return __fdividef(x, y); }
 #endif
 
-__device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
-__device__ __forceinline__ int warp_id() { return threadIdx.x >> 5; }
-
-template <int COUNT, int DISTANCE> __device__ __forceinline__ void fold(float* values) {
-    if constexpr (COUNT == 1) {
-        values[0] += __shfl_xor_sync(ALL, values[0], DISTANCE);
-    } else {
-        bool upper = lane_id() & DISTANCE;
-#pragma unroll
-        for (int i = 0; i < COUNT / 2; i++) {
-            float low = values[i], high = values[i + COUNT / 2];
-            values[i] = (upper ? high : low) + __shfl_xor_sync(ALL, upper ? low : high, DISTANCE);
-        }
-    }
-    if constexpr (DISTANCE > 1) fold<(COUNT > 1 ? COUNT / 2 : 1), DISTANCE / 2>(values);
-}
-
-// COUNT values of each lane -> the sum of value `lane * COUNT / 32` over all lanes. The order of its terms is that of
-// any other count.
-template <int COUNT> __device__ __forceinline__ float sum_of_own(float (&values)[COUNT]) {
-    fold<COUNT, 16>(values);
-    return values[0];
-}
-
 // x [tokens, size], gate [experts, size] -> parts [ceil(size / SPAN), tokens, experts]. MOST: 1, 2, 4 or 8, no less
 // than there are tokens. size is a multiple of 128.
 template <int MOST>
@@ -75,7 +44,7 @@ __device__ __forceinline__ void gate_parts(
     int tile = warp_id() / QUARTERS, quarter = warp_id() % QUARTERS;
     int column = span * SPAN + quarter * 32 * 4 * LOADS + lane_id() * 4;
     bool inside[LOADS];
-    Four weights[TILE][LOADS];
+    Floats<4> weights[TILE][LOADS];
 #pragma unroll
     for (int l = 0; l < LOADS; l++) inside[l] = column + 128 * l < size;
 #pragma unroll
@@ -84,16 +53,16 @@ __device__ __forceinline__ void gate_parts(
         const float* row = gate + (long long)(expert < experts ? expert : experts - 1) * size + column;
 #pragma unroll
         for (int l = 0; l < LOADS; l++)
-            weights[e][l] = inside[l] ? *reinterpret_cast<const Four*>(row + 128 * l) : Four{};
+            weights[e][l] = inside[l] ? *reinterpret_cast<const Floats<4>*>(row + 128 * l) : Floats<4>{};
     }
     await_previous();
-    Four in[MOST][LOADS];
+    Floats<4> in[MOST][LOADS];
 #pragma unroll
     for (int t = 0; t < MOST; t++) {
         // Where tokens are fewer the last one stands in: no branch keeps loads from being on their way together.
         const float* row = x + (long long)(t < tokens ? t : tokens - 1) * size + column;
 #pragma unroll
-        for (int l = 0; l < LOADS; l++) in[t][l] = inside[l] ? *reinterpret_cast<const Four*>(row + 128 * l) : Four{};
+        for (int l = 0; l < LOADS; l++) in[t][l] = inside[l] ? *reinterpret_cast<const Floats<4>*>(row + 128 * l) : Floats<4>{};
     }
     float sum[MOST * TILE];
 #pragma unroll
@@ -104,7 +73,7 @@ __device__ __forceinline__ void gate_parts(
 #pragma unroll
             for (int l = 0; l < LOADS; l++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) total = fmaf(weights[e][l].of[i], in[t][l].of[i], total);
+                for (int i = 0; i < 4; i++) total = fmaf(weights[e][l].f[i], in[t][l].f[i], total);
             sum[t * TILE + e] = total;
         }
     float mine = sum_of_own<MOST * TILE>(sum);

@@ -11,9 +11,8 @@
 //
 // Written against little of CUDA, so that a test can run it on a CPU (tests/kernels/cuda_on_cpu.h).
 
-#include "early.cuh"
+#include "warp.cuh"
 
-typedef unsigned int u32;
 typedef unsigned long long u64;
 
 #define THREADS 1024
@@ -53,8 +52,6 @@ struct OnChip {
     __device__ __forceinline__ u32 operator()(int i) const { return keys[i]; }
 };
 
-__device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
-__device__ __forceinline__ int warp_id() { return threadIdx.x >> 5; }
 
 // The sum over lower lanes.
 __device__ __forceinline__ int lanes_before(int value) {

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import structlog
 import torch
 
 from engine.batch import Segment, Tables
 from engine.config import KvLayout
 from engine.runner import Runner
-from engine.steps import PAGE_SIZES, TOKEN_SIZES, StepGraphs
+from engine.steps import PAGE_SIZES, TOKEN_SIZES, StepGraphs, _Part
 from tests.engine.speculation import Speculator, drafting_model, half_right, runner_of
 from tests.engine.test_mtp import PACKED, plain_answers, prompt_of
 from wire.types import PageClass, SamplingParams
@@ -95,3 +96,18 @@ def test_a_batch_of_every_size_fits_its_graph_and_a_longer_one_has_none() -> Non
     wide = Tables.of([replace(segment(1), start=PAGE_SIZES[-1] * 256)])
     assert graphs.step([segment(1)], wide) is None
     assert list(TOKEN_SIZES) == sorted(TOKEN_SIZES)
+
+
+def test_a_part_that_can_not_be_captured_is_called_kernel_by_kernel_from_then_on() -> None:
+    """Here there is no GPU to capture on; on one, memory may be short."""
+    calls: list[int] = []
+
+    def run() -> int:
+        calls.append(len(calls))
+        return len(calls)
+
+    part = _Part(run, memory=object())
+    with structlog.testing.capture_logs() as told:
+        assert [part() for _ in range(4)] == [1, 2, 3, 4]
+    assert calls == [0, 1, 2, 3]
+    assert [line["event"] for line in told] == ["part_of_a_step_not_captured"], "said once"

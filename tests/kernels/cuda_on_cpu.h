@@ -138,3 +138,46 @@ inline float __shfl_sync(uint32_t, float value, int lane) {
     std::memcpy(&value, &bits, 4);
     return value;
 }
+
+// What engine/csrc/warp.cuh leaves to whoever runs it. Copies are there at once.
+inline float __uint_as_float(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
+inline void __syncwarp() { block::sync_warp(); }
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+    uint64_t bytes = (uint64_t)high << 32 | low;
+    uint32_t made = 0;
+    for (int i = 0; i < 4; i++) made |= (uint32_t)(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    return made;
+}
+inline void await_previous() {}
+inline void fetch16(void* to, const void* from) { std::memcpy(to, from, 16); }
+inline void fetch16_or_zeros(void* to, const void* from) {
+    if (from) std::memcpy(to, from, 16);
+    else std::memset(to, 0, 16);
+}
+inline void close_group() {}
+template <int> void await_groups() { block::sync_warp(); }
+inline float bf16_of(uint32_t bits) { return __uint_as_float(bits << 16); }
+inline uint32_t bf16(float x) {
+    uint32_t bits = __float_as_uint(x);
+    return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline uint32_t bf16s(float low, float high) { return bf16(low) | bf16(high) << 16; }
+// m16n8k16 of two-byte values that `value` makes floats of.
+template <typename Value>
+void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Value value) {
+    static float first[16][32][8], second[16][32][4];  // of a warp's lanes
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    for (int i = 0; i < 8; i++) first[warp][lane][i] = value(a[i / 2] >> 16 * (i % 2) & 0xffff);
+    for (int i = 0; i < 4; i++) second[warp][lane][i] = value((i < 2 ? b0 : b1) >> 16 * (i % 2) & 0xffff);
+    block::sync_warp();
+    for (int i = 0; i < 4; i++) {
+        int row = lane / 4 * 4, column = (lane % 4 * 2 + i % 2) * 4;
+        double sum = c[i];
+        for (int quad = 0; quad < 4; quad++)
+            for (int k = 0; k < 4; k++)
+                sum += (double)first[warp][row + quad][k / 2 * 4 + i / 2 * 2 + k % 2] * second[warp][column + quad][k];
+        c[i] = (float)sum;
+    }
+    block::sync_warp();
+}
+inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma(c, a, b0, b1, bf16_of); }

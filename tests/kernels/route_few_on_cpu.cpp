@@ -5,7 +5,6 @@
 #define __shared__ static
 static float root(float x) { return std::sqrt(x); }
 static float quotient(float x, float y) { return x / y; }
-static void __syncwarp() { block::sync_warp(); }
 #include "route_few.cu"
 
 struct Gate {
