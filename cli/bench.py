@@ -252,6 +252,15 @@ def bench_step(
     return 0
 
 
+@app.command("picture")
+def bench_picture(config: ConfigFile = None) -> int:
+    """Draw the decode steps in bench/results/step.csv, by context, beside what their bytes take to read."""
+    from bench.picture import draw_steps
+
+    typer.echo(draw_steps())
+    return 0
+
+
 @app.command("training")
 def bench_training(
     run_file: Annotated[Path, typer.Argument(help="The run's TOML file.")] = Path("models/nano/nano.toml"),
