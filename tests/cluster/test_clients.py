@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -13,8 +14,9 @@ from tests.cluster.local_cluster import LocalCluster
 
 
 @pytest.fixture
-def client(cluster: LocalCluster) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=60)
+def client(cluster: LocalCluster) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=60) as made:
+        yield made
 
 
 def test_openai_client_streams_a_chat(client: openai.OpenAI, model: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import anthropic
+import httpx
 import jsonschema
 import openai
 import pytest
@@ -57,8 +58,8 @@ def claude(cluster: LocalCluster) -> Iterator[anthropic.Anthropic]:
         yield made
 
 
-@pytest.fixture(scope="module")
-def chain(cluster: LocalCluster, model: Path) -> ChatOpenAI:
+def chain_of(cluster: LocalCluster, model: Path, **clients: Any) -> ChatOpenAI:
+    """Over HTTP clients of ours: its own are closed by whichever collection of garbage comes by."""
     return ChatOpenAI(
         base_url=f"{cluster.url}/v1",
         api_key=SecretStr("none"),
@@ -67,6 +68,7 @@ def chain(cluster: LocalCluster, model: Path) -> ChatOpenAI:
         timeout=60,
         seed=1,
         max_completion_tokens=300,
+        **clients,
     )
 
 
@@ -393,6 +395,12 @@ def test_anthropic_reads_our_errors(claude: anthropic.Anthropic, model: Path) ->
 # LangChain
 
 
+@pytest.fixture
+def chain(cluster: LocalCluster, model: Path) -> Iterator[ChatOpenAI]:
+    with httpx.Client() as client:
+        yield chain_of(cluster, model, http_client=client)
+
+
 def test_langchain_answers_streams_calls_and_structures(chain: ChatOpenAI) -> None:
     short = chain.model_copy(update={"max_tokens": 16, "extra_body": {"ignore_eos": True}})
     whole = short.invoke("hello")
@@ -418,8 +426,9 @@ def test_langchain_answers_streams_calls_and_structures(chain: ChatOpenAI) -> No
     assert isinstance(chain.with_structured_output(Pick, method="json_schema").invoke("json"), Pick)
 
 
-async def test_langchain_answers_many_at_once(chain: ChatOpenAI) -> None:
-    short = chain.model_copy(update={"max_tokens": 6})
-    answers = await short.abatch(["one", "two", "three", "four"])
+async def test_langchain_answers_many_at_once(cluster: LocalCluster, model: Path) -> None:
+    async with httpx.AsyncClient() as client:
+        short = chain_of(cluster, model, http_async_client=client).model_copy(update={"max_tokens": 6})
+        answers = await short.abatch(["one", "two", "three", "four"])
     assert all(answer.usage_metadata["output_tokens"] <= 6 for answer in answers if answer.usage_metadata)
     assert len(answers) == 4
