@@ -75,8 +75,8 @@ def products(x: Tensor, matrices: Sequence[tuple[Tensor, Tensor | None]], groups
     rows = tuple(len(weight) for weight, _ in matrices)
     kind = "bf16" if any(scales is None for _, scales in matrices) else "fp8"
     warps, shared, span = plan(rows, inputs, groups, tokens, kind)
-    if x.stride(0) % 4 or x.data_ptr() % 16:
-        x = x.contiguous()
+    if x.stride(0) % 4 or x.data_ptr() % 16:  # rows are read by 16 bytes
+        x = x.clone(memory_format=torch.contiguous_format)
     y = torch.empty(tokens * sum(rows), dtype=torch.float32, device=x.device)
     table: list[object] = []
     for weight, scales in matrices:
