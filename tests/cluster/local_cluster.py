@@ -36,14 +36,22 @@ class LocalCluster:
         return {} if state is None else {member["name"]: member["pid"] for member in state["members"]}
 
     def busiest(self, role: str) -> str:
-        """The worker of this role that most is assigned to."""
+        """The worker of this role that most is assigned to: once its own word, a moment old, names one alone."""
 
-        def held(worker: dict[str, Any]) -> float:
-            """By its own word of a moment ago; the registry's is a second old."""
+        def held(worker: dict[str, Any]) -> tuple[float, float]:
             samples = parse_metrics(httpx.get(f"http://{worker['http_address']}/metrics", timeout=10).text)
-            return sum(value for name, value in samples.items() if 'state="used"' in name)
+            pages = sum(value for name, value in samples.items() if 'state="used"' in name)
+            return samples.get("penumbra_num_requests_running", 0.0), pages
 
-        return str(max((w for w in self.workers() if w["role"] == role), key=held)["worker_id"])
+        workers = [worker for worker in self.workers() if worker["role"] == role]
+        deadline = time.monotonic() + 1
+        while len(workers) > 1:
+            loads = {str(worker["worker_id"]): held(worker) for worker in workers}
+            alone = sum(running > 0 for running, _ in loads.values()) == 1
+            if alone or time.monotonic() > deadline:
+                return max(loads, key=lambda name: loads[name])
+            time.sleep(0.02)
+        return str(workers[0]["worker_id"])
 
     def wait_until_whole(self) -> None:
         """Until every worker there should be serves."""

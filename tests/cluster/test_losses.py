@@ -164,7 +164,7 @@ def test_an_answer_survives_any_worker_that_dies_freezes_or_leaves(model: Path, 
     """Workers come and go under one client after another; every answer is the same."""
     with local_cluster(tmp_path / "home", model, "--decode", "2") as cluster:
         # Long enough that it still runs when the client, on a busy machine, gets to strike.
-        undisturbed = stream_ids(cluster, model, 1_500)
+        undisturbed = stream_ids(cluster, model, 2_500)
         for role, number in (
             ("decode", signal.SIGKILL),
             ("prefill", signal.SIGKILL),
@@ -184,7 +184,7 @@ def test_an_answer_survives_any_worker_that_dies_freezes_or_leaves(model: Path, 
                     os.kill(struck[0], number)
 
             try:
-                assert stream_ids(cluster, model, 1_500, strike) == undisturbed, f"{number.name} of {role}"
+                assert stream_ids(cluster, model, 2_500, strike) == undisturbed, f"{number.name} of {role}"
                 assert hit, "nobody was hit while the stream ran"
             finally:
                 if hit and number is signal.SIGSTOP:
