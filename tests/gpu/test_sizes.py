@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -27,10 +24,12 @@ from engine.kernels.device import (
     route_few,
     sparse_attention,
     use_cuda_products,
+    use_early_launches,
 )
 from engine.kernels.device import hyper_connections as device_hyper
 from engine.kernels.linear import Matrix
 from engine.kernels.rows import RowPool, read_rows
+from tests.gpu.steps_of_a_slice import digest
 
 pytestmark = pytest.mark.gpu
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
@@ -210,13 +209,7 @@ def test_routing_of_few_tokens(count: int, hidden: int, k: int) -> None:
 
 def test_kernels_that_begin_early_give_the_same_bits_as_kernels_that_do_not() -> None:
     """Whole decode steps as graphs, each kernel begun while the one in front ends, or after it."""
-    answers = []
-    for early in ("0", "1"):
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.gpu.steps_of_a_slice"], capture_output=True, text=True, timeout=240,
-            env=os.environ | {"PENUMBRA_EARLY_LAUNCHES": early},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        answers.append(done.stdout.strip().splitlines()[-1])
-    assert answers[0] == answers[1]
-    assert len(answers[0]) == 64
+    try:
+        assert digest(early=True) == digest(early=False)
+    finally:
+        use_early_launches(True)

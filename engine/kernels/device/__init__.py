@@ -26,15 +26,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Kernels run under Triton's interpreter, on CPU tensors. It truncates where hardware rounds, so kernels that round
 to bf16 do so by integer arithmetic there, and hand products fp32 operands that hold bf16 values."""
 
-
-def early_launches() -> bool:
-    """Whether kernels that allow it may begin while the one in front ends. PENUMBRA_EARLY_LAUNCHES=0 forbids it, to
-    look for races and to see what it is worth.
-    """
-    return os.environ.get("PENUMBRA_EARLY_LAUNCHES") != "0"
-
-
 _cuda_products = False
+_early_launches = True
 
 
 def use_cuda_products(on: bool) -> None:
@@ -47,6 +40,16 @@ def use_cuda_products(on: bool) -> None:
 
 def cuda_products() -> bool:
     return _cuda_products and not INTERPRETED
+
+
+def use_early_launches(on: bool) -> None:
+    """Whether kernels that allow it may begin while the one in front ends: off to look for races."""
+    global _early_launches
+    _early_launches = on
+
+
+def early_launches() -> bool:
+    return _early_launches
 
 
 COMPUTE_CAPABILITY = (9, 0)

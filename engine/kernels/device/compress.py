@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.batch import StepMeta
 from engine.config import C4_RATIO, C4_RING, C128_RATIO, C128_RING
 from engine.kernels.device.codec import hadamard_row, rotated
-from engine.kernels.device.early import EARLY, await_previous
+from engine.kernels.device.early import await_previous, early
 from engine.kernels.device.rows import check_dim, codec, store_row
 from engine.kernels.rows import RowPool
 
@@ -170,7 +170,7 @@ def compress_c4(
         meta.page_table, meta.swa_table, meta.page_table.shape[1], freqs, eps,
         out.data, out.data.stride(0), out.rows_per_item, tokens, d**-0.5,
         D=d, STEPS=d.bit_length() - 1, PAIRS=freqs.shape[0], ROTATE_KEYS=rotate_keys, CODEC=codec(out),
-        ROWS=rows, REMEMBER=short, num_warps=4 if d > 128 else 1, **EARLY,
+        ROWS=rows, REMEMBER=short, num_warps=4 if d > 128 else 1, **early(),
     )  # fmt: skip
     if not short:
         _ring_c4[(tokens,)](
@@ -194,7 +194,7 @@ def compress_c128(
         u, g, u.stride(0), g.stride(0), ape, norm, ring, meta.positions, meta.segment, meta.offsets, meta.starts,
         meta.page_table, meta.slots, meta.page_table.shape[1], freqs, eps,
         out.data, out.data.stride(0), out.rows_per_item, tokens,
-        D=d, PAIRS=freqs.shape[0], CODEC=codec(out), ROWS=rows, STRIP=8, REMEMBER=short, num_warps=4, **EARLY,
+        D=d, PAIRS=freqs.shape[0], CODEC=codec(out), ROWS=rows, STRIP=8, REMEMBER=short, num_warps=4, **early(),
     )  # fmt: skip
     if not short:
         _ring_c128[(tokens,)](

@@ -1,6 +1,6 @@
 """Kernels that begin while the one in front of them ends: programmatic dependent launch.
 
-A kernel launched with EARLY says `await_previous` before it reads or writes anything that another may write or read.
+A kernel launched so says `await_previous` before it reads or writes anything that another may write or read.
 Each of them waits, even where it would need nothing, so that what is in front of the one in front has ended too.
 """
 
@@ -13,8 +13,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from engine.kernels.device import INTERPRETED, early_launches
 
 _WAITS = tl.constexpr(not INTERPRETED)
-EARLY: dict[str, bool] = {"launch_pdl": True} if early_launches() and not INTERPRETED else {}
-"""Options of a launch."""
+
+
+def early() -> dict[str, bool]:
+    """Options of a launch."""
+    return {"launch_pdl": True} if early_launches() and not INTERPRETED else {}
 
 
 @triton.jit

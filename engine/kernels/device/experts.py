@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.kernels.device import few_tokens
 from engine.kernels.device.codec import exact, operand
-from engine.kernels.device.early import EARLY, await_previous
+from engine.kernels.device.early import await_previous, early
 
 FP32, BF16, FP4 = (tl.constexpr(kind) for kind in (0, 1, 2))
 FP4_GROUP = 32
@@ -217,7 +217,7 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     """As `engine.kernels.experts.swiglu`."""
     y = torch.empty_like(gate)
     if y.numel():
-        _swiglu_rows[(triton.cdiv(y.numel(), 1024),)](gate, up, y, y.numel(), limit, BLOCK=1024, **EARLY)
+        _swiglu_rows[(triton.cdiv(y.numel(), 1024),)](gate, up, y, y.numel(), limit, BLOCK=1024, **early())
     return y
 
 
@@ -318,7 +318,7 @@ def routed_experts(
         K=k,
         BLOCK=1024,
         BESIDE=beside is not None,
-        **EARLY,
+        **early(),
     )
     return y
 

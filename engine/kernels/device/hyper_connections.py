@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.device import mix_few
-from engine.kernels.device.early import EARLY, await_previous
+from engine.kernels.device.early import await_previous, early
 
 _STEP = 128
 _ROWS = tl.constexpr(32)
@@ -137,7 +137,7 @@ def _partials(streams: Tensor, fn: Tensor) -> tuple[Tensor, int]:
     per_split = -(-width // splits // _STEP) * _STEP
     parts = torch.empty(splits, tokens, 32, dtype=torch.float32, device=streams.device)
     _partial[(triton.cdiv(tokens, 16), splits)](
-        streams, fn, parts, tokens, width, fn.shape[0], PER_SPLIT=per_split, TOK=16, STEP=_STEP, num_warps=4, **EARLY,
+        streams, fn, parts, tokens, width, fn.shape[0], PER_SPLIT=per_split, TOK=16, STEP=_STEP, num_warps=4, **early(),
     )  # fmt: skip
     return parts, splits
 
@@ -172,7 +172,7 @@ def collapse(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rms_eps: 
         parts, splits = _partials(streams, fn)
         _collapse[(tokens,)](
             parts, streams, base, scale, x, tokens, size, rms_eps, hc_eps, SPLITS=splits,
-            BLOCK=triton.next_power_of_2(size), num_warps=8 if size > 1024 else 4, **EARLY,
+            BLOCK=triton.next_power_of_2(size), num_warps=8 if size > 1024 else 4, **early(),
         )  # fmt: skip
     return x
 
@@ -184,6 +184,6 @@ def mix_out(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     if tokens:
         block = min(1024, triton.next_power_of_2(size))
         _spread[(tokens, triton.cdiv(size, block))](
-            y.contiguous(), streams, post, comb, out, size, BLOCK=block, **EARLY
+            y.contiguous(), streams, post, comb, out, size, BLOCK=block, **early()
         )
     return out

@@ -25,7 +25,7 @@ from engine.kernels.device.codec import (
     rotated,
     scale_exponent,
 )
-from engine.kernels.device.early import EARLY, await_previous
+from engine.kernels.device.early import await_previous, early
 from engine.kernels.device.topk_rows import choose
 from engine.kernels.rows import INDEX_DIM, RowPool
 
@@ -159,7 +159,7 @@ def scores_and_maxima(
     _scores[(triton.cdiv(last - first, together), triton.cdiv(pages, strip))](
         q, w, meta.positions, meta.segment, meta.page_table, pages, pool.data, pool.data.stride(0), scores, maxima,
         first, last, heads, k, D=dim, HEADS=padded, TOKENS=together, STRIP=strip, KIND=kind, V4=v4,
-        EMULATE=INTERPRETED, num_warps=4, num_stages=2, **EARLY,
+        EMULATE=INTERPRETED, num_warps=4, num_stages=2, **early(),
     )  # fmt: skip
     return scores, maxima
 
@@ -176,7 +176,7 @@ def quantise(
         dim = q.shape[2]
         _quantise[(q.shape[0] * q.shape[1],)](
             q, w, codes, weights, positions, freqs, dim**-0.5, w_scale, q.shape[1],
-            D=dim, STEPS=dim.bit_length() - 1, PAIRS=0 if freqs is None else freqs.shape[0], num_warps=1, **EARLY,
+            D=dim, STEPS=dim.bit_length() - 1, PAIRS=0 if freqs is None else freqs.shape[0], num_warps=1, **early(),
         )  # fmt: skip
     return codes, weights
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.device.codec import hadamard_row, rotated
-from engine.kernels.device.early import EARLY, await_previous
+from engine.kernels.device.early import await_previous, early
 
 _MAX_ROW = 1 << 15
 """Values a program holds in registers; hidden sizes end far below."""
@@ -65,7 +65,7 @@ def norm_rotate(
             x, y, weight, positions, freqs, x.stride(-2) if x.dim() > 1 else size,
             max(rows // x.shape[0], 1) if x.dim() > 1 else 1, size, eps or 0.0, -1.0 if inverse else 1.0,
             SIZE=block, PAIRS=pairs, NORM=eps is not None, WEIGHT=weight is not None,
-            num_warps=4 if block <= 2048 else 8, **EARLY,
+            num_warps=4 if block <= 2048 else 8, **early(),
         )  # fmt: skip
     return y
 

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.device.codec import bf16_bits, power_of_two, quantised, rotated, scale_exponent
-from engine.kernels.device.early import EARLY, await_previous
+from engine.kernels.device.early import await_previous, early
 from engine.kernels.rows import GROUP, INDEX_DIM, LATENT_BYTES, LATENT_DIM, LATENT_SCALE_BYTES, NOPE_DIM, RowPool
 
 EXACT, LATENT, INDEX = (tl.constexpr(code) for code in (0, 1, 2))
@@ -102,5 +102,5 @@ def write_latents(
     _write_latents[(len(rows),)](
         pool.data, pool.data.stride(0), pool.rows_per_item, rows.contiguous(), kv, kv.stride(0), weight, positions,
         freqs, eps, SIZE=pool.dim, PAIRS=freqs.shape[0], CODEC=codec(pool), num_warps=4 if pool.dim > 128 else 1,
-        **EARLY,
+        **early(),
     )  # fmt: skip
