@@ -32,6 +32,14 @@ Kernels = Annotated[
     Literal["cuda", "triton"],
     flag("kernels", "On a GPU, what computes steps of few tokens: CUDA C++ where it can, or Triton alone."),
 ]
+Backends = Annotated[
+    str,
+    flag(
+        "backends",
+        "On a GPU, libraries that compute in place of our own kernels, such as attention=flash-mla.",
+        metavar="OP=LIBRARY[,...]",
+    ),
+]
 Graphs = Annotated[bool, flag("graphs", "On a GPU, replay steps of few tokens as CUDA graphs.", switch=True)]
 KvLayout = Annotated[
     Literal["v4", "exact"], flag("kv-layout", "v4: production pages; exact: float32 rows, for parity tests.")

@@ -17,6 +17,7 @@ from cli import bench, loadtest, plan, training
 from cli.flags import (
     AdvertiseHost,
     ApiKey,
+    Backends,
     ChunkTokens,
     Cluster,
     ConfigFile,
@@ -110,6 +111,7 @@ def up(
     device: Device = "cpu",
     dtype: Dtype = "auto",
     kernels: Kernels = "cuda",
+    backends: Backends = "",
     graphs: Graphs = True,
     kv_layout: KvLayout = "v4",
     kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]
@@ -174,7 +176,7 @@ def up(
         redis=redis,
         worker_flags=(
             *("--device", device, "--dtype", dtype, "--kv-layout", kv_layout, "--kv-memory", str(kv_memory)),
-            *("--kernels", kernels, "--graphs" if graphs else "--no-graphs"),
+            *("--kernels", kernels, "--backends", backends, "--graphs" if graphs else "--no-graphs"),
             "--prefix-cache" if prefix_cache else "--no-prefix-cache",
             *("--draft-tokens", draft_tokens),
             *("--max-requests", str(max_requests), "--max-context", str(max_context), "--transport", transport),
@@ -528,6 +530,7 @@ def prefill(
     device: Device = "cpu",
     dtype: Dtype = "auto",
     kernels: Kernels = "cuda",
+    backends: Backends = "",
     graphs: Graphs = True,
     kv_layout: KvLayout = "v4",
     kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]
@@ -558,6 +561,7 @@ def prefill(
                 device=device,
                 dtype=dtype,
                 kernels=kernels,
+                backends=backends,
                 graphs=graphs,
                 kv_layout=kv_layout,
                 kv_memory_bytes=kv_memory,
@@ -596,6 +600,7 @@ def decode(
     device: Device = "cpu",
     dtype: Dtype = "auto",
     kernels: Kernels = "cuda",
+    backends: Backends = "",
     graphs: Graphs = True,
     kv_layout: KvLayout = "v4",
     kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]
@@ -625,6 +630,7 @@ def decode(
                 device=device,
                 dtype=dtype,
                 kernels=kernels,
+                backends=backends,
                 graphs=graphs,
                 kv_layout=kv_layout,
                 kv_memory_bytes=kv_memory,

@@ -297,7 +297,8 @@ class EngineConfig:
     dtype is that of products' operands: on a CPU float32, on a GPU the checkpoint's own formats times bfloat16, or
     float32 to compare with a CPU.
     kernels and graphs mean something on a GPU only: what computes steps of few tokens, CUDA C++ where it can or Triton
-    alone, and whether such steps are replayed as CUDA graphs.
+    alone, and whether such steps are replayed as CUDA graphs. backends likewise: "op=library,..." for what a library
+    computes in place of our own kernels, as `engine.kernels.device.backends` lists them.
     """
 
     model: Path
@@ -310,6 +311,7 @@ class EngineConfig:
     threads: int = 1
     draft: bool = True  # run the draft layer of a checkpoint that has one
     kernels: Literal["cuda", "triton"] = "cuda"
+    backends: str = ""
     graphs: bool = True
 
     @property

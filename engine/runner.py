@@ -12,7 +12,7 @@ from engine.batch import Chain, Drawn, Sampled, Segment, Sequence, StepMeta, Tab
 from engine.cache.pools import KvPools, PoolSizes, plan_sizes
 from engine.config import C4_RATIO, EngineConfig, KvLayout, ModelConfig
 from engine.constraint import Grammars
-from engine.kernels.device import require, use_cuda_products
+from engine.kernels.device import backends, require, use_cuda_products
 from engine.kernels.sample import sample, score
 from engine.model.deepseek_v4 import DeepseekV4
 from engine.model.mtp import DraftLayer
@@ -68,6 +68,11 @@ class Runner:
         if config.device == "cuda":
             require(config.device)
             use_cuda_products(config.kernels == "cuda")
+            backends.choose(config.backends, torch.cuda.get_device_capability())
+        elif config.backends:
+            raise ConfigError(
+                f"backends={config.backends!r} is for GPUs: on a CPU there are our own kernels alone. Leave it out."
+            )
         elif config.dtype == "bfloat16":
             raise ConfigError(
                 f"dtype={config.dtype!r} is for GPUs: on a CPU activations are float32, and matrices already stay in "

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from engine.batch import StepMeta
 from engine.config import C4_RATIO
-from engine.kernels.device import INTERPRETED
+from engine.kernels.device import INTERPRETED, libraries
+from engine.kernels.device.backends import backend
 from engine.kernels.device.codec import (
     e4m3_value,
     hadamard_row,
@@ -147,6 +148,8 @@ def scores_and_maxima(
     last = tokens if last is None else last
     pages = meta.page_table.shape[1]
     v4 = pool.layout == "v4"
+    if half and v4 and backend("index-scores") is not None:
+        return libraries.index_scores(q, w, pool, meta, first, last)
     kind = (0 if v4 else 1) if half else 2
     scores = torch.empty(last - first, pages * 64, dtype=torch.float32, device=q.device)
     maxima = torch.empty(last - first, pages, dtype=torch.float32, device=q.device)

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.device import INTERPRETED, few_tokens
+from engine.kernels.device import INTERPRETED, few_tokens, libraries
+from engine.kernels.device.backends import backend
 from engine.kernels.device.codec import e4m3_value, exact, operand
 
 FP8_BLOCK = 128
@@ -152,6 +153,8 @@ def product(x: Tensor, weight: Tensor, scales: Tensor | None, groups: int) -> Te
             "groups. Load such a matrix in bfloat16."
         )
     x = x if x.stride(1) == 1 else x.contiguous()
+    if scales is not None and backend("linears") is not None and libraries.takes_product(weight, groups):
+        return libraries.product(x, weight, scales)
     if few_tokens.takes(tokens, weight, groups):
         return few_tokens.products(x, [(weight, scales)], groups)[0]
     if tokens >= MANY_TOKENS and weight.dtype != torch.float32:
@@ -179,7 +182,8 @@ def product(x: Tensor, weight: Tensor, scales: Tensor | None, groups: int) -> Te
 
 def products(x: Tensor, matrices: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
     """x [T, K] times each (weight, scales): in one launch, where it is few tokens and matrices that allow it."""
-    if len(matrices) <= few_tokens.MATRICES and all(few_tokens.takes(len(x), weight) for weight, _ in matrices):
+    own = backend("linears") is None
+    if own and len(matrices) <= few_tokens.MATRICES and all(few_tokens.takes(len(x), weight) for weight, _ in matrices):
         x = x if x.stride(1) == 1 else x.contiguous()
         return few_tokens.products(x, matrices)
     return [product(x, weight, scales, 1) for weight, scales in matrices]

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from engine.batch import StepMeta
 from engine.config import C4_RATIO, C128_RATIO, WINDOW
-from engine.kernels.device import attend_few
+from engine.kernels.device import attend_few, libraries
+from engine.kernels.device.backends import backend
 from engine.kernels.device.codec import e4m3_value, exact, operand, rotated
 from engine.kernels.device.norm_rope import norm_rotate
 from engine.kernels.device.rows import check_dim
@@ -207,6 +208,9 @@ def sparse_attention(
     out = torch.empty_like(q)
     if not tokens:
         return out
+    if half and backend("attention") is not None:
+        out = libraries.attention(q, sink, meta, window, compressed, ratio, selected, scale)
+        return out if freqs is None else norm_rotate(out, None, None, meta.positions, freqs, inverse=True)
     rows = window if compressed is None else compressed
     picks = 0 if selected is None else selected.shape[1]
     v4 = window.layout == "v4"

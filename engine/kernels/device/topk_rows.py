@@ -32,18 +32,23 @@ def _maxima(scores, lengths, maxima, score_row, tiles, TILES: tl.constexpr):
 def topk_rows(scores: Tensor, lengths: Tensor, k: int) -> Tensor:
     """As `engine.kernels.topk_rows.topk_rows`."""
     scores = scores.contiguous()
+    return choose(scores, maxima_of(scores, lengths), lengths - 1, 1, k)
+
+
+def maxima_of(scores: Tensor, lengths: Tensor) -> Tensor:
+    """scores [T, R] fp32, of which row t has lengths[t] -> [T, ceil(R / 64)]: of every 64 scores."""
     rows, width = scores.shape
     tiles = triton.cdiv(width, TILE)
     maxima = torch.empty(rows, tiles, dtype=torch.float32, device=scores.device)
     if rows and width:
-        _maxima[(rows, triton.cdiv(tiles, 16))](scores, lengths, maxima, width, tiles, TILES=16)
-    return choose(scores, maxima, lengths - 1, 1, k)
+        _maxima[(rows, triton.cdiv(tiles, 16))](scores, lengths, maxima, scores.stride(0), tiles, TILES=16)
+    return maxima
 
 
 def choose(scores: Tensor, maxima: Tensor, positions: Tensor, ratio: int, k: int) -> Tensor:
     """The k best of row t's first (positions[t] + 1) // ratio scores, whose maxima over 64 are known.
 
-    scores [T, R] and maxima [T, >= ceil(R / 64)] float32, contiguous; positions [T] int64 -> [T, k] int32.
+    scores [T, R] and maxima [T, >= ceil(R / 64)] float32, rows in one piece; positions [T] int64 -> [T, k] int32.
     """
     from engine.kernels.device.cuda import kernel, run
 
