@@ -20,7 +20,7 @@ class Fault:
     long: bool = False  # the tests' long forms too
 
 
-RELAY, SERVICE = "tests/router/test_router_relay.py", "tests/decode_worker/test_service.py"
+RELAY, SERVICE = "tests/router/test_router_attempts.py", "tests/decode_worker/test_service.py"
 OWNER, READER = "tests/kvtransfer/test_owner.py", "tests/kvtransfer/test_reader_core.py"
 
 FAULTS = (

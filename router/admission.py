@@ -8,12 +8,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 
+from router.attempts import RelayRequest
 from router.config import RouterConfig
 from router.fleet import FleetSnapshot
 from router.gate import Admit, Arrived, Ask, Computed, GateAction, GateCore, GateEvent, Left, Looked, Placed, room_of
 from router.mirror import PrefixMirror
 from router.placement import GROWTH_TOKENS
-from router.relay import RelayRequest
 from router.tenants import Tenant
 from wire.errors import Draining, Overloaded
 from wire.telemetry import RouterMetrics

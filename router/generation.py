@@ -26,6 +26,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from router.admission import Admission, Wishes
 from router.answers import Answer, Json, Usage, merged, usage_chunk
+from router.attempts import Moved, RelayEvent, RelayLimits, RelayRequest, Said
 from router.client import ClientGone, put, until_gone
 from router.dialects import Dialect, dump
 from router.fleet import Fleet
@@ -35,7 +36,7 @@ from router.mirror import PrefixMirror
 from router.placement import Placement
 from router.quarantine import Quarantine
 from router.quota import Stay
-from router.relay import Moved, Relay, RelayEvent, RelayLimits, RelayRequest, Said, relay
+from router.relay import Relay, relay
 from router.streams import Keeping, StreamId, pack
 from router.timeline import PromptProgress, Timeline
 from wire.errors import PenumbraError

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router import openapi
 from router.admission import Admission, Wishes
+from router.attempts import RelayLimits
 from router.board import Board
 from router.config import ModelFacts, RouterConfig, is_inside
 from router.dialects import (
@@ -43,7 +44,6 @@ from router.live import LiveRequests
 from router.mirror import PrefixMirror
 from router.preparation import CONVERTING, GENERATING, Preparation
 from router.quota import Quotas, Stay
-from router.relay import RelayLimits
 from router.replicas import Replicas
 from router.status import Status
 from router.streams import (

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from router.answers import Answer, Json
+from router.attempts import RelayRequest
 from router.config import ModelFacts
 from router.quarantine import fingerprint
-from router.relay import RelayRequest
 from router.text import ChatPrompt, ProtocolRequest, Text, with_stage
 from router.timeline import PromptProgress
 from wire.errors import InvalidRequest, ModelNotFound

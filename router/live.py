@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from router.relay import Relay, RelayRequest
+from router.attempts import RelayRequest
+from router.relay import Relay
 from router.timeline import Timeline
 from wire.errors import PenumbraError
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from router.relay import Placed, RelayEvent, Said
+from router.attempts import Placed, RelayEvent, Said
 from wire.types import Admitted, FirstTokenTimes, Progress, Tokens
 
 PARTS = ("receive", "tokenize", "queue", "route", "retry", "admit", "prefill", "transfer", "first_decode")

@@ -18,10 +18,11 @@ import pytest
 
 from decode_worker import probe
 from deploy.redis import EmbeddedRedis
+from router.attempts import RelayLimits, RelayRequest
 from router.fleet import Fleet, WorkerView
 from router.mirror import PrefixMirror
 from router.placement import PlacementRules
-from router.relay import RelayLimits, RelayRequest, relay
+from router.relay import relay
 from router.streams import Context, StreamId, attach
 from tests.decode_worker.oracle import VOCAB, OracleRunner, answer, pair, until
 from tests.decode_worker.test_kept import start

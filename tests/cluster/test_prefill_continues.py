@@ -13,9 +13,10 @@ import pytest
 
 from deploy.redis import EmbeddedRedis
 from engine.batch import Drawn, Segment
+from router.attempts import RelayRequest
 from router.mirror import PrefixMirror
 from router.placement import Placement
-from router.relay import RelayRequest, relay
+from router.relay import relay
 from tests.cluster.test_dropped_messages import LIMITS, fleet_of
 from tests.decode_worker.oracle import VOCAB, OraclePools, OracleRunner, answer, pair, until
 from tests.decode_worker.test_service import prompt_of

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 import uvicorn
 from fastapi import FastAPI
 
+from router.attempts import RelayRequest
 from router.board import Board
 from router.fleet import FleetSnapshot, WorkerView
 from router.front_page import FrontPage
 from router.live import LiveRequests
-from router.relay import RelayRequest
 from router.timeline import Timeline
 from wire.registry import decode_record, encode_record
 from wire.types import Link, Role, SamplingParams, WorkerInfo

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from router.attempts import RelayRequest
 from router.board import MOST_REQUESTS, Board, Look, distribution
 from router.fleet import FleetSnapshot, WorkerView
 from router.live import LiveRequests
-from router.relay import RelayRequest
 from router.timeline import Timeline
 from wire.errors import WorkerLost
 from wire.types import Link, Role, SamplingParams, WorkerInfo

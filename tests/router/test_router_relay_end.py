@@ -7,11 +7,12 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
+from router.attempts import RelayRequest
 from router.fleet import Fleet
 from router.mirror import PrefixMirror
-from router.relay import RelayRequest, relay
+from router.relay import relay
 from tests.router.scripted_worker import for_ever, scripted
-from tests.router.test_router_relay import LIMITS
+from tests.router.test_router_attempts import LIMITS
 from tests.router.test_router_stream import prefills, until
 from wire.registry import Registry
 from wire.types import SamplingParams, StartEvent, StartRequest

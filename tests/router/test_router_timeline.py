@@ -7,8 +7,8 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from router.attempts import Placed, RelayEvent, Said
 from router.placement import Placement
-from router.relay import Placed, RelayEvent, Said
 from router.timeline import PARTS, Timeline
 from wire.types import (
     Admitted,

@@ -8,10 +8,10 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from router.admission import Admission, Wishes
+from router.attempts import RelayRequest
 from router.config import RouterConfig
 from router.fleet import FleetSnapshot
 from router.mirror import PrefixMirror
-from router.relay import RelayRequest
 from router.tenants import ANYONE
 from tests.router.test_router_placement import decode, fleet, prefill
 from wire.telemetry import RouterMetrics

@@ -7,9 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from router.placement import Placement
-from router.quarantine import Quarantine, fingerprint
-from router.relay import (
+from router.attempts import (
     PLACE_AGAIN_S,
     Acquit,
     Begun,
@@ -35,6 +33,8 @@ from router.relay import (
     StartPrefill,
     Ticked,
 )
+from router.placement import Placement
+from router.quarantine import Quarantine, fingerprint
 from wire.errors import DeadlineExceeded, Draining, InvalidRequest, NoWorkers, RequestQuarantined, WorkerLost
 from wire.types import (
     Admitted,
