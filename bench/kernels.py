@@ -328,7 +328,7 @@ def routing_cases(bandwidth: float) -> Cases:
     count, hidden, k = 256, 4096, 6
     gates = [torch.randn(count, hidden, device="cuda") * hidden**-0.5 for _ in turns(4 * count * hidden)]
     bias = torch.randn(count, device="cuda") * 0.1
-    for tokens in (1, 4, 8):
+    for tokens in (1, 4, 8, 32):
         x, ids = torch.randn(tokens, hidden, device="cuda"), torch.zeros(tokens, dtype=torch.int64, device="cuda")
 
         def single(gate: Tensor) -> object:

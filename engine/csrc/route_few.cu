@@ -1,11 +1,11 @@
 // Where a few tokens go: the gate's products, the choice of experts, and the list of work for few_tokens.cu.
 //
-//   gate   a block multiplies a span of all tokens with that span of eight experts' gates: each warp a part of it for
+//   gate   a block multiplies a span of eight tokens with that span of eight experts' gates: each warp a part of it for
 //          four experts, whose weights it holds in registers. They never change, so they are sent for before the tokens
 //          are there. A span's sums are a part of the products; whoever reads them adds the parts in order.
-//   route  one block. A warp takes a token: adds up the parts, scores the experts and picks the best of them, or those
-//          a table names. Then every pair of a token and a pick finds its place behind those of lower experts and
-//          behind earlier ones of its own.
+//   route  one block. A warp takes every eighth token: adds up the parts, scores the experts and picks the best of
+//          them, or those a table names. Then every pair of a token and a pick finds its place behind those of lower
+//          experts and behind earlier ones of its own.
 //
 // fp32 throughout, as the CPU multiplies, so that near-ties go to the same experts. Sums are added in an order that
 // does not depend on how many tokens there are: a token's bits are the same in any company.
@@ -14,14 +14,15 @@
 
 #include "warp.cuh"
 
-#define TOKENS 8
+#define TOKENS 8       // of a block that multiplies, and of a block of work
 #define THREADS 256
+#define WARPS 8
 #define SPAN 1024     // columns of a block that multiplies
 #define EXPERTS 8     // of such a block
 #define TILE 4        // experts of a warp
 #define QUARTERS 4    // warps that share a span of a tile
 #define LOADS 2       // of 16 bytes, of a lane for an expert: a warp's 256 columns
-#define PAIRS 128     // of a token and a pick
+#define PAIRS 512     // of a token and a pick
 #define MOST_PICKS 16  // of a token
 
 #ifndef ON_CPU
@@ -34,13 +35,15 @@ __device__ __forceinline__ float root(float x) {
 __device__ __forceinline__ float quotient(float x, float y) { return __fdividef(x, y); }
 #endif
 
-// x [tokens, size], gate [experts, size] -> parts [ceil(size / SPAN), tokens, experts]. MOST: 1, 2, 4 or 8, no less
-// than there are tokens. size is a multiple of 128.
+// x [tokens, size], gate [experts, size] -> parts [ceil(size / SPAN), tokens, experts]. MOST: 1, 2, 4 or 8, of the
+// tokens of a block. size is a multiple of 128.
 template <int MOST>
 __device__ __forceinline__ void gate_parts(
     const float* x, const float* gate, float* parts, int tokens, int experts, int size) {
     __shared__ float sums[EXPERTS / TILE][QUARTERS][TILE * MOST];
-    int groups = (experts + EXPERTS - 1) / EXPERTS, first = blockIdx.x % groups * EXPERTS, span = blockIdx.x / groups;
+    int groups = (experts + EXPERTS - 1) / EXPERTS, first = blockIdx.x % groups * EXPERTS;
+    int spans = (size + SPAN - 1) / SPAN, span = blockIdx.x / groups % spans;
+    int first_token = blockIdx.x / groups / spans * MOST;
     int tile = warp_id() / QUARTERS, quarter = warp_id() % QUARTERS;
     int column = span * SPAN + quarter * 32 * 4 * LOADS + lane_id() * 4;
     bool inside[LOADS];
@@ -60,7 +63,8 @@ __device__ __forceinline__ void gate_parts(
 #pragma unroll
     for (int t = 0; t < MOST; t++) {
         // Where tokens are fewer the last one stands in: no branch keeps loads from being on their way together.
-        const float* row = x + (long long)(t < tokens ? t : tokens - 1) * size + column;
+        int token = first_token + t < tokens ? first_token + t : tokens - 1;
+        const float* row = x + (long long)token * size + column;
 #pragma unroll
         for (int l = 0; l < LOADS; l++) in[t][l] = inside[l] ? *reinterpret_cast<const Floats<4>*>(row + 128 * l) : Floats<4>{};
     }
@@ -81,11 +85,11 @@ __device__ __forceinline__ void gate_parts(
     if (lane_id() % lanes == 0) sums[tile][quarter][lane_id() / lanes] = mine;
     __syncthreads();
     int at = threadIdx.x / EXPERTS, expert = threadIdx.x % EXPERTS;
-    if (at < tokens && first + expert < experts) {
+    if (at < MOST && first_token + at < tokens && first + expert < experts) {
         float total = 0.0f;
 #pragma unroll
         for (int q = 0; q < QUARTERS; q++) total += sums[expert / TILE][q][at * TILE + expert % TILE];
-        parts[((long long)span * tokens + at) * experts + first + expert] = total;
+        parts[((long long)span * tokens + first_token + at) * experts + first + expert] = total;
     }
 }
 
@@ -107,11 +111,10 @@ __device__ __forceinline__ u32 key_of(float score) {
 }
 
 template <int VALUES> struct Shared {
-    float scores[TOKENS][32 * VALUES];
+    float scores[WARPS][32 * VALUES];  // of the token that a warp is at
     int picks[PAIRS];
+    int ranks[PAIRS];    // of a pair among those of its expert
     int opening[PAIRS];  // the picks of pairs that are the first of a block of work, else more than any expert
-    int members[PAIRS * TOKENS];
-    int owners[PAIRS];
 };
 
 // sqrt(log(1 + e^z)), right to a few units of the last place wherever z lies, and without a branch: a lane's scores are
@@ -171,24 +174,26 @@ template <int VALUES> __device__ __forceinline__ int take_best(u32 (&keys)[VALUE
 // parts [splits, tokens, experts] as of gate_parts; either bias [experts], or table [., k] and token_ids [tokens] ->
 //   picks [tokens, k]   the best of scores + bias, of equals the lower one, or as the table says
 //   weights [tokens, k] score of each over their sum, times scaling
-//   members [pairs, 8], owners [pairs], pairs = tokens * k: blocks of work by expert, each of one expert's pairs
-//                       (token * k + pick), ascending, and of no more than there are tokens: an expert that a token
-//                       picks twice may have more. `pairs` and -1 where there is none.
-// experts <= 32 * VALUES, k <= 16.
+//   members [blocks, 8], owners [blocks]: blocks of work by expert, each of one expert's pairs (token * k + pick),
+//                       ascending, and of no more than there are tokens: an expert that a token picks twice may have
+//                       more. tokens * k and -1 where there is none.
+// experts <= 32 * VALUES, k <= 16, tokens * k <= PAIRS.
 template <int VALUES>
 __device__ __forceinline__ void route(
     const float* parts, int splits, const float* bias, const long long* table, const long long* token_ids, int* picks,
-    float* weights, int* members, int* owners, int tokens, int experts, int k, float scaling) {
+    float* weights, int* members, int* owners, int tokens, int experts, int k, int blocks, float scaling) {
     __shared__ Shared<VALUES> s;
-    int token = warp_id(), lane = lane_id(), pairs = tokens * k;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < pairs * TOKENS; i += THREADS) s.members[i] = pairs;
-    if ((int)threadIdx.x < pairs) s.owners[threadIdx.x] = -1;
+    int lane = lane_id(), pairs = tokens * k, room = tokens < TOKENS ? tokens : TOKENS;
     float z[VALUES], steering[VALUES];
 #pragma unroll
     for (int i = 0; i < VALUES; i++) steering[i] = bias && lane + 32 * i < experts ? bias[lane + 32 * i] : 0.0f;
     await_previous();
-    if (token < tokens) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < blocks * TOKENS; i += THREADS) members[i] = pairs;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < blocks; i += THREADS) owners[i] = -1;
+#pragma unroll 1
+    for (int token = warp_id(); token < tokens; token += WARPS) {
         long long id = table ? token_ids[token] : 0;
         add_parts<VALUES>(z, parts + token * experts, splits, tokens * experts, experts);
         int mine = table && lane < k ? (int)table[id * k + lane] : 0;
@@ -196,7 +201,7 @@ __device__ __forceinline__ void route(
 #pragma unroll
         for (int i = 0; i < VALUES; i++) {
             float score = score_of(z[i]);
-            s.scores[token][lane + 32 * i] = score;
+            s.scores[warp_id()][lane + 32 * i] = score;
             u32 key = key_of(score + steering[i]);
             keys[i] = lane + 32 * i < experts ? key : 0;
         }
@@ -207,7 +212,7 @@ __device__ __forceinline__ void route(
                 if (lane == j) mine = pick;
             }
         __syncwarp();
-        float score = lane < k && (u32)mine < (u32)experts ? s.scores[token][mine] : 0.0f, total = 0.0f;
+        float score = lane < k && (u32)mine < (u32)experts ? s.scores[warp_id()][mine] : 0.0f, total = 0.0f;
 #pragma unroll
         for (int j = 0; j < MOST_PICKS; j++) total += __shfl_sync(ALL, score, j);  // 0 behind the last pick
         if (lane < k) {
@@ -215,36 +220,44 @@ __device__ __forceinline__ void route(
             picks[token * k + lane] = mine;
             weights[token * k + lane] = score / (total + 1e-20f) * scaling;
         }
+        __syncwarp();  // the scores have been read
     }
     __syncthreads();
     // Two neighbouring threads look for a pair's place, each among half of the others.
-    int pair = threadIdx.x / 2, half = threadIdx.x % 2, expert = pair < pairs ? s.picks[pair] : 0, rank = 0, before = 0;
+    int half = threadIdx.x % 2;
+#pragma unroll 1
+    for (int first = 0; first < pairs; first += THREADS / 2) {
+        int pair = first + threadIdx.x / 2, expert = pair < pairs ? s.picks[pair] : 0, rank = 0;
 #pragma unroll 4
-    for (int i = half; i < pairs; i += 2) rank += s.picks[i] == expert && i < pair;
-    rank += __shfl_xor_sync(ALL, rank, 1);
-    bool opens = rank % tokens == 0;
-    if (half == 0 && pair < pairs) s.opening[pair] = opens ? expert : 0x7fffffff;
-    __syncthreads();
-#pragma unroll 4
-    for (int i = half; i < pairs; i += 2) before += s.opening[i] < expert;
-    before += __shfl_xor_sync(ALL, before, 1);
-    if (half == 0 && pair < pairs) {
-        int block = before + rank / tokens;
-        s.members[block * TOKENS + rank % tokens] = pair;
-        if (opens) s.owners[block] = expert;
+        for (int i = half; i < pairs; i += 2) rank += s.picks[i] == expert && i < pair;
+        rank += __shfl_xor_sync(ALL, rank, 1);
+        if (half == 0 && pair < pairs) {
+            s.ranks[pair] = rank;
+            s.opening[pair] = rank % room == 0 ? expert : 0x7fffffff;
+        }
     }
     __syncthreads();
 #pragma unroll 1
-    for (int i = threadIdx.x; i < pairs * TOKENS; i += THREADS) members[i] = s.members[i];
-    if ((int)threadIdx.x < pairs) owners[threadIdx.x] = s.owners[threadIdx.x];
+    for (int first = 0; first < pairs; first += THREADS / 2) {
+        int pair = first + threadIdx.x / 2, expert = pair < pairs ? s.picks[pair] : 0, before = 0;
+#pragma unroll 4
+        for (int i = half; i < pairs; i += 2) before += s.opening[i] < expert;
+        before += __shfl_xor_sync(ALL, before, 1);
+        if (half == 0 && pair < pairs) {
+            int rank = s.ranks[pair], block = before + rank / room;
+            members[block * TOKENS + rank % room] = pair;
+            if (rank % room == 0) owners[block] = expert;
+        }
+    }
 }
 
 #define ROUTE(NAME, VALUES)                                                                                     \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(                                              \
         const float* parts, int splits, const float* bias, const long long* table, const long long* token_ids,  \
-        int* picks, float* weights, int* members, int* owners, int tokens, int experts, int k, float scaling) { \
+        int* picks, float* weights, int* members, int* owners, int tokens, int experts, int k, int blocks,      \
+        float scaling) {                                                                                        \
         route<VALUES>(parts, splits, bias, table, token_ids, picks, weights, members, owners, tokens, experts, k, \
-                      scaling);                                                                                 \
+                      blocks, scaling);                                                                         \
     }
 ROUTE(penumbra_route_8, 8)
 ROUTE(penumbra_route_16, 16)

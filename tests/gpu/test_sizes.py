@@ -194,7 +194,7 @@ def test_hyper_connections_of_few_tokens(size: int) -> None:
 def test_routing_of_few_tokens(count: int, hidden: int, k: int) -> None:
     gate = torch.randn(count, hidden, device="cuda") * hidden**-0.5
     bias = torch.randn(count, device="cuda") * 0.1
-    for tokens in (1, 4, 8):
+    for tokens in (1, 4, 8, 32, 64):
         assert route_few.takes(tokens, gate, k)
         x = torch.randn(tokens, hidden, device="cuda")
         picks, weights, members, owners = route_few.route(

@@ -18,7 +18,7 @@ struct Route {
     int* picks;
     float* weights;
     int *members, *owners;
-    int splits, tokens, experts, k, values;
+    int splits, tokens, experts, k, blocks, values;
     float scaling;
 };
 static Gate g;
@@ -28,6 +28,7 @@ extern "C" void run_gate(const Gate* call) {
     g = *call;
     blockDim.x = THREADS;
     unsigned blocks = (g.experts + EXPERTS - 1) / EXPERTS * ((g.size + SPAN - 1) / SPAN);
+    blocks *= (g.tokens + TOKENS - 1) / TOKENS;
     for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++)
         block::run(THREADS, [] {
             auto kernel = g.most == 1 ? penumbra_gate_1 : g.most == 2 ? penumbra_gate_2
@@ -42,6 +43,6 @@ extern "C" void run_route(const Route* call) {
     block::run(THREADS, [] {
         auto kernel = r.values == 8 ? penumbra_route_8 : r.values == 16 ? penumbra_route_16 : penumbra_route_32;
         kernel(r.parts, r.splits, r.bias, r.table, r.token_ids, r.picks, r.weights, r.members, r.owners, r.tokens,
-               r.experts, r.k, r.scaling);
+               r.experts, r.k, r.blocks, r.scaling);
     });
 }

@@ -57,10 +57,11 @@ def route(
 ) -> Routed:  # fmt: skip
     splits, tokens, experts = parts.shape
     picks, weights = torch.full((tokens, k), -9, dtype=torch.int32), torch.full((tokens, k), torch.nan)
-    members, owners = (torch.full(shape, -9, dtype=torch.int32) for shape in ((tokens * k, 8), (tokens * k,)))
+    count = route_few.blocks(tokens, experts, k)
+    members, owners = (torch.full(shape, -9, dtype=torch.int32) for shape in ((count, 8), (count,)))
     call(
         library.run_route, *((P, t) for t in (parts, bias, table, token_ids, picks, weights, members, owners)),
-        *((N, n) for n in (splits, tokens, experts, k, route_few.values(experts))), (F, SCALING),
+        *((N, n) for n in (splits, tokens, experts, k, count, route_few.values(experts))), (F, SCALING),
     )  # fmt: skip
     check_work(picks, members, owners)
     return Routed(picks, weights, members, owners)
@@ -68,14 +69,15 @@ def route(
 
 def check_work(picks: Tensor, members: Tensor, owners: Tensor) -> None:
     """The list of work is that of a plain loop over the experts."""
-    tokens, pairs, flat = len(picks), picks.numel(), picks.flatten().tolist()
+    room, pairs, flat = min(len(picks), 8), picks.numel(), picks.flatten().tolist()
     blocks: list[tuple[int, list[int]]] = []
     for expert in sorted(set(flat)):
         mine = [pair for pair, pick in enumerate(flat) if pick == expert]
-        blocks += [(expert, mine[i : i + tokens]) for i in range(0, len(mine), tokens)]
-    assert owners.tolist() == [expert for expert, _ in blocks] + [-1] * (pairs - len(blocks))
+        blocks += [(expert, mine[i : i + room]) for i in range(0, len(mine), room)]
+    spare = len(owners) - len(blocks)
+    assert owners.tolist() == [expert for expert, _ in blocks] + [-1] * spare
     places = [mine + [pairs] * (8 - len(mine)) for _, mine in blocks]
-    assert members.tolist() == places + [[pairs] * 8] * (pairs - len(blocks))
+    assert members.tolist() == places + [[pairs] * 8] * spare
 
 
 def identity(tokens: int) -> Tensor:
@@ -89,7 +91,10 @@ def scored(z: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return route_scored(identity(len(z)), Matrix.prepare(gate), bias, k, SCALING)
 
 
-@pytest.mark.parametrize(("tokens", "experts", "size"), [(1, 12, 128), (3, 8, 1152), (5, 16, 2048), (8, 20, 1024)])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "size"),
+    [(1, 12, 128), (3, 8, 1152), (5, 16, 2048), (8, 20, 1024), (9, 12, 128), (29, 20, 1152), (64, 8, 128)],
+)
 def test_a_products_parts_add_up_to_it(library, tokens: int, experts: int, size: int) -> None:
     x, gate = draw(tokens, size), draw(experts, size, seed=1)
     got = gate_parts(library, x, gate).double().sum(0)
@@ -99,20 +104,20 @@ def test_a_products_parts_add_up_to_it(library, tokens: int, experts: int, size:
 
 
 def test_a_token_has_the_same_bits_in_any_company(library) -> None:
-    x, gate, bias = draw(8, 1152), draw(40, 1152, seed=1), draw(40, seed=2)
+    x, gate, bias = draw(64, 1152), draw(40, 1152, seed=1), draw(40, seed=2)
     parts = gate_parts(library, x, gate)
     together = route(library, parts, 6, bias)
-    for tokens in range(1, 8):
-        some = x[8 - tokens :].contiguous()
+    for tokens in (*range(1, 10), 31, 63):
+        some = x[64 - tokens :].contiguous()
         fewer = gate_parts(library, some, gate)
-        assert torch.equal(fewer, parts[:, 8 - tokens :])
+        assert torch.equal(fewer, parts[:, 64 - tokens :])
         got = route(library, fewer, 6, bias)
-        assert torch.equal(got.picks, together.picks[8 - tokens :])
-        assert torch.equal(got.weights, together.weights[8 - tokens :])
+        assert torch.equal(got.picks, together.picks[64 - tokens :])
+        assert torch.equal(got.weights, together.weights[64 - tokens :])
 
 
 @pytest.mark.parametrize(("experts", "splits"), [(8, 1), (200, 2), (256, 4), (384, 7), (1000, 3)])
-@pytest.mark.parametrize(("tokens", "k"), [(1, 1), (1, 6), (2, 8), (5, 6), (7, 1), (8, 8)])
+@pytest.mark.parametrize(("tokens", "k"), [(1, 1), (1, 6), (2, 8), (5, 6), (7, 1), (8, 8), (9, 6), (64, 8)])
 def test_the_best_experts_are_picked_and_weighed_as_by_the_twin(
     library, experts: int, splits: int, tokens: int, k: int
 ) -> None:
@@ -166,13 +171,13 @@ def test_a_token_that_is_not_a_number_picks_experts_and_leaves_the_others_alone(
     assert route(library, draw(1, 1, 256), 4, bias).picks.tolist() == [[9, 0, 1, 2]]
 
 
-@pytest.mark.parametrize("tokens", range(1, 9))
+@pytest.mark.parametrize("tokens", [*range(1, 10), 32, 57])
 @pytest.mark.parametrize("k", [1, 6, 8])
 def test_hashed_tokens_go_where_the_table_says_even_twice(library, tokens: int, k: int) -> None:
     experts, g = 16, torch.Generator().manual_seed(tokens)
     z = draw(tokens, experts, seed=k)
     table = torch.randint(experts, (100, k), generator=g)
-    table[:50, : k // 2 + 1] = 3  # an expert may have more pairs than there are tokens
+    table[:50, : k // 2 + 1] = 3  # an expert may have more pairs than there are tokens, and than a block has places
     token_ids = torch.randint(100, (tokens,), generator=g)
     token_ids[0] = 5
     gate = torch.zeros(experts, max(tokens, 4))
@@ -190,10 +195,21 @@ def test_the_list_of_work_is_whole_where_all_tokens_go_to_the_same_experts(libra
     bias[20 : 20 + k] = 100.0
     got = route(library, draw(1, tokens, 64), k, bias)
     assert sorted(set(got.picks.flatten().tolist())) == list(range(20, 20 + k))
-    assert got.owners.tolist() == [*range(20, 20 + k), *[-1] * (tokens * k - k)]
+    assert got.owners.tolist() == [*range(20, 20 + k), *[-1] * (len(got.owners) - k)]
     # All pairs are of one expert: as many blocks as picks, each full.
     got = route(library, draw(1, tokens, 64), k, table=torch.full((1, k), 63), token_ids=torch.zeros(tokens).long())
-    assert got.owners.tolist() == [63] * k + [-1] * (tokens * k - k)
+    assert got.owners.tolist() == [63] * k + [-1] * (len(got.owners) - k)
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_the_list_of_work_is_whole_where_blocks_are_as_many_as_there_can_be(library, spread: bool) -> None:
+    """One pair more than full blocks of every expert, or all pairs of experts of their own as far as they go."""
+    tokens, k, experts = 64, 8, 40
+    pairs = torch.arange(tokens * k)
+    owner = pairs % experts if spread else (pairs // 9).clamp(max=experts - 1)
+    got = route(library, draw(1, tokens, experts), k, table=owner.view(tokens, k), token_ids=torch.arange(tokens))
+    assert (got.owners >= 0).sum() <= route_few.blocks(tokens, experts, k) == experts + 64
+    assert len(set(got.owners.tolist()) - {-1}) == experts
 
 
 def test_only_few_tokens_of_a_gate_in_fp32_are_taken() -> None:
@@ -201,9 +217,10 @@ def test_only_few_tokens_of_a_gate_in_fp32_are_taken() -> None:
     assert not route_few.takes(1, gate, 6)
     use_cuda_products(True)
     try:
-        assert all(route_few.takes(tokens, gate, 6) for tokens in range(1, 9))
-        assert route_few.takes(8, gate, 16)
-        assert not any(route_few.takes(tokens, gate, 6) for tokens in (0, 9))
+        assert all(route_few.takes(tokens, gate, 6) for tokens in range(1, 65))
+        assert route_few.takes(32, gate, 16)
+        assert not any(route_few.takes(tokens, gate, 6) for tokens in (0, 65))
+        assert not route_few.takes(33, gate, 16)
         assert not route_few.takes(1, gate.bfloat16(), 6)
         assert not route_few.takes(1, gate[:, :64], 6)
         assert not route_few.takes(1, gate[:4], 6)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from engine.kernels.device import cuda_products
-from engine.kernels.device.few_tokens import TOKENS
 
-_PAIRS, _MOST_PICKS, _MOST_EXPERTS = 128, 16, 1024
-_THREADS, _SPAN, _EXPERTS = 256, 1024, 8
-"""As in the source."""
+TOKENS = 64
+_PAIRS, _MOST_PICKS, _MOST_EXPERTS = 512, 16, 1024
+_THREADS, _SPAN, _EXPERTS, _TOGETHER = 256, 1024, 8, 8
+"""As in the source; tokens of a block."""
 
 
 def takes(tokens: int, gate: Tensor, k: int) -> bool:
@@ -36,38 +36,46 @@ def takes(tokens: int, gate: Tensor, k: int) -> bool:
 def route(
     x: Tensor, gate: Tensor, bias: Tensor | None, table: Tensor | None, token_ids: Tensor | None, k: int, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """picks [T, k] int32, weights [T, k] fp32, members [T * k * 8] and owners [T * k] int32.
+    """picks [T, k] int32, weights [T, k] fp32, members [B * 8] and owners [B] int32, B as `blocks` says.
 
     x [T, D] fp32, gate [E, D] fp32; either bias [E] fp32, or table [V, k] and token_ids [T] int64. The picks are those
     of `engine.kernels.experts.route_scored` and `route_hashed`, the list of work is that of
-    `engine.kernels.device.experts.work_list` for blocks of 8 with room for T pairs.
+    `engine.kernels.device.experts.work_list` for blocks of 8 with room for T pairs where T is less.
     """
     from engine.kernels.device.cuda import kernel, run
 
-    (tokens, size), experts, pairs = x.shape, gate.shape[0], x.shape[0] * k
+    (tokens, size), experts = x.shape, gate.shape[0]
     spans = -(-size // _SPAN)
     x = x.contiguous()
     parts = torch.empty(spans, tokens, experts, dtype=torch.float32, device=x.device)
     picks = torch.empty(tokens, k, dtype=torch.int32, device=x.device)
     weights = torch.empty(tokens, k, dtype=torch.float32, device=x.device)
-    members = torch.empty(pairs * TOKENS, dtype=torch.int32, device=x.device)
-    owners = torch.empty(pairs, dtype=torch.int32, device=x.device)
+    count = blocks(tokens, experts, k)
+    members = torch.empty(count * _TOGETHER, dtype=torch.int32, device=x.device)
+    owners = torch.empty(count, dtype=torch.int32, device=x.device)
     run(
-        kernel("route_few.cu", f"penumbra_gate_{most(tokens)}"), -(-experts // _EXPERTS) * spans, _THREADS, 0,
+        kernel("route_few.cu", f"penumbra_gate_{most(tokens)}"),
+        -(-experts // _EXPERTS) * spans * -(-tokens // _TOGETHER), _THREADS, 0,
         x, gate, parts, *map(ctypes.c_int32, (tokens, experts, size)), waits=True,
     )  # fmt: skip
     steering = [0 if t is None else t.contiguous() for t in (bias, table, token_ids)]
     run(
         kernel("route_few.cu", f"penumbra_route_{values(experts)}"), 1, _THREADS, 0,
         parts, ctypes.c_int32(spans), *steering, picks, weights, members, owners,
-        *map(ctypes.c_int32, (tokens, experts, k)), ctypes.c_float(scaling), waits=True,
+        *map(ctypes.c_int32, (tokens, experts, k, count)), ctypes.c_float(scaling), waits=True,
     )  # fmt: skip
     return picks, weights, members, owners
 
 
 def most(tokens: int) -> int:
-    """Of the gate's kernels the one for so many tokens: for up to 1, 2, 4 or 8."""
-    return 1 << (tokens - 1).bit_length()
+    """Of the gate's kernels the one for so many tokens: a block takes up to 1, 2, 4 or 8 of them."""
+    return min(_TOGETHER, 1 << (tokens - 1).bit_length())
+
+
+def blocks(tokens: int, experts: int, k: int) -> int:
+    """Blocks of work at most: one for each pair, or the full ones and one more for each expert."""
+    pairs, room = tokens * k, min(tokens, _TOGETHER)
+    return min(pairs, experts + pairs // room)
 
 
 def values(experts: int) -> int:
