@@ -173,10 +173,12 @@ def indexer_cases(bandwidth: float) -> Cases:
             us = microseconds(lambda p: index_topk.scores_and_maxima(codes, weights, p, meta, 512, True), pools)
             both = microseconds(lambda p: index_topk.index_topk(q, w, p, meta, 512, True), pools)
             floor = length // 4 * (132 + 4 * tokens) / bandwidth * 1e6
+            figure = Figure("indexer logits", f"{length // 4:,} keys, {tokens} tokens", us, floor)
             library = peers.deep_gemm_logits(pools[0].data, meta.page_table, length // 4, tokens)
-            yield beside(
-                Figure("indexer logits", f"{length // 4:,} keys, {tokens} tokens", us, floor), "sgl-deep-gemm", library
-            )
+            if library is not None:
+                peer = microseconds(library, [p.data for p in pools])
+                figure = replace(figure, peer=peers.version("sgl-deep-gemm"), peer_us=peer)
+            yield figure
             yield Figure("indexer logits and top-k", f"{length // 4:,} keys, {tokens} tokens", both, floor)
 
 

@@ -120,8 +120,8 @@ def deep_gemm_linear(codes: list[Tensor], tokens: int) -> Callable[[Tensor], obj
 
 
 @_of("sgl-deep-gemm")
-def deep_gemm_logits(keys: Tensor, page_table: Tensor, rows: int, tokens: int) -> Callable[[], object]:
-    """Indexer logits of `tokens` tokens of one request over `rows` keys; keys [pages, 64 * 132] uint8."""
+def deep_gemm_logits(keys: Tensor, page_table: Tensor, rows: int, tokens: int) -> Callable[[Tensor], object]:
+    """Indexer logits of `tokens` tokens of one request over `rows` keys [pages, 64 * 132] uint8, the argument."""
     library = importlib.import_module("deep_gemm")
     together = min(tokens, 2)  # it takes no more of a request: four are two requests over the same pages
     q = torch.randn(tokens // together, together, 64, 128, device="cuda").to(torch.float8_e4m3fn)
@@ -130,12 +130,12 @@ def deep_gemm_logits(keys: Tensor, page_table: Tensor, rows: int, tokens: int) -
     page_table = page_table.repeat(tokens // together, 1)
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     plan = library.get_paged_mqa_logits_metadata(lengths, 64, processors)
-    cache = keys.view(len(keys), 64, 1, 132)
 
-    def call() -> object:
+    def call(keys: Tensor) -> object:
+        cache = keys.view(len(keys), 64, 1, 132)
         return library.fp8_paged_mqa_logits(q, cache, weights, lengths, page_table, plan, rows, clean_logits=False)
 
-    call()
+    call(keys)
     torch.cuda.synchronize()
     return call
 
