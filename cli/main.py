@@ -150,6 +150,9 @@ def up(
         ),
     ] = None,
     detach: Annotated[bool, flag("detach", "Return once ready; `penumbra down` stops it.", switch=True)] = False,
+    echo: Annotated[
+        bool, flag("echo", "Repeat what every process writes; else it is in their logs alone.", switch=True)
+    ] = True,
 ) -> int:
     """Run a whole cluster: Redis, a router, prefill and decode workers."""
     from rich.console import Console
@@ -183,6 +186,7 @@ def up(
             *(("--test-failpoints", str(test_failpoints)) if test_failpoints else ()),
             *shared,
         ),
+        echo=echo,
         router_flags=(
             *("--migration-limit", str(migration_limit)),
             *("--policy", policy, "--local-prefill-tokens", str(local_prefill_tokens)),
@@ -207,7 +211,7 @@ def up(
     )
     if detach:
         # The same words once more; of two contradicting switches the last one counts.
-        return start_detached(settings, (*context.obj, "--no-detach"), Console())
+        return start_detached(settings, (*context.obj, "--no-detach", "--no-echo"), Console())
     return run(settings, Console())
 
 

@@ -86,6 +86,7 @@ class ClusterConfig:
     grace_s: float = 10.0
     restart_pause_s: float = RESTART_S[1]  # the longest before somebody who keeps dying is started again
     ray: RayConfig | None = None  # None: everything on this machine
+    echo: bool = True  # what the members write is told here too, not in their logs alone
 
     def __post_init__(self) -> None:
         if min(self.prefill, self.decode) < 1:
@@ -288,7 +289,8 @@ class _Cluster:
             if self._stop.asked:
                 return 0
             # Each service ends its own grace first, and in an orderly way; the rest is for those that do not.
-            supervisor = Supervisor(log_dir=logs, echo=self._echo, grace_s=self._config.grace_s + KILL_AFTER_S)
+            echo = self._echo if self._config.echo else lambda name, line: None
+            supervisor = Supervisor(log_dir=logs, echo=echo, grace_s=self._config.grace_s + KILL_AFTER_S)
             # Redis was entered first and leaves last: draining workers still take themselves off the registry.
             stack.callback(self._stop_children, supervisor)
             self._model, self._redis_url = model, redis_url

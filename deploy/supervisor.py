@@ -26,6 +26,9 @@ from wire.errors import ConfigError
 TAIL_LINES = 12
 """Last lines of a child kept for the report of its death."""
 
+LOG_BYTES = 64 << 20
+"""A log of so many bytes becomes `<name>.log.1`, in place of the one that was that before."""
+
 RESTART_S = (0.5, 30.0)
 """Pause before a child that died is started again: at first, and at most. It doubles with each death."""
 
@@ -173,18 +176,32 @@ class Child:
         """Until the child's end, whatever becomes of the log: a child that nobody reads stands still."""
         assert self._process.stdout is not None
         lost = 0
-        with self.log.open("ab", buffering=0) as log:
+        log = self.log.open("ab", buffering=0)
+        try:
             for raw in self._process.stdout:
                 try:
                     if lost:
                         log.write(b"... %d lines are missing: they could not be written\n" % lost)
                         lost = 0
                     log.write(raw)
+                    if log.tell() >= LOG_BYTES:
+                        # Whoever succeeds a child writes to the same log, and may have put it aside already.
+                        if os.path.samestat(os.fstat(log.fileno()), self.log.stat()):
+                            self.log.replace(_before(self.log))
+                        log.close()
+                        log = self.log.open("ab", buffering=0)
                 except OSError:  # the disk is full
                     lost += 1
                 line = raw.decode("utf-8", "replace").rstrip("\r\n")
                 self._tail.append(line)
                 self._echo(self.name, line)
+        finally:
+            log.close()
+
+
+def _before(log: Path) -> Path:
+    """Where a log goes when it has grown long."""
+    return log.with_name(f"{log.name}.1")
 
 
 class Supervisor:
@@ -217,10 +234,14 @@ class Supervisor:
         tier: list[Running] = []
         self._tiers.append(tier)  # first, so that a start that fails half-way leaves nothing behind
         for spec in specs:
-            log = self._log_dir / f"{spec.name}.log"
-            log.unlink(missing_ok=True)
-            tier.append(spec.start(log=log, echo=self._echo))
+            tier.append(spec.start(log=self._new_log(spec.name), echo=self._echo))
         return tier
+
+    def _new_log(self, name: str) -> Path:
+        log = self._log_dir / f"{name}.log"
+        for old in (log, _before(log)):
+            old.unlink(missing_ok=True)
+        return log
 
     def dead(self) -> Running | None:
         """A child that has ended by itself, if any."""
@@ -241,9 +262,7 @@ class Supervisor:
     def add(self, beside: str, spec: Startable) -> Running:
         """Start one more child in the tier of the child called `beside`."""
         tier = next(tier for tier in self._tiers if any(child.name == beside for child in tier))
-        log = self._log_dir / f"{spec.name}.log"
-        log.unlink(missing_ok=True)
-        tier.append(spec.start(log=log, echo=self._echo))
+        tier.append(spec.start(log=self._new_log(spec.name), echo=self._echo))
         return tier[-1]
 
     def forget(self, child: Running) -> None:

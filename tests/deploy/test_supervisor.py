@@ -184,6 +184,18 @@ def test_pauses_before_a_restart_double_up_to_a_limit_and_start_over_after_a_ste
     assert restarts.died(now + STEADY_S, "decode-0") == 0.5
 
 
+def test_a_log_that_grows_long_makes_room_for_another_and_two_of_them_are_kept(tmp_path, heard, monkeypatch):
+    monkeypatch.setattr("deploy.supervisor.LOG_BYTES", 1_000)
+    log = tmp_path / "chatty.log"
+    child = Child(spec("chatty", "for i in range(345): print(f'{i:09}')"), log=log, echo=heard)
+    assert child.wait(60)
+    child.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["chatty.log", "chatty.log.1"]
+    assert log.read_text().split() == [f"{i:09}" for i in range(300, 345)]
+    assert (tmp_path / "chatty.log.1").read_text().split() == [f"{i:09}" for i in range(200, 300)]
+    assert heard == [("chatty", f"{i:09}") for i in range(345)]
+
+
 def test_a_child_whose_log_can_not_be_written_goes_on(heard):
     child = Child(spec("chatty", "for i in range(2_000): print('x' * 100)"), log=Path("/dev/full"), echo=heard)
     assert child.wait(60)

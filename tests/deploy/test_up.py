@@ -71,6 +71,10 @@ def test_a_detached_cluster_serves_has_a_status_and_goes_down_whole(penumbra, tm
     assert [member.name for member in state.members] == ["prefill-0", "decode-0", "router", "redis"]
     with urllib.request.urlopen(f"{state.url}/v1/models", timeout=10) as answer:
         assert [model["id"] for model in json.load(answer)["data"]] == ["penumbra-nano"]
+    # What the members write is in their own logs, and nowhere twice.
+    folder = tmp_path / "home" / "clusters" / "default"
+    assert "prefill-0 | " not in (folder / "penumbra.log").read_text()
+    assert (folder / "logs" / "prefill-0.log").stat().st_size
     resident_bytes = sum(psutil.Process(pid).memory_info().rss for pid in pids(state))
     assert resident_bytes < 2.5e9
 
