@@ -31,13 +31,34 @@ from engine.batch import StepMeta
 from engine.cache.pools import KvPools
 from engine.config import ModelConfig
 from engine.kernels.hyper_connections import collapse
-from engine.kernels.linear import Matrix, linear
+from engine.kernels.linear import Fp8Weight, Matrix, linear
 from engine.kernels.norm_rope import rms_norm
 from engine.model.deepseek_v4 import DeepseekV4, Layer, take, window_rows
+from engine.model.publish import quantise_fp8
+from engine.model.weights import keep_fp8
 from wire.types import PAGE_TOKENS
 
 HEADER = 4
 """Numbers before the streams in a `draft_state`; float32 holds positions exactly."""
+
+
+HEAD_ROWS = 8_192
+"""Of the head, rounded at once."""
+
+
+def head_for_guesses(head: Matrix) -> Matrix:
+    """The model's head; on a GPU in e4m3, of half the bytes. Reading it is most of what a guess takes there, and a
+    guess that is rounded away costs an accepted draft, never a token.
+    """
+    if not (head.data.is_cuda and head.half and head.scales is None):
+        return head
+    return Matrix.prepare(rounded_to_fp8(head.data))
+
+
+def rounded_to_fp8(weight: Tensor) -> Fp8Weight:
+    """weight [N, K], a part of its rows after the other."""
+    parts = [keep_fp8(*quantise_fp8(rows.float())) for rows in weight.split(HEAD_ROWS)]
+    return Fp8Weight(torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts]))
 
 
 class DraftLayer:
@@ -46,7 +67,7 @@ class DraftLayer:
     def __init__(self, model: DeepseekV4, tensors: dict[str, Tensor]) -> None:
         """Takes the layer's tensors by official name and removes them from the dict."""
         self.config: ModelConfig = model.config
-        self.embedding, self.head = model.embedding, model.head
+        self.embedding, self.head = model.embedding, head_for_guesses(model.head)
         named = partial(take, tensors, "mtp.0.")
         plain = replace(self.config, compress_ratios=(*self.config.compress_ratios, 0))
         self.layer = Layer(plain, self.config.num_layers, named)

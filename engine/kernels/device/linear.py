@@ -161,7 +161,7 @@ def product(x: Tensor, weight: Tensor, scales: Tensor | None, groups: int) -> Te
         return _product_of_many(x, weight, scales, groups)
     few = tokens <= _DECODE_TOKENS
     tile, step, per_split, warps = plan(outputs, inputs, groups, fp8, few)
-    tok = 16 if few else 64 if tokens <= 64 else 128
+    tok = min(max(16, triton.next_power_of_2(tokens)), 128)
     splits = -(-inputs // per_split)
     tiles = -(-per_group // tile)
     y = torch.empty(tokens, outputs, dtype=torch.float32, device=x.device)
