@@ -22,6 +22,16 @@ __device__ __forceinline__ u32 times(u32 a, u32 b) {  // bf16
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
     return both;
 }
+// Of memory that nobody writes before this kernel has ended.
+__device__ __forceinline__ Words read16(const u8* from) {
+    Words to;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(to.w[0]), "=r"(to.w[1]), "=r"(to.w[2]), "=r"(to.w[3]) : "l"(from));
+    return to;
+}
+__device__ __forceinline__ void read8(u32 (&to)[2], const u8* from) {
+    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from));
+}
 // Bytes of v as the selector's digits say, lowest first: 0 to 3 a byte, 8 to b eight times the sign of one.
 __device__ __forceinline__ u32 bytes_and_signs(u32 v, u32 selector) {
     u32 made;
@@ -73,10 +83,10 @@ template <int I> __device__ __forceinline__ u32 e4m3(u32 v) {
     return bytes_and_signs(v, I ? 0xb3a2 : 0x9180) << 4 & 0x87f087f0u;  // each byte under its sign
 }
 
-// What they are multiplied by for a scale of 2^(code - 127). bf16 has no power above 2^127: where code > FACTOR there
+// What they are multiplied by for a scale of 2^(code - 127). bf16 has no power above 2^127: where code > LARGEST there
 // is a second factor.
-#define FACTOR 134
+#define LARGEST 134
 __device__ __forceinline__ u32 power_of(u32 code) {
-    return (code == 255 ? 0x7fc0u : (code > FACTOR ? 254 : code + 120) << 7) * 0x10001u;
+    return (code == 255 ? 0x7fc0u : (code > LARGEST ? 254 : code + 120) << 7) * 0x10001u;
 }
-__device__ __forceinline__ u32 second_power_of(u32 code) { return (code - FACTOR + 127) * 0x00800080u; }
+__device__ __forceinline__ u32 second_power_of(u32 code) { return (code - LARGEST + 127) * 0x00800080u; }

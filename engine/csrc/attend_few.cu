@@ -94,7 +94,7 @@ __device__ __forceinline__ void decode(Tile& values, const Codes& codes, u32 cod
             values[key][place(key, 2 * i + h)] = pairs;
         }
     }
-    if (code > FACTOR)
+    if (code > LARGEST)
 #pragma unroll 1
         for (int i = 0; i < CHANNELS / 8; i++)
             for (int j = 0; j < 4; j++) values[key][i].w[j] = times(values[key][i].w[j], second);

@@ -166,15 +166,12 @@ template <int KEYS> __device__ __forceinline__ void send_for(Codes<KEYS>& to, co
 #pragma unroll
         for (int t = 0; t < 2; t++) to.rope[h][t] = Words{};
         if (row.codes) {
-            const Words* sixteens = reinterpret_cast<const Words*>(row.codes);
 #pragma unroll
-            for (int g = 0; g < SLABS - 1; g++) to.nope[h][g] = sixteens[CHANNELS / 16 * g + quad()];
+            for (int g = 0; g < SLABS - 1; g++) to.nope[h][g] = read16(row.codes + CHANNELS * g + 16 * quad());
 #pragma unroll
             for (int t = 0; t < 2; t++)
-                to.rope[h][t] = sixteens[NOPE_BYTES / 16 + rope_sixteen(lane_key<KEYS>(h), t)];
-            unsigned long long scales = *reinterpret_cast<const unsigned long long*>(row.scales);
-            to.scales[h][0] = (u32)scales;
-            to.scales[h][1] = (u32)(scales >> 32);
+                to.rope[h][t] = read16(row.codes + NOPE_BYTES + 16 * rope_sixteen(lane_key<KEYS>(h), t));
+            read8(to.scales[h], row.scales);
         }
     }
 }
@@ -201,12 +198,12 @@ template <int KEYS> __device__ __forceinline__ void decode(Shared<KEYS>& s, int 
         for (int t = 0; t < 2; t++)
             *reinterpret_cast<Words*>(s.keys[stage][SLABS - 1] + place(key, rope_sixteen(key, t))) = codes.rope[h][t];
         if (quad() == 0) s.bias[stage][key] = codes.there[h] ? 0.0f : NOTHING;
-        // Seldom: codes from 128 on, of which those above FACTOR are meant.
+        // Seldom: codes from 128 on, of which those above LARGEST are meant.
         if ((codes.scales[h][0] & 0x80808080u) | (codes.scales[h][1] & 0x00808080u))
 #pragma unroll 1
             for (int g = 0; g < SLABS - 1; g++) {
                 u32 code = (g < 4 ? codes.scales[h][0] : codes.scales[h][1]) >> 8 * (g & 3) & 255;
-                if (code <= FACTOR) continue;
+                if (code <= LARGEST) continue;
                 for (int i = 0; i < 8; i++) {
                     u32* pair = reinterpret_cast<u32*>(s.keys[stage][g] + place(key, 2 * quad() + i / 4)) + i % 4;
                     *pair = times(*pair, second_power_of(code));
@@ -218,23 +215,24 @@ template <int KEYS> __device__ __forceinline__ void decode(Shared<KEYS>& s, int 
 // Queues queries times keys of a tile.
 template <int KEYS>
 __device__ __forceinline__ void score(float (&logits)[KEYS / 2], const Shared<KEYS>& s, int stage) {
-    u64 queries = along(shared_address(s.queries)), keys = along(shared_address(s.keys[stage]));
+    u32 queries = along(shared_address(s.queries)), keys = along(shared_address(s.keys[stage]));
+    asm volatile("" : "+r"(queries));  // made anew for each tile, rather than 32 of them kept in registers
 #pragma unroll
     for (int slab = 0; slab < SLABS; slab++)
 #pragma unroll
         for (int k = 0; k < 4; k++)
-            products_along(logits, queries + (slab * HEADS * SLAB_ROW + k * 32) / 16,
-                           keys + (slab * KEYS * SLAB_ROW + k * 32) / 16, slab + k > 0);
+            products_along(logits, factor(queries + (slab * HEADS * SLAB_ROW + k * 32) / 16),
+                           factor(keys + (slab * KEYS * SLAB_ROW + k * 32) / 16), slab + k > 0);
 }
 
 // Queues weights times values of a tile, those of channels from HALF * half on.
 template <int KEYS>
 __device__ __forceinline__ void add_values(float (&sums)[HALF / 2], const Shared<KEYS>& s, int stage, int half) {
-    u64 weights = along(shared_address(s.weights));
-    u64 values = across(shared_address(s.keys[stage][half * SLABS / 2]), KEYS * SLAB_ROW);
+    u32 weights = along(shared_address(s.weights));
+    u32 values = across(shared_address(s.keys[stage][half * SLABS / 2]), KEYS * SLAB_ROW);
 #pragma unroll
     for (int k = 0; k < KEYS / 16; k++)
-        products_across(sums, weights + k * 32 / 16, values + k * 16 * SLAB_ROW / 16);
+        products_across(sums, factor(weights + k * 32 / 16), factor(values + k * 16 * SLAB_ROW / 16));
 }
 
 __device__ __forceinline__ void shrink_sums(float (&sums)[HALF / 2], float upper, float lower) {

@@ -67,16 +67,13 @@ __device__ __forceinline__ void products_across(float (&sums)[128], u64 first, u
 }
 #endif
 
-// A factor for wgmma: bits 0-13 its address, 16-29 and 32-45 two distances, all in units of 16 bytes; 49-51 zero, as slabs
-// begin where they do; 62-63 one, as 16 bytes lie at place().
+// A factor for wgmma. Its bits 0-13 are its address, 16-29 and 32-45 two distances, all in units of 16 bytes; 49-51 are
+// zero, as slabs begin where they do, 62-63 one, as 16 bytes lie at place(). Lower halves can be moved on, a unit a 16 bytes.
 //
 // Along: row r, input k at 128 r + 2 k from `at`, before place() moves it; the second distance is that of rows 8 apart,
 // the first one means nothing. The next 16 inputs are 32 bytes on.
-__device__ __forceinline__ u64 along(u32 at) {
-    return (u64)(at >> 4 & 0x3fff) | (u64)1 << 16 | (u64)(8 * SLAB_ROW >> 4) << 32 | (u64)1 << 62;
-}
 // Across: column n, input k at slab * (n / 64) + 2 (n % 64) + 128 k. The first distance is that of columns 64 apart, the
 // second one that of inputs 8 apart. The next 16 inputs are 16 rows on.
-__device__ __forceinline__ u64 across(u32 at, u32 slab) {
-    return (u64)(at >> 4 & 0x3fff) | (u64)(slab >> 4) << 16 | (u64)(8 * SLAB_ROW >> 4) << 32 | (u64)1 << 62;
-}
+__device__ __forceinline__ u32 along(u32 at) { return (at >> 4 & 0x3fff) | 1 << 16; }
+__device__ __forceinline__ u32 across(u32 at, u32 slab) { return (at >> 4 & 0x3fff) | slab >> 4 << 16; }
+__device__ __forceinline__ u64 factor(u32 lower) { return (u64)(8 * SLAB_ROW >> 4 | 1 << 30) << 32 | lower; }

@@ -5,7 +5,6 @@
 
 #define __shared__
 unsigned char memory[1 << 17] __attribute__((aligned(64)));
-struct Words;
 static int __ffs(uint32_t bits) { return __builtin_ffs((int)bits); }
 // ldmatrix.x4.trans: matrix i's rows are at the addresses of lanes 8 i to 8 i + 7; a lane gets rows 2 (l % 4) + {0, 1} of
 // column l / 4 of each.

@@ -7,7 +7,6 @@ unsigned char memory[228 << 10] __attribute__((aligned(1024)));
 #include "attend_on_cpu.h"
 #include "warpgroup_on_cpu.h"
 
-template <int N> struct Floats;
 static float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 static float power2(float x) { return std::exp2(x); }
 // Rounded to nearest, ties to even, as F16C does without asking for it of the compiler.
@@ -26,11 +25,9 @@ static float of_half(uint32_t bits) {
     float size = power == 31 ? (units ? NAN : INFINITY) : std::ldexp((float)(power ? units + 1024 : units), (power ? power : 1) - 25);
     return bits & 0x8000 ? -size : size;
 }
-static Floats<2> of_halves(uint32_t both);
+static Floats<2> of_halves(uint32_t both) { return Floats<2>{{of_half(both & 0xffff), of_half(both >> 16)}}; }
 
 #include "attend_long.cu"
-
-static Floats<2> of_halves(uint32_t both) { return Floats<2>{{of_half(both & 0xffff), of_half(both >> 16)}}; }
 
 struct Call {
     const float* q;
