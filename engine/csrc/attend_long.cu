@@ -65,23 +65,27 @@ __device__ __forceinline__ int quad() { return lane_id() & 3; }
 // The first of the two heads of a lane, eight apart.
 __device__ __forceinline__ int lane_head() { return 16 * group_warp() + lane_id() / 4; }
 
-// Queries of the block's heads, into shared memory. With eps >= 0 they are as projected: each is scaled to unit mean
-// square, then its last `pairs` pairs of channels are turned by the position. For the first warpgroup.
+// Some of the queries of a warp's 16 heads; a lane has channels 128 i + 4 lane.
+struct Queries {
+    Floats<4> rows[BATCH][4];
+};
+
+__device__ __forceinline__ void send_for(Queries& to, const float* q, int batch) {
+    q += (16 * group_warp() + batch * BATCH) * DIM + 4 * lane_id();
+#pragma unroll
+    for (int b = 0; b < BATCH; b++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) to.rows[b][i] = *reinterpret_cast<const Floats<4>*>(q + b * DIM + 128 * i);
+}
+
+// Queries of the block's heads, into shared memory; the first batch has been sent for. With eps >= 0 they are as projected:
+// each is scaled to unit mean square, then its last `pairs` pairs of channels are turned by the position. For the first
+// warpgroup.
 template <int KEYS>
 __device__ __forceinline__ void read_queries(
-    Shared<KEYS>& s, const float* q, float eps, float position, const float* freqs, int pairs) {
+    Shared<KEYS>& s, Queries& next, const float* q, float eps, float position, const float* freqs, int pairs) {
     int lane = lane_id(), first = 16 * group_warp();
     float cosine[2] = {1.0f, 1.0f}, sine[2] = {};
-    Floats<4> next[BATCH][4];  // channels 128 i + 4 lane
-    auto send_for = [&](int batch) {
-#pragma unroll
-        for (int b = 0; b < BATCH; b++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                next[b][i] = *reinterpret_cast<const Floats<4>*>(
-                    q + (first + batch * BATCH + b) * DIM + 128 * i + 4 * lane);
-    };
-    send_for(0);
     if (eps >= 0.0f)
 #pragma unroll
         for (int j = 0; j < 2; j++) {
@@ -90,12 +94,9 @@ __device__ __forceinline__ void read_queries(
         }
 #pragma unroll
     for (int batch = 0; batch < 16 / BATCH; batch++) {
-        Floats<4> rows[BATCH][4];
-#pragma unroll
-        for (int b = 0; b < BATCH; b++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) rows[b][i] = next[b][i];
-        if (batch + 1 < 16 / BATCH) send_for(batch + 1);
+        Queries now = next;
+        auto& rows = now.rows;
+        if (batch + 1 < 16 / BATCH) send_for(next, q, batch + 1);
         if (eps >= 0.0f) {
             float squares[BATCH] = {};
 #pragma unroll
@@ -328,8 +329,13 @@ template <int KEYS> __device__ __forceinline__ void attend(PARAMETERS) {
     int blocks = heads / HEADS, split = blockIdx.x / blocks % splits;
     long long token = blockIdx.x / (blocks * splits);
     int first_head = (int)blockIdx.x % blocks * HEADS;
+    // The same for all lanes, which the compiler is told.
+    bool weighs = __shfl_sync(ALL, threadIdx.x >> 7, 0) == 0;
     await_previous();
     long long position = positions[token], seg = segment[token];
+    q += (token * heads + first_head) * DIM;
+    Queries queries;
+    if (weighs) send_for(queries, q, 0);
     int finished = 0;
     if (pool) finished = (int)((position + 1) >> (PAGE_BITS - pool_bits));
     if (selected && finished > picks) finished = picks;
@@ -344,9 +350,8 @@ template <int KEYS> __device__ __forceinline__ void attend(PARAMETERS) {
         return;
     }
     float sums[HALF / 2] = {};
-    // The same for all lanes, which the compiler is told.
-    if (__shfl_sync(ALL, threadIdx.x >> 7, 0) == 0) {
-        read_queries<KEYS>(s, q + (token * heads + first_head) * DIM, eps, (float)position, freqs, pairs);
+    if (weighs) {
+        read_queries<KEYS>(s, queries, q, eps, (float)position, freqs, pairs);
         publish();
         meet(THREADS);
         float logits[KEYS / 2] = {}, shrink[2];
@@ -435,23 +440,25 @@ extern "C" __global__ void __launch_bounds__(THREADS) penumbra_attend_long_merge
     int thread = threadIdx.x, warp = warp_id(), lane = lane_id();
     await_previous();
     long long first = (long long)token * splits * heads + head;  // of split 0 in stats
-    Words some[MERGED];
+    Words some[MERGED] = {};
     auto send_for = [&](int from) {
 #pragma unroll
         for (int i = 0; i < MERGED; i++) {
-            int split = from + WARPS * i < splits ? from + WARPS * i : splits - 1;
-            some[i] = reinterpret_cast<const Words*>(parts + (first + (long long)split * heads) * DIM + half * HALF)[lane];
+            int split = from + WARPS * i;
+            const unsigned short* part = parts + (first + (long long)split * heads) * DIM + half * HALF;
+            if (split < splits) some[i] = reinterpret_cast<const Words*>(part)[lane];
         }
     };
     send_for(warp);
     Floats<4> own = {{NOTHING, 0.0f, 0.0f, 0.0f}};
     if (thread < splits) own = *reinterpret_cast<const Floats<4>*>(stats + (first + (long long)thread * heads) * 4);
+    float drain = sink[head] * LOG2_E;
     // Two channels of a thread.
     int channel = half * HALF + thread / 16 * 32 + thread % 4 * 8 + thread / 4 % 4 * 2;
     int pair = channel / 2 - (DIM / 2 - pairs);
     float sine = 0.0f, cosine = 1.0f;
     if (freqs && pair >= 0 && thread < HALF / 2) sincosf((float)positions[token] * freqs[pair], &sine, &cosine);
-    float drain = sink[head] * LOG2_E, highest = own.f[0];
+    float highest = own.f[0];
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) highest = fmaxf(highest, __shfl_xor_sync(ALL, highest, d));
     if (lane == 0) s.highest[warp] = highest;
@@ -498,8 +505,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) penumbra_attend_long_merge
         odd += two.f[1];
         total += s.total[w];
     }
-    even /= total;
-    odd /= total;
+    even *= 1.0f / total;
+    odd *= 1.0f / total;
     *reinterpret_cast<Floats<2>*>(out + ((long long)token * heads + head) * DIM + channel) =
         Floats<2>{{even * cosine + odd * sine, odd * cosine - even * sine}};
 }

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels.device import attend_long
+from engine.kernels.device import attend_long, use_long_attention
 from engine.kernels.norm_rope import query, rotate
 from engine.kernels.rows import RowPool, read_rows, write_rows
 from tests.kernels.cuda_on_cpu import compiled
@@ -68,7 +68,7 @@ class Step:
     ) -> tuple[RowPool, Tensor, list[Tensor]]:
         """Pages that nobody reads are item 0, which nobody may."""
         tables = torch.zeros(max(self.requests) + 1, pages, dtype=torch.int32)
-        touched = [set() for _ in tables]
+        touched: list[set[int]] = [set() for _ in tables]
         for request, read in zip(self.requests, reads, strict=True):
             touched[request].update((read // rows).tolist())
         total = sum(len(pages) for pages in touched)
@@ -359,6 +359,18 @@ def test_splits_are_chosen_by_shapes_and_leave_none_without_a_tile() -> None:
                 tiles = -(-keys // tile)
                 share = -(-tiles // splits)
                 assert (splits - 1) * share < tiles <= splits * share
+
+
+def test_it_is_asked_for_whole_blocks_of_heads_and_many_keys_once_switched_on() -> None:
+    assert not attend_long.better(64, 8192)
+    use_long_attention(True)
+    try:
+        assert attend_long.better(64, 8192)
+        assert attend_long.better(128, 640)
+        assert not attend_long.better(32, 8192)
+        assert not attend_long.better(64, 160)
+    finally:
+        use_long_attention(False)
 
 
 def test_shared_memory_is_as_the_binding_says(library) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.batch import StepMeta
+from engine.kernels.device import long_attention
 from engine.kernels.rows import RowPool
 
 HEADS = 64
@@ -21,7 +22,7 @@ SHARED_BYTES = {32: 139_776, 64: 205_568}
 """Of a block that takes so many keys at once, likewise, and MERGE_BYTES of one that merges."""
 MERGE_BYTES = 9_280
 _THREADS = 256
-MOST_SPLITS, MOST_PAIRS = 256, 64
+_MOST_SPLITS = 256
 BLOCKS = 132
 """At once on a Hopper GPU: one for each of its multiprocessors."""
 TILE_COSTS = {32: 17, 64: 27}
@@ -30,19 +31,27 @@ added: in hundreds of cycles, estimated."""
 PART_COST = 0.4
 
 
+LEAST_KEYS = 512
+"""With fewer of them `attend_few` is done sooner."""
+
+
+def better(heads: int, keys: int) -> bool:
+    """Whether `attend` is to take what `attend_few.takes` says that its own does."""
+    return long_attention() and heads % HEADS == 0 and keys >= LEAST_KEYS
+
+
 @lru_cache(maxsize=1024)
 def plan(tokens: int, heads: int, keys: int) -> tuple[int, int]:
     """(keys of a tile, splits of the keys), of which there are so many at most."""
     groups = tokens * heads // HEADS
-    best = (0.0, 0, 0)
+    plans = []
     for tile, cost in TILE_COSTS.items():
         tiles = -(-keys // tile)
-        share = -(-tiles // max(1, BLOCKS // groups))
-        splits = min(-(-tiles // share), MOST_SPLITS)
-        time = share * cost + groups * splits * PART_COST
-        if not best[0] or time < best[0]:
-            best = (time, tile, splits)
-    return best[1], best[2]
+        least = -(-tiles // min(_MOST_SPLITS, max(1, BLOCKS // groups)))
+        for share in range(least, min(tiles, 4 * least) + 1):
+            splits = -(-tiles // share)
+            plans.append((share * cost + groups * splits * PART_COST, tile, splits))
+    return min(plans)[1:]
 
 
 def attend(
