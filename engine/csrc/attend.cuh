@@ -22,15 +22,15 @@ __device__ __forceinline__ u32 times(u32 a, u32 b) {  // bf16
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
     return both;
 }
-// Of memory that nobody writes before this kernel has ended.
+// Through the L2 alone: a row is read once.
 __device__ __forceinline__ Words read16(const u8* from) {
     Words to;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(to.w[0]), "=r"(to.w[1]), "=r"(to.w[2]), "=r"(to.w[3]) : "l"(from));
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(to.w[0]), "=r"(to.w[1]), "=r"(to.w[2]), "=r"(to.w[3]) : "l"(from) : "memory");
     return to;
 }
 __device__ __forceinline__ void read8(u32 (&to)[2], const u8* from) {
-    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from));
+    asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from) : "memory");
 }
 // Bytes of v as the selector's digits say, lowest first: 0 to 3 a byte, 8 to b eight times the sign of one.
 __device__ __forceinline__ u32 bytes_and_signs(u32 v, u32 selector) {

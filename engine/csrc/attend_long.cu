@@ -431,7 +431,7 @@ struct Merging {
 // parts and stats of up to THREADS splits -> out [tokens, heads, DIM]: their softmax, with sink [heads] in it, a logit that
 // has no value. With freqs [pairs] the last channels, in pairs, are turned back by the token's position. A block takes half
 // of a head's channels, a warp every eighth split. Blocks: [tokens][heads][2].
-extern "C" __global__ void __launch_bounds__(THREADS) penumbra_attend_long_merge(
+extern "C" __global__ void __launch_bounds__(THREADS, 3) penumbra_attend_long_merge(
     const unsigned short* parts, const float* stats, const float* sink, const long long* positions,
     const float* freqs, int pairs, float* out, int heads, int splits) {
     Merging& s = *reinterpret_cast<Merging*>(memory);
@@ -440,24 +440,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) penumbra_attend_long_merge
     int thread = threadIdx.x, warp = warp_id(), lane = lane_id();
     await_previous();
     long long first = (long long)token * splits * heads + head;  // of split 0 in stats
-    Words some[MERGED] = {};
-    auto send_for = [&](int from) {
-#pragma unroll
-        for (int i = 0; i < MERGED; i++) {
-            int split = from + WARPS * i;
-            const unsigned short* part = parts + (first + (long long)split * heads) * DIM + half * HALF;
-            if (split < splits) some[i] = reinterpret_cast<const Words*>(part)[lane];
-        }
-    };
-    send_for(warp);
     Floats<4> own = {{NOTHING, 0.0f, 0.0f, 0.0f}};
     if (thread < splits) own = *reinterpret_cast<const Floats<4>*>(stats + (first + (long long)thread * heads) * 4);
     float drain = sink[head] * LOG2_E;
     // Two channels of a thread.
     int channel = half * HALF + thread / 16 * 32 + thread % 4 * 8 + thread / 4 % 4 * 2;
     int pair = channel / 2 - (DIM / 2 - pairs);
-    float sine = 0.0f, cosine = 1.0f;
-    if (freqs && pair >= 0 && thread < HALF / 2) sincosf((float)positions[token] * freqs[pair], &sine, &cosine);
+    float angle = 0.0f, sine = 0.0f, cosine = 1.0f;
+    if (freqs && pair >= 0 && thread < HALF / 2) angle = (float)positions[token] * freqs[pair];
     float highest = own.f[0];
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) highest = fmaxf(highest, __shfl_xor_sync(ALL, highest, d));
@@ -475,21 +465,27 @@ extern "C" __global__ void __launch_bounds__(THREADS) penumbra_attend_long_merge
     if (lane == 0) s.total[warp] = total;
     __syncthreads();
     float sums[8] = {};
-    for (int from = warp; from < splits; from += WARPS * MERGED) {
-        if (from != warp) send_for(from);
+    int from = warp;
+    do {
+        Words some[MERGED] = {};
+        float by[MERGED];
+        const unsigned short* part = parts + (first + (long long)from * heads) * DIM + half * HALF + 8 * lane;
 #pragma unroll
-        for (int i = 0; i < MERGED; i++) {
-            int split = from + WARPS * i;
-            float by = split < splits ? s.weights[split] : 0.0f;
-            if (by != 0.0f)
+        for (int i = 0; i < MERGED; i++) by[i] = from + WARPS * i < splits ? s.weights[from + WARPS * i] : 0.0f;
 #pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    Floats<2> two = of_halves(some[i].w[j]);
-                    sums[2 * j] += by * two.f[0];
-                    sums[2 * j + 1] += by * two.f[1];
-                }
-        }
-    }
+        for (int i = 0; i < MERGED; i++)
+            if (by[i] != 0.0f) some[i] = *reinterpret_cast<const Words*>(part + (long long)(WARPS * i * DIM) * heads);
+        if (angle != 0.0f && from == warp) sincosf(angle, &sine, &cosine);  // while they are on their way
+#pragma unroll
+        for (int i = 0; i < MERGED; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                Floats<2> two = of_halves(some[i].w[j]);
+                sums[2 * j] += by[i] * two.f[0];
+                sums[2 * j + 1] += by[i] * two.f[1];
+            }
+        from += WARPS * MERGED;
+    } while (from < splits);
 #pragma unroll
     for (int i = 0; i < 2; i++)
         *reinterpret_cast<Floats<4>*>(&s.sums[warp][8 * lane + 4 * i]) =
