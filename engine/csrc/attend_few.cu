@@ -10,39 +10,24 @@
 //   weights  the warps' sums are added up in order, each warp for 2 R heads: the running maximum, the softmax's weights
 //   values   the weights times the same rows, which ldmatrix turns on their way
 //
-// e4m3 bits moved into bf16's places are its value over 2^120, subnormals included, so one product of bf16 with a power
-// of two decodes it exactly. The code 0x7f is no NaN here: rows that hold it have a scale of 255, which makes one.
-//
 // To merge, a block takes a head of a token and sends for the parts of eight splits at once.
 //
 // Sums are added in a fixed order that does not depend on R: the same bits every time, in any company.
 // Written against little of CUDA, so that a test can run it on a CPU (tests/kernels/cuda_on_cpu.h), which brings its
 // own of what stands between #ifndef ON_CPU and #endif.
 
-#include "warp.cuh"
+#include "attend.cuh"
 
 #define THREADS 256
-#define WARPS 8
-#define DIM 512
-#define CHANNELS 64  // of a warp, and of a scale
+#define WARPS 8  // CHANNELS each
 #define TILE 32
-#define WINDOW 128
-#define LISTED 512  // keys whose rows are looked up at once
-#define PAGE_BITS 8
-#define AHEAD 2  // tiles on their way at once
-#define ROW_BYTES 576
-#define NOPE_BYTES 448
-#define SCALE_BYTES 8
+#define LISTED 512   // keys whose rows are looked up at once
+#define AHEAD 2      // tiles on their way at once
+#define MOST_PAIRS 64
 #define MERGERS 128  // threads of a block that merges, four channels each
 #define MERGED 8     // parts that are on their way at once
-#define NOTHING __uint_as_float(0xff800000u)  // -inf
 
 #ifndef ON_CPU
-__device__ __forceinline__ u32 times(u32 a, u32 b) {  // bf16
-    u32 both;
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
-    return both;
-}
 // Four 8 x 8 matrices of 16 bits, transposed: lanes 8 i to 8 i + 7 name the rows of matrix i, in shared memory.
 __device__ __forceinline__ void turned(u32 (&to)[4], const Words* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -51,11 +36,6 @@ __device__ __forceinline__ void turned(u32 (&to)[4], const Words* row) {
 #endif
 
 extern __shared__ __align__(16) unsigned char memory[];
-
-// Where a key's row lies; null where there is no key.
-struct __align__(16) Row {
-    const u8 *codes, *scales;
-};
 
 // Decoded rows: bf16 pairs of a warp's channels. 16 bytes lie where place() says, so that neither eight lanes that take
 // the same of eight keys, nor four of each of two, meet in a bank. Likewise codes, 16 bytes of twice the channels.
@@ -73,21 +53,8 @@ template <int R> struct Shared {
     u32 weights[16 * R][TILE / 2 + 4];      // bf16 pairs
     float shrink[16 * R];
     u32 there[LISTED / TILE];  // a bit for each key of a tile
+    float squares[WARPS][16 * R], cosines[MOST_PAIRS], sines[MOST_PAIRS];
 };
-
-// Rows in a pool, found through the table of one sequence's pages.
-struct Source {
-    const u8* items;
-    long long stride;
-    int bits;  // an item has 2^bits rows
-    const int* table;
-};
-
-__device__ __forceinline__ Row row_of(const Source& source, int index) {
-    const u8* item = source.items + source.table[index >> source.bits] * source.stride;
-    int rows = 1 << source.bits, place = index & (rows - 1);
-    return Row{item + place * ROW_BYTES, item + rows * ROW_BYTES + place * SCALE_BYTES};
-}
 
 // Sends for the warp's part of a tile. -> the scale of key lane_id().
 template <int R> __device__ __forceinline__ u32 send_for(Shared<R>& s, int tile, int count) {
@@ -111,17 +78,10 @@ template <int R> __device__ __forceinline__ u32 send_for(Shared<R>& s, int tile,
     return scale;
 }
 
-// Bytes 2 I and 2 I + 1 of a word as e4m3 -> bf16 of 2^-120 their value.
-template <int I> __device__ __forceinline__ u32 e4m3(u32 v) {
-    u32 high = __byte_perm(v, 0, I ? 0x3424 : 0x1404);  // a byte on top of each half
-    return (high >> 4 & 0x07f007f0u) | (high & 0x80008000u);
-}
-
 // Decodes the warp's channels of key lane_id(). code: its scale, 2^(code - 127).
 __device__ __forceinline__ void decode(Tile& values, const Codes& codes, u32 code) {
     int key = lane_id();
-    // bf16 has no power above 2^127: a scale above 2^7 is two factors.
-    u32 power = (code == 255 ? 0x7fc0u : (code > 134 ? 254 : code + 120) << 7) * 0x10001u;
+    u32 power = power_of(code), second = second_power_of(code);
 #pragma unroll
     for (int i = 0; i < CHANNELS / 16; i++) {
         Words sixteen = codes[key][place_of_codes(key, i)];
@@ -136,11 +96,10 @@ __device__ __forceinline__ void decode(Tile& values, const Codes& codes, u32 cod
             values[key][place(key, 2 * i + h)] = pairs;
         }
     }
-    u32 rest = (code - 134 + 127) * 0x00800080u;
-    if (code > 134)
+    if (code > LARGEST)
 #pragma unroll 1
         for (int i = 0; i < CHANNELS / 8; i++)
-            for (int j = 0; j < 4; j++) values[key][i].w[j] = times(values[key][i].w[j], rest);
+            for (int j = 0; j < 4; j++) values[key][i].w[j] = times(values[key][i].w[j], second);
 }
 
 // The warp's channels of the queries of 16 R heads, as operands. A product's inputs are four channels of each lane of a
@@ -149,16 +108,76 @@ template <int R> struct Queries {
     u32 a[R][4][4];
 };
 
-template <int R> __device__ __forceinline__ void read_queries(Queries<R>& to, const float* q) {
+// With eps >= 0 they are as projected: each is scaled to unit mean square, then its last `pairs` pairs of channels are
+// turned by the position.
+template <int R>
+__device__ __forceinline__ void read_queries(
+    Queries<R>& to, Shared<R>& s, const float* q, float eps, float position, const float* freqs, int pairs) {
+    int row = lane_id() / 4, first = warp_id() * CHANNELS + (lane_id() & 3) * 8;
+    Floats<4> fours[R][2][4];  // channels first + i / 2 * 32 + i % 2 * 4
 #pragma unroll
     for (int r = 0; r < R; r++)
 #pragma unroll
-        for (int i = 0; i < 4; i++)
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                fours[r][h][i] = *reinterpret_cast<const Floats<4>*>(
+                    q + (16 * r + 8 * h + row) * DIM + first + i / 2 * 32 + i % 2 * 4);
+    if (eps >= 0.0f) {
+        if ((int)threadIdx.x < pairs) sincosf(position * freqs[threadIdx.x], &s.sines[threadIdx.x], &s.cosines[threadIdx.x]);
+#pragma unroll
+        for (int r = 0; r < R; r++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                int head = 16 * r + 8 * h + lane_id() / 4;
-                int channel = warp_id() * CHANNELS + i / 2 * 32 + (lane_id() & 3) * 8 + i % 2 * 4;
-                Floats<4> four = *reinterpret_cast<const Floats<4>*>(q + head * DIM + channel);
+                float squares = 0.0f;
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++) squares += fours[r][h][i].f[j] * fours[r][h][i].f[j];
+#pragma unroll
+                for (int d = 1; d < 4; d *= 2) squares += __shfl_xor_sync(ALL, squares, d);
+                if ((lane_id() & 3) == 0) s.squares[warp_id()][16 * r + 8 * h + row] = squares;
+            }
+        __syncthreads();
+#pragma unroll
+        for (int r = 0; r < R; r++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float squares = 0.0f;
+#pragma unroll
+                for (int w = 0; w < WARPS; w++) squares += s.squares[w][16 * r + 8 * h + row];
+                float scale = rsqrtf(squares / DIM + eps);
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++) fours[r][h][i].f[j] *= scale;
+            }
+        if (warp_id() * CHANNELS >= DIM - 2 * MOST_PAIRS)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    int pair = (first + i / 2 * 32 + i % 2 * 4) / 2 + j - (DIM / 2 - pairs);
+                    float cosine = pair >= 0 ? s.cosines[pair] : 1.0f, sine = pair >= 0 ? s.sines[pair] : 0.0f;
+#pragma unroll
+                    for (int r = 0; r < R; r++)
+#pragma unroll
+                        for (int h = 0; h < 2; h++) {
+                            float& even = fours[r][h][i].f[2 * j];
+                            float& odd = fours[r][h][i].f[2 * j + 1];
+                            float turned_even = even * cosine - odd * sine;
+                            odd = even * sine + odd * cosine;
+                            even = turned_even;
+                        }
+                }
+    }
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const Floats<4>& four = fours[r][h][i];
                 to.a[r][i][h] = bf16s(four.f[0], four.f[1]);
                 to.a[r][i][2 + h] = bf16s(four.f[2], four.f[3]);
             }
@@ -260,17 +279,17 @@ __device__ __forceinline__ void add_values(float (&sums)[R][8][4], const Shared<
 }
 
 // window: 256 rows an item; pool: null, or 2^pool_bits rows an item, each of 2^(8 - pool_bits) tokens.
-// q [tokens, heads, DIM]; positions, segment [tokens]; tables [., pages]; oldest [.] or null; selected [tokens, picks],
-// -1 for none -> parts [tokens, splits, heads, DIM], sums not yet divided; tops, totals [tokens, splits, heads]. A split
+// q [tokens, heads, DIM], as projected if eps >= 0: then freqs [pairs], up to MOST_PAIRS; positions, segment [tokens];
+// tables [., pages]; oldest [.] or null; selected [tokens, picks], -1 for none -> parts [tokens, splits, heads, DIM], sums not yet divided; tops, totals [tokens, splits, heads]. A split
 // without keys has a top of -inf and a total of 0, and its part is not written.
 #define PARAMETERS                                                                                                   \
     const float *q, const long long *positions, const int *segment, const int *page_table, const int *swa_table,     \
         const long long *oldest, int pages, const u8 *window, long long window_stride, const u8 *pool,               \
-        long long pool_stride, int pool_bits, const int *selected, int picks, float *parts, float *tops,             \
-        float *totals, int heads, int splits, float scale
+        long long pool_stride, int pool_bits, const int *selected, int picks, float eps, const float *freqs,         \
+        int pairs, float *parts, float *tops, float *totals, int heads, int splits, float scale
 #define PASSED                                                                                                       \
     q, positions, segment, page_table, swa_table, oldest, pages, window, window_stride, pool, pool_stride,           \
-        pool_bits, selected, picks, parts, tops, totals, heads, splits, scale
+        pool_bits, selected, picks, eps, freqs, pairs, parts, tops, totals, heads, splits, scale
 
 template <int R> __device__ __forceinline__ void attend(PARAMETERS) {
     Shared<R>& s = *reinterpret_cast<Shared<R>*>(memory);
@@ -280,13 +299,12 @@ template <int R> __device__ __forceinline__ void attend(PARAMETERS) {
     await_previous();
     long long position = positions[token], seg = segment[token];
     Queries<R> queries;
-    read_queries<R>(queries, q + (token * heads + first_head) * DIM);
+    read_queries<R>(queries, s, q + (token * heads + first_head) * DIM, eps, (float)position, freqs, pairs);
     int finished = 0;
     if (pool) finished = (int)((position + 1) >> (PAGE_BITS - pool_bits));
     if (selected && finished > picks) finished = picks;
     int tiles = WINDOW / TILE + (finished + TILE - 1) / TILE, share = (tiles + splits - 1) / splits;
     int begin = split * share, end = begin + share < tiles ? begin + share : tiles;
-    long long oldest_seen = oldest ? oldest[seg] : 0;
     long long at = (long long)blockIdx.x * 16 * R;  // of its first head in tops
     if (begin >= end) {
         if (threadIdx.x < 16 * R) {
@@ -295,23 +313,16 @@ template <int R> __device__ __forceinline__ void attend(PARAMETERS) {
         }
         return;
     }
-    Source raw_rows = {window, window_stride, PAGE_BITS, swa_table + seg * pages};
-    Source pooled = {pool, pool_stride, pool_bits, page_table + seg * pages};
+    Seen seen = {{window, window_stride, PAGE_BITS, swa_table + seg * pages},
+                 {pool, pool_stride, pool_bits, page_table + seg * pages},
+                 position, oldest ? oldest[seg] : 0, selected ? selected + token * picks : nullptr, finished};
     bool rope = warp_id() == WARPS - 1;
     float sums[R][8][4] = {};
     Softmax<R> softmax = {NOTHING, {}};
     for (int first = begin; first < end; first += LISTED / TILE) {
         __syncthreads();  // the last list has been read by all
         for (int i = threadIdx.x; i < LISTED && first * TILE + i < end * TILE; i += THREADS) {
-            int key = first * TILE + i;
-            Row row = {nullptr, nullptr};
-            if (key < WINDOW) {
-                long long slot = position - (WINDOW - 1) + key;
-                if (slot >= oldest_seen && slot >= 0) row = row_of(raw_rows, (int)slot);
-            } else if (key - WINDOW < finished) {
-                int index = selected ? selected[token * picks + key - WINDOW] : key - WINDOW;
-                if (index >= 0) row = row_of(pooled, index);
-            }
+            Row row = row_of_key(seen, first * TILE + i);
             s.rows[i] = row;
             u32 there = __ballot_sync(ALL, row.codes != nullptr);
             if (lane_id() == 0) s.there[i / TILE] = there;

@@ -18,7 +18,7 @@ from engine.config import C4_RATIO, ModelConfig
 from engine.kernels.compress import compress_c4, compress_c128
 from engine.kernels.index_topk import select_blocks
 from engine.kernels.linear import Matrix, grouped_linear, linear, linears
-from engine.kernels.norm_rope import query, rms_norm, rope_frequencies
+from engine.kernels.norm_rope import rms_norm, rope_frequencies
 from engine.kernels.rows import RowPool, write_latents
 from engine.kernels.sparse_attention import sparse_attention
 
@@ -107,7 +107,7 @@ class Attention:
         """x [T, D] (site-normed) -> [T, D]. Writes this step's rows and rings; window_rows [T] are the tokens' own."""
         low, kv, *more = linears(x, self.of_x)
         q, *index_q = linears(rms_norm(low, self.q_norm, self.eps), self.of_low)
-        q = query(q.view(-1, self.heads, self.head_dim), meta.positions, self.freqs, self.eps)
+        q = q.view(-1, self.heads, self.head_dim)
         window = pools.window[self.layer]
         self._write_window(kv, meta.positions, window_rows, window)
         writing = meta if meta.write_table is None else replace(meta, page_table=meta.write_table)
@@ -123,7 +123,9 @@ class Attention:
             u, g = more
             compress_c128(u, g, c.ape, c.norm, ring, writing, self.freqs, self.eps, compressed)
         scale, half = self.head_dim**-0.5, self.wq_b.half
-        out = sparse_attention(q, self.sink, meta, window, compressed, self.ratio, selected, scale, half, self.freqs)
+        out = sparse_attention(
+            q, self.sink, meta, window, compressed, self.ratio, selected, scale, half, self.freqs, self.eps
+        )
         out = out.view(out.shape[0], self.groups, -1)
         return linear(grouped_linear(out, self.wo_a, self.groups), self.wo_b)
 

@@ -16,6 +16,7 @@ from engine.kernels import hyper_connections
 from engine.kernels import sparse_attention as attention_door
 from engine.kernels.device import (
     attend_few,
+    attend_long,
     experts,
     few_tokens,
     index_topk,
@@ -25,9 +26,12 @@ from engine.kernels.device import (
     sparse_attention,
     use_cuda_products,
     use_early_launches,
+    use_long_attention,
+    use_norms_in_attention,
 )
 from engine.kernels.device import hyper_connections as device_hyper
 from engine.kernels.linear import Matrix
+from engine.kernels.norm_rope import query
 from engine.kernels.rows import RowPool, read_rows
 from tests.gpu.steps_of_a_slice import digest
 
@@ -41,6 +45,8 @@ def in_cuda() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     use_cuda_products(False)
+    use_long_attention(False)
+    use_norms_in_attention(False)
     torch.cuda.empty_cache()
 
 
@@ -122,10 +128,16 @@ def test_fp4_experts_of_few_tokens(hidden: int, inner: int) -> None:
         assert apart(ten_times(ours), expected) < 1e-7
 
 
+@pytest.mark.parametrize("new", [False, True])
 @pytest.mark.parametrize("heads", [64, 128])
-@pytest.mark.parametrize(("ratio", "length"), [(0, 4096), (4, 65_536), (128, 4096), (128, 901_120)])
-def test_attention_of_few_tokens(heads: int, ratio: int, length: int) -> None:
-    for tokens in (1, 4):
+@pytest.mark.parametrize(("ratio", "length"), [(0, 4096), (4, 65_536), (128, 4096), (128, 131_072), (128, 901_120)])
+def test_attention_of_few_tokens(heads: int, ratio: int, length: int, new: bool) -> None:
+    """new: by `attend_long` where it is better, and of queries as projected."""
+    use_long_attention(new)
+    use_norms_in_attention(new)
+    freqs = 10_000 ** -(torch.arange(32, device="cuda") / 32) if new else None
+    eps = 1e-6 if new else None
+    for tokens in (1, 4, 8):
         meta = step([length], tokens)
         pages = meta.page_table.shape[1] + 1
         window = random_pool(pages, 256, "latent")
@@ -142,13 +154,41 @@ def test_attention_of_few_tokens(heads: int, ratio: int, length: int) -> None:
         assert attend_few.takes(tokens, heads, 512, True, window, pool)
         scale = 512**-0.5
         got = ten_times(
-            partial(sparse_attention.sparse_attention, q, sink, meta, window, pool, ratio, selected, scale, True)
+            partial(
+                sparse_attention.sparse_attention, q, sink, meta, window, pool, ratio, selected, scale, True, freqs, eps
+            )
         )
+        there = meta.to(torch.device("cpu"))
+        rotated = q.cpu()
+        if freqs is not None:
+            rotated = query(rotated, there.positions, freqs.cpu(), 1e-6)
         expected = attention_door.sparse_attention(
-            q.bfloat16().float().cpu(), sink.cpu(), meta.to(torch.device("cpu")), on_cpu(window),
-            None if pool is None else on_cpu(pool), ratio, None if selected is None else selected.cpu(), scale,
+            rotated.bfloat16().float(), sink.cpu(), there, on_cpu(window), None if pool is None else on_cpu(pool),
+            ratio, None if selected is None else selected.cpu(), scale, freqs=None if freqs is None else freqs.cpu(),
         )  # fmt: skip
         assert apart(got.cpu(), expected) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("ratio", [4, 128])
+def test_attention_of_any_plan(ratio: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of both sizes, splits that have one tile or many, and some without any."""
+    use_long_attention(True)
+    meta = step([131_072], tokens)
+    pages = meta.page_table.shape[1] + 1
+    window, pool = random_pool(pages, 256, "latent"), random_pool(pages, {4: 64, 128: 2}[ratio], "latent")
+    q, sink = torch.randn(tokens, 64, 512, device="cuda"), torch.randn(64, device="cuda")
+    selected = None
+    if ratio == 4:
+        selected = torch.stack([torch.randperm(32_768)[:1024] for _ in range(tokens)]).int().cuda()
+    call = partial(sparse_attention.sparse_attention, q, sink, meta, window, pool, ratio, selected, 512**-0.5, True)
+    expected = None
+    for tile in attend_long.SHARED_BYTES:
+        for splits in (1, 2, 5, 18, 36, 100):
+            monkeypatch.setattr(attend_long, "plan", lambda *_, chosen=(tile, splits): chosen)
+            got = ten_times(call)
+            expected = got if expected is None else expected
+            assert apart(got, expected) < 1e-5
 
 
 def on_cpu(pool: RowPool) -> RowPool:

@@ -1,14 +1,12 @@
 // The blocks of engine/csrc/attend_few.cu, one after another, on the CPU.
 #include <cmath>
 #include "cuda_on_cpu.h"
+#include "attend_on_cpu.h"
 
 #define __shared__
 unsigned char memory[1 << 17] __attribute__((aligned(64)));
-struct Words;
+static float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 static int __ffs(uint32_t bits) { return __builtin_ffs((int)bits); }
-static uint32_t times(uint32_t a, uint32_t b) {
-    return bf16s(bf16_of(a) * bf16_of(b), bf16_of(a >> 16) * bf16_of(b >> 16));
-}
 // ldmatrix.x4.trans: matrix i's rows are at the addresses of lanes 8 i to 8 i + 7; a lane gets rows 2 (l % 4) + {0, 1} of
 // column l / 4 of each.
 static void turned(uint32_t (&to)[4], const Words* row) {
@@ -35,17 +33,18 @@ struct Call {
     const long long* oldest;
     const u8 *window, *pool;
     const int* selected;
+    const float* freqs;
     float *parts, *tops, *totals;
     long long window_stride, pool_stride;
-    int pages, pool_bits, picks, heads, splits;
-    float scale;
+    int pages, pool_bits, picks, pairs, heads, splits;
+    float eps, scale;
 };
 static Call c;
 
 template <void (*KERNEL)(PARAMETERS)> static void block_of() {
     KERNEL(c.q, c.positions, c.segment, c.page_table, c.swa_table, c.oldest, c.pages, c.window, c.window_stride,
-           c.pool, c.pool_stride, c.pool_bits, c.selected, c.picks, c.parts, c.tops, c.totals, c.heads, c.splits,
-           c.scale);
+           c.pool, c.pool_stride, c.pool_bits, c.selected, c.picks, c.eps, c.freqs, c.pairs, c.parts, c.tops, c.totals,
+           c.heads, c.splits, c.scale);
 }
 
 extern "C" void run_attend(const Call* call, unsigned tokens, unsigned tiles) {

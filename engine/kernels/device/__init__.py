@@ -12,7 +12,8 @@ be captured as a CUDA graph. None uses atomics on floats: the same inputs give t
 Precision: a product takes fp32 operands where its matrix is fp32 (`--dtype float32`), else bf16 ones, or fp16 ones
 where CUDA C++ multiplies by e4m3 and e2m1; it sums in fp32. What lies between products is fp32.
 
-With `--kernels cuda`, the modules named `*_few.py` and `few_tokens.py` take what they can of a step of few tokens.
+With `--kernels cuda`, the modules named `*_few.py`, `attend_long.py` and `few_tokens.py` take what they can of a step
+of few tokens.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ to bf16 do so by integer arithmetic there, and hand products fp32 operands that 
 
 _cuda_products = False
 _early_launches = True
+_long_attention = False
+_norms_in_attention = False
 
 
 def use_cuda_products(on: bool) -> None:
@@ -50,6 +53,26 @@ def use_early_launches(on: bool) -> None:
 
 def early_launches() -> bool:
     return _early_launches
+
+
+def use_long_attention(on: bool) -> None:
+    """Whether few tokens attend to many keys by `attend_long.py`. Off: it has not been measured on a GPU."""
+    global _long_attention
+    _long_attention = on
+
+
+def long_attention() -> bool:
+    return _long_attention
+
+
+def use_norms_in_attention(on: bool) -> None:
+    """Whether CUDA C++ attention norms and rotates its queries itself. Off: it has not been measured on a GPU."""
+    global _norms_in_attention
+    _norms_in_attention = on
+
+
+def norms_in_attention() -> bool:
+    return _norms_in_attention
 
 
 COMPUTE_CAPABILITY = (9, 0)

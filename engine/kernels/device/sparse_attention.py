@@ -2,7 +2,8 @@
 
 A program takes one token, some of its heads and a run of key tiles; partial results are merged by a second kernel,
 in order. Rows are decoded in registers on their way into the products, so pools are read as they are, once.
-A few tokens go to `attend_few.py` where it takes them: there a program's latency is all that counts.
+A few tokens go to `attend_few.py` where it takes them, for there a program's latency is all that counts; those that
+attend to many keys to `attend_long.py`.
 
 T tokens, H heads, D values a row, S splits.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from engine.batch import StepMeta
 from engine.config import C4_RATIO, C128_RATIO, WINDOW
-from engine.kernels.device import attend_few, libraries
+from engine.kernels.device import attend_few, attend_long, libraries, norms_in_attention
 from engine.kernels.device.backends import backend
 from engine.kernels.device.codec import e4m3_value, exact, operand, rotated
 from engine.kernels.device.norm_rope import norm_rotate
@@ -200,7 +201,7 @@ def num_splits(tokens: int, blocks: int, key_tiles: int) -> int:
 
 def sparse_attention(
     q: Tensor, sink: Tensor, meta: StepMeta, window: RowPool, compressed: RowPool | None, ratio: int,
-    selected: Tensor | None, scale: float, half: bool, freqs: Tensor | None = None,
+    selected: Tensor | None, scale: float, half: bool, freqs: Tensor | None = None, eps: float | None = None,
 ) -> Tensor:  # fmt: skip
     """As `engine.kernels.sparse_attention.sparse_attention`; with `half` products take bf16 operands."""
     check_dim(window)
@@ -208,16 +209,22 @@ def sparse_attention(
     out = torch.empty_like(q)
     if not tokens:
         return out
-    if half and backend("attention") is not None:
-        out = libraries.attention(q, sink, meta, window, compressed, ratio, selected, scale)
-        return out if freqs is None else norm_rotate(out, None, None, meta.positions, freqs, inverse=True)
     rows = window if compressed is None else compressed
     picks = 0 if selected is None else selected.shape[1]
     v4 = window.layout == "v4"
     pages = meta.page_table.shape[1]
     keys = WINDOW + {0: 0, C4_RATIO: picks, C128_RATIO: pages * (256 // C128_RATIO)}[ratio]
-    if attend_few.takes(tokens, heads, dim, half, window, compressed):
-        attend_few.attend(q.contiguous(), sink, meta, window, compressed, selected, keys, scale, freqs, out)
+    library = half and backend("attention") is not None
+    few = not library and attend_few.takes(tokens, heads, dim, half, window, compressed)
+    within = few and norms_in_attention() and freqs is not None and freqs.shape[0] <= attend_few.MOST_PAIRS
+    if eps is not None and not within:
+        q, eps = norm_rotate(q, None, eps, meta.positions, freqs, inverse=False), None
+    if library:
+        out = libraries.attention(q, sink, meta, window, compressed, ratio, selected, scale)
+        return out if freqs is None else norm_rotate(out, None, None, meta.positions, freqs, inverse=True)
+    if few:
+        kernels = attend_long if attend_long.better(heads, keys) else attend_few
+        kernels.attend(q.contiguous(), sink, meta, window, compressed, selected, keys, scale, eps, freqs, out)
         return out
     block, tile, warps = shape(tokens, heads, half, v4)
     splits = num_splits(tokens, -(-heads // block), -(-keys // tile))

@@ -1,0 +1,79 @@
+// Products of a warpgroup, four warps at once (wgmma): 64 rows of bf16 by bf16 of shared memory, sums in registers.
+//
+// Both factors lie there in slabs, rows of 128 bytes (64 values), 16 bytes of row r at place(r, .), so that neither eight
+// rows of one column of sixteens nor one row meet in a bank. Slabs begin at multiples of 1,024 bytes. A product takes 16
+// inputs: from the first factor along its rows (`along`), from the second one along them or across (`across`).
+//
+// What threads wrote is there for products once they have called publish() and met. Products are queued; what they
+// read and the sums they change belong to them until they were awaited.
+#pragma once
+
+#include "warp.cuh"
+
+typedef unsigned long long u64;
+
+#define SLAB_ROW 128  // bytes
+__device__ __forceinline__ int place(int row, int sixteen) { return row * SLAB_ROW + (sixteen ^ (row & 7)) * 16; }
+
+#ifndef ON_CPU
+__device__ __forceinline__ u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
+__device__ __forceinline__ void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// A barrier of `threads`, all of whose warps come to one of its calls, whichever.
+__device__ __forceinline__ void meet(int threads) {
+    asm volatile("barrier.cta.sync.aligned 1, %0;" :: "r"(threads) : "memory");
+}
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void close_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Until all groups but the last LEFT are done, which those of `sums` are: that they change here keeps the compiler from
+// reading them before.
+template <int LEFT, int COUNT> __device__ __forceinline__ void await_products(float (&sums)[COUNT]) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(LEFT) : "memory");
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(sums[i]) :: "memory");
+}
+
+// sums of 64 rows by N columns, += or, without `add`, = 16 products each. Warp w has rows 16 w + lane / 4 + 8 r, a lane
+// columns 8 j + 2 (lane % 4) + c of them: sums[4 j + 2 r + c].
+#define FOUR(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
+#define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
+#define SUMS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define SUMS_32 SUMS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define SUMS_128 SUMS_32 \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+    ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+    ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+// Both factors along.
+__device__ __forceinline__ void products_along(float (&sums)[16], u64 first, u64 second, bool add) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %18, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" SUMS_16 "}, %16, %17, p, 1, 1, 0, 0;}"
+        : SIXTEEN(0) : "l"(first), "l"(second), "r"((u32)add));
+}
+__device__ __forceinline__ void products_along(float (&sums)[32], u64 first, u64 second, bool add) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" SUMS_32 "}, %32, %33, p, 1, 1, 0, 0;}"
+        : SIXTEEN(0), SIXTEEN(16) : "l"(first), "l"(second), "r"((u32)add));
+}
+// The second one across: 256 columns.
+__device__ __forceinline__ void products_across(float (&sums)[128], u64 first, u64 second) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" SUMS_128 "}, %128, %129, 1, 1, 1, 0, 1;"
+        : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48), SIXTEEN(64), SIXTEEN(80), SIXTEEN(96), SIXTEEN(112)
+        : "l"(first), "l"(second));
+}
+#endif
+
+// A factor for wgmma. Its bits 0-13 are its address, 16-29 and 32-45 two distances, all in units of 16 bytes; 49-51 are
+// zero, as slabs begin where they do, 62-63 one, as 16 bytes lie at place(). Lower halves can be moved on, a unit a 16 bytes.
+//
+// Along: row r, input k at 128 r + 2 k from `at`, before place() moves it; the second distance is that of rows 8 apart,
+// the first one means nothing. The next 16 inputs are 32 bytes on.
+// Across: column n, input k at slab * (n / 64) + 2 (n % 64) + 128 k. The first distance is that of columns 64 apart, the
+// second one that of inputs 8 apart. The next 16 inputs are 16 rows on.
+__device__ __forceinline__ u32 along(u32 at) { return (at >> 4 & 0x3fff) | 1 << 16; }
+__device__ __forceinline__ u32 across(u32 at, u32 slab) { return (at >> 4 & 0x3fff) | slab >> 4 << 16; }
+__device__ __forceinline__ u64 factor(u32 lower) { return (u64)(8 * SLAB_ROW >> 4 | 1 << 30) << 32 | lower; }

@@ -1,0 +1,108 @@
+"""The binding of engine/csrc/attend_long.cu: attention of up to eight tokens over many keys, split over blocks.
+
+How many splits there are depends on shapes alone. Where a page table is wider than a context the splits share the keys
+that there are, and those left over end at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from engine.batch import StepMeta
+from engine.kernels.device import long_attention
+from engine.kernels.rows import RowPool
+
+HEADS = 64
+"""Of a block, as in the source."""
+SHARED_BYTES = {32: 139_776, 64: 205_568}
+"""Of a block that takes so many keys at once, likewise, and MERGE_BYTES of one that merges."""
+MERGE_BYTES = 9_280
+_THREADS = 256
+_MOST_SPLITS = 256
+BLOCKS = 132
+"""At once on a Hopper GPU: one for each of its multiprocessors."""
+TILE_COSTS = {32: 17, 64: 27}
+"""What a tile of so many keys takes of a block, and what a block more takes of all for its part to be written, read and
+added: in hundreds of cycles, estimated."""
+PART_COST = 0.4
+
+
+LEAST_KEYS = 512
+"""With fewer of them `attend_few` is done sooner."""
+
+
+def better(heads: int, keys: int) -> bool:
+    """Whether `attend` is to take what `attend_few.takes` says that its own does."""
+    return long_attention() and heads % HEADS == 0 and keys >= LEAST_KEYS
+
+
+@lru_cache(maxsize=1024)
+def plan(tokens: int, heads: int, keys: int) -> tuple[int, int]:
+    """(keys of a tile, splits of the keys), of which there are so many at most."""
+    groups = tokens * heads // HEADS
+    plans = []
+    for tile, cost in TILE_COSTS.items():
+        tiles = -(-keys // tile)
+        least = -(-tiles // min(_MOST_SPLITS, max(1, BLOCKS // groups)))
+        for share in range(least, min(tiles, 4 * least) + 1):
+            splits = -(-tiles // share)
+            plans.append((share * cost + groups * splits * PART_COST, tile, splits))
+    return min(plans)[1:]
+
+
+def attend(
+    q: Tensor, sink: Tensor, meta: StepMeta, window: RowPool, compressed: RowPool | None, selected: Tensor | None,
+    keys: int, scale: float, eps: float | None, freqs: Tensor | None, out: Tensor,
+) -> None:  # fmt: skip
+    """As `attend_few.attend`, for heads that are a multiple of HEADS."""
+    tokens, heads, dim = q.shape
+    tile, splits = plan(tokens, heads, keys)
+    parts = torch.empty(tokens, splits, heads, dim, dtype=torch.float16, device=q.device)
+    stats = torch.empty(tokens, splits, heads, 4, dtype=torch.float32, device=q.device)
+    partial(q, meta, window, compressed, selected, scale, eps, freqs, tile, parts, stats)
+    merge(parts, stats, sink, meta.positions, freqs, out)
+
+
+def partial(
+    q: Tensor, meta: StepMeta, window: RowPool, compressed: RowPool | None, selected: Tensor | None, scale: float,
+    eps: float | None, freqs: Tensor | None, tile: int, parts: Tensor, stats: Tensor,
+) -> None:  # fmt: skip
+    """Into parts [T, S, H, D] fp16 and stats [T, S, H, 4], as the source says; tile and S as `plan` says.
+
+    q [T, H, D] fp32, contiguous: with eps as projected, and freqs what it is rotated by.
+    """
+    from engine.kernels.device.cuda import kernel, run
+
+    tokens, splits, heads, _ = parts.shape
+    int32, int64 = ctypes.c_int32, ctypes.c_int64
+    pool: tuple[object, ...] = (0, int64(0), int32(0))
+    if compressed is not None:
+        bits = compressed.rows_per_item.bit_length() - 1
+        pool = (compressed.data, int64(compressed.data.stride(0)), int32(bits))
+    run(
+        kernel("attend_long.cu", f"penumbra_attend_long_{tile}", SHARED_BYTES[tile]),
+        tokens * splits * (heads // HEADS), _THREADS, SHARED_BYTES[tile],
+        q, meta.positions, meta.segment, meta.page_table, meta.swa_table, 0 if meta.oldest is None else meta.oldest,
+        int32(meta.page_table.shape[1]), window.data, int64(window.data.stride(0)), *pool,
+        0 if selected is None else selected, int32(0 if selected is None else selected.shape[1]),
+        ctypes.c_float(-1.0 if eps is None else eps), 0 if freqs is None else freqs,
+        int32(0 if freqs is None else freqs.shape[0]), parts, stats, int32(heads), int32(splits),
+        ctypes.c_float(scale), waits=True,
+    )  # fmt: skip
+
+
+def merge(parts: Tensor, stats: Tensor, sink: Tensor, positions: Tensor, freqs: Tensor | None, out: Tensor) -> None:
+    """What `partial` made -> out [T, H, D], turned back by positions [T] if there are freqs."""
+    from engine.kernels.device.cuda import kernel, run
+
+    tokens, splits, heads, _ = parts.shape
+    int32 = ctypes.c_int32
+    run(
+        kernel("attend_long.cu", "penumbra_attend_long_merge", MERGE_BYTES), tokens * heads * 2, _THREADS, MERGE_BYTES,
+        parts, stats, sink, positions, 0 if freqs is None else freqs, int32(0 if freqs is None else freqs.shape[0]),
+        out, int32(heads), int32(splits), waits=True,
+    )  # fmt: skip
