@@ -27,6 +27,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 to bf16 do so by integer arithmetic there, and hand products fp32 operands that hold bf16 values."""
 
 _cuda_products = False
+_cuda_scores = False
 _early_launches = True
 
 
@@ -40,6 +41,18 @@ def use_cuda_products(on: bool) -> None:
 
 def cuda_products() -> bool:
     return _cuda_products and not INTERPRETED
+
+
+def use_cuda_scores(on: bool) -> None:
+    """Whether the indexer's scores of a decode step are computed by CUDA C++, where other products are. Off until it
+    has been measured. For the whole process, before its first step.
+    """
+    global _cuda_scores
+    _cuda_scores = on
+
+
+def cuda_scores() -> bool:
+    return _cuda_scores and cuda_products()
 
 
 def use_early_launches(on: bool) -> None:
