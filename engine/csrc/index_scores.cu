@@ -112,10 +112,9 @@ template <int COUNT> __device__ __forceinline__ void await_products(float (&sums
 
 // Where wgmma finds a factor whose rows are 128 bytes of shared memory, 16 bytes of row r at r * 128 + swizzled(r, .).
 // Upper half: bits 0-13 the distance of rows 8 apart, 17-19 zero for rows that begin at a multiple of 1,024 bytes, 30-31
-// one for a swizzle of 128 bytes. Lower half: bits 0-13 the address, 16-29 a distance that means nothing here. Addresses
-// and distances are in units of 16 bytes; the 32 inputs of a product begin at the address as it is before the swizzle.
-__device__ __forceinline__ u32 place_of(u32 address) { return address >> 4 | 1 << 16; }
-__device__ __forceinline__ u64 factor(u32 place) { return (u64)(1u << 30 | 8 * DIM >> 4) << 32 | place; }
+// one for a swizzle of 128 bytes. Lower half: bits 0-13 the address, and 16-29 a distance that means nothing here. All in
+// units of 16 bytes; the 32 inputs of a product begin at the address as it is before the swizzle.
+__device__ __forceinline__ u64 factor(u32 sixteens) { return (u64)(1u << 30 | 8 * DIM / 16) << 32 | sixteens; }
 __device__ __forceinline__ int swizzled(int row, int sixteen) { return 16 * (sixteen ^ (row & 7)); }
 
 // Up to four neighbouring tokens of a request, under the first one's number; its pages have numbers [begin, end).
@@ -155,7 +154,7 @@ __device__ __forceinline__ Memory laid_out(u8* memory, int together, int stages)
     codes, weights, positions, segment, page_table, pages, pool, item_stride, scores, maxima, tokens, k, together,   \
         stages
 
-// One warp: the step's groups, their pages, and the group in which page `first(total)` lies.
+// One warp: the groups of the step, their pages, and the group in which the block's first page lies.
 __device__ __forceinline__ void find_groups(
     Fixed& s, const long long* positions, const int* segment, int pages, int tokens, int k, int together, u32 block,
     u32 blocks) {
@@ -168,6 +167,19 @@ __device__ __forceinline__ void find_groups(
         segments[h] = there ? segment[token] : -1;
         long long finished = there ? (positions[token] + 1) >> 2 : 0;
         s.sees[token] = segments[h] >= 0 && finished > k ? (int)finished : 0;  // what is chosen whole needs no scores
+    }
+    if (tokens <= together) {  // one group, as a rule, and then soon found
+        int first = uniform(segments[0]);
+        u32 others = __ballot_sync(ALL, lane_id() < tokens && segments[0] != first);
+        int most = (int)__reduce_max_sync(ALL, (u32)s.sees[lane_id()]), end = (most + PAGE - 1) / PAGE;
+        if (others == 0) {
+            if (lane_id() == 0) {
+                s.total = end < pages ? end : pages;
+                s.first_group = 0;
+                s.groups[0] = Group{0, s.total, tokens, first};
+            }
+            return;
+        }
     }
     __syncwarp();
 #pragma unroll
@@ -305,8 +317,8 @@ template <int GROUPS, int N> __device__ __forceinline__ void take(
     int at = ((share.row + token) * pages + share.page) * PAGE + key;
     int step = share.step, stage = share.sent % stages;
     u32 parity = share.sent / stages & 1;
-    u32 queries = place_of(shared_address(m.queries) + (side * together + 2 * share.half) * TILE);
-    u32 first_keys = place_of(shared_address(m.keys));
+    u32 first_keys = shared_address(m.keys) / 16;
+    u32 queries = shared_address(m.queries) / 16 + (side * together + 2 * share.half) * (TILE / 16);
     float* tops = s.tops[group][0][token];
     // The page before this one: all warps have left their maxima of it. Lanes of a token write the same.
     auto write_maximum = [&](int round) {

@@ -18,7 +18,9 @@ TOGETHER = 4
 _HEADS, _PAGE = 64, 64
 _TILE, _SCALES, _FIXED = 8192, 256, 1960
 """Bytes, as in the source: a page's keys or a token's queries; their scales or weights; `struct Fixed`."""
-_SENDERS, _SHARED_BYTES = 4, 232_448
+_SENDERS = 4
+_SHARED_BYTES = 232_448
+"""A block's, at most. A kernel is asked for with that, whatever a plan needs, for what was asked for last holds."""
 _MULTIPROCESSORS = 132
 """Of a Hopper GPU, each with one block."""
 _ALIGNED = 16
@@ -78,7 +80,7 @@ def score(
 
     int32 = ctypes.c_int32
     run(
-        kernel("index_scores.cu", f"penumbra_index_scores_{plan.warpgroups}", plan.shared_bytes),
+        kernel("index_scores.cu", f"penumbra_index_scores_{plan.warpgroups}", _SHARED_BYTES),
         plan.blocks, plan.threads, plan.shared_bytes,
         codes, weights, positions, segment, page_table, int32(page_table.shape[1]), pool.data,
         ctypes.c_int64(pool.data.stride(0)), scores, maxima, int32(codes.shape[0]), int32(k), int32(plan.together),
