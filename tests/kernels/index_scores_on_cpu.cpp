@@ -1,6 +1,9 @@
 // The blocks of engine/csrc/index_scores.cu, one after another, on the CPU.
 #include <cmath>
+#include <deque>
+#define fetch16 fetch16_at_once
 #include "cuda_on_cpu.h"
+#undef fetch16
 
 #define __shared__
 typedef unsigned long long Bits;
@@ -28,7 +31,35 @@ static void arrive(Bits* barrier, int times) {
     if (times > b.missing) return fault("more arrive at a barrier than it is made for");
     if ((b.missing -= times) == 0) b.missing = b.arrivals, b.parity ^= 1;
 }
-static void arrive_when_there(Bits* barrier) { arrive(barrier, 1); }
+
+// Copies come late, a while after those of all others that were sent for before; until then there is nothing.
+struct Copy {
+    unsigned char* to;
+    const void* from;
+};
+struct Delivery {
+    std::vector<Copy> copies;
+    Bits* barrier;
+    long due;
+};
+static std::vector<std::vector<Copy>> sent;  // of a thread, since it last said what shall know of it
+static std::deque<Delivery> deliveries;
+static long polls;
+static void fetch16(void* to, const void* from) {
+    std::memset(to, 0xff, 16);
+    sent[threadIdx.x].push_back({(unsigned char*)to, from});
+}
+static void arrive_when_there(Bits* barrier) {
+    deliveries.push_back({std::move(sent[threadIdx.x]), barrier, polls + 600});
+    sent[threadIdx.x].clear();
+}
+static void poll() {
+    for (polls++; !deliveries.empty() && deliveries.front().due <= polls; deliveries.pop_front()) {
+        for (const Copy& copy : deliveries.front().copies) std::memcpy(copy.to, copy.from, 16);
+        arrive(deliveries.front().barrier, 1);
+    }
+}
+
 // One warp may be slower than the others, who must not count on it.
 static int slow_warp;
 static void dawdle() {
@@ -36,7 +67,7 @@ static void dawdle() {
 }
 static void await(Bits* barrier, uint32_t parity) {
     dawdle();
-    while (at(barrier).parity == parity) block::pause();
+    for (poll(); at(barrier).parity == parity; poll()) block::pause();
     block::sync_warp();
 }
 
@@ -68,41 +99,45 @@ struct Flight {
 };
 static std::vector<Flight> flights;
 
-// Byte `input` of row `row` of a factor, by the descriptor's bits: PTX ISA, asynchronous warpgroup-level matrix shared
-// memory layout, K-major, swizzle of 128 bytes: bits 4-6 of an address are changed by its bits 7-9.
-static unsigned char byte_of(Bits descriptor, int row, int input) {
+// 16 inputs of row `row` of a factor, by the descriptor's bits: PTX ISA, asynchronous warpgroup-level matrix shared memory
+// layout, K-major, swizzle of 128 bytes: bits 4-6 of an address are changed by its bits 7-9.
+static const unsigned char* inputs_of(Bits descriptor, int row, int sixteen) {
     if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) fault("a factor that is not swizzled by 128 bytes");
     uint32_t start = (descriptor & 0x3fff) << 4, eight_rows = (descriptor >> 32 & 0x3fff) << 4;
-    uint32_t address = start + row / 8 * eight_rows + row % 8 * 128 + input;
+    uint32_t address = start + row / 8 * eight_rows + row % 8 * 128 + 16 * sixteen;
     address ^= (address >> 7 & 7) << 4;
-    if (address >= sizeof memory) return fault("a factor outside of shared memory"), 0;
-    return memory[address];
+    if (address < sizeof memory) return memory + address;
+    fault("a factor outside of shared memory");
+    return memory;
 }
-static double e4m3(unsigned char code) {
-    static double values[256];
-    static bool known = false;
-    for (int i = 0; !known && i < 256; i++) {
+static std::vector<double> e4m3_values() {
+    std::vector<double> values(256);
+    for (int i = 0; i < 256; i++) {
         int exponent = i >> 3 & 15, mantissa = i & 7;
         double size = exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
         values[i] = (i & 0x7f) == 0x7f ? NAN : i & 0x80 ? -size : size;
     }
-    known = true;
-    return values[code];
+    return values;
+}
+static void read_row(double (&row)[32], Bits descriptor, int number) {
+    static const std::vector<double> values = e4m3_values();
+    for (int half = 0; half < 2; half++) {
+        const unsigned char* codes = inputs_of(descriptor, number, half);
+        for (int i = 0; i < 16; i++) row[16 * half + i] = values[codes[i]];
+    }
 }
 static void multiply(std::vector<double>& sums, int count, const Product& product) {
     int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4;
-    double rows[2][32];
-    for (int r = 0; r < 2; r++)
-        for (int k = 0; k < 32; k++) rows[r][k] = e4m3(byte_of(product.keys, 16 * warp + lane / 4 + 8 * r, k));
+    double keys[2][32], query[32];
+    for (int r = 0; r < 2; r++) read_row(keys[r], product.keys, 16 * warp + lane / 4 + 8 * r);
     sums.resize(count);
     for (int i = 0; i < count; i += 4)
         for (int c = 0; c < 2; c++) {
-            double column[32];
-            for (int k = 0; k < 32; k++) column[k] = e4m3(byte_of(product.queries, 2 * i + lane % 4 * 2 + c, k));
+            read_row(query, product.queries, 2 * i + lane % 4 * 2 + c);
             for (int r = 0; r < 2; r++) {
                 double& sum = sums[i + 2 * r + c];
                 if (!product.add) sum = 0;
-                for (int k = 0; k < 32; k++) sum += rows[r][k] * column[k];
+                for (int k = 0; k < 32; k++) sum += keys[r][k] * query[k];
             }
         }
 }
@@ -166,7 +201,9 @@ extern "C" int run_scores(const Call* call, unsigned warpgroups, unsigned blocks
     for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) {
         std::fill(std::begin(memory), std::end(memory), 0xff);  // NaN
         flights.assign(blockDim.x, Flight());
+        sent.assign(blockDim.x, {});
         block::run(blockDim.x, warpgroups == 2 ? block_of<penumbra_index_scores_2> : block_of<penumbra_index_scores_4>);
+        if (!deliveries.empty()) fault("a block leaves before what it sent for is there");
         for (auto& name : named)
             if (name.count) fault("a block leaves a barrier that some wait at");
     }

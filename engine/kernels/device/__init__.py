@@ -12,7 +12,8 @@ be captured as a CUDA graph. None uses atomics on floats: the same inputs give t
 Precision: a product takes fp32 operands where its matrix is fp32 (`--dtype float32`), else bf16 ones, or fp16 ones
 where CUDA C++ multiplies by e4m3 and e2m1; it sums in fp32. What lies between products is fp32.
 
-With `--kernels cuda`, the modules named `*_few.py` and `few_tokens.py` take what they can of a step of few tokens.
+With `--kernels cuda`, the modules named `*_few.py` and `few_tokens.py` take what they can of a step of few tokens, and
+`index_scores.py` does where it has been switched on.
 """
 
 from __future__ import annotations
