@@ -338,7 +338,7 @@ template <int GROUPS, int N> __device__ __forceinline__ void take(
             products(sums, factor(keys + 2 * i), factor(queries + 2 * i), i > 0);
         queue_products();
         if (!share.ends || round + 1 < share.rounds) pass_on(1 + (group + 1) % GROUPS, 256);
-        if (warp == 0 && round) write_maximum(round - 1);
+        if (warp == group && round) write_maximum(round - 1);  // another quarter of the multiprocessor for each
         float scale = reinterpret_cast<const float*>(m.scales + stage * SCALES)[key];
         await_products(sums);
         __syncwarp();
@@ -377,7 +377,7 @@ template <int GROUPS, int N> __device__ __forceinline__ void take(
         }
     }
     meet(1 + GROUPS + group, 128);
-    if (warp == 0 && share.rounds > 0) write_maximum(share.rounds - 1);
+    if (warp == group && share.rounds > 0) write_maximum(share.rounds - 1);
 }
 
 template <int GROUPS> __device__ __forceinline__ void score(u8* memory, u32 block, u32 blocks, PARAMETERS) {
