@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.kernels import random_pool, step
+from engine.batch import StepMeta, Tables
 from engine.kernels import experts as experts_door
 from engine.kernels import hyper_connections
 from engine.kernels import sparse_attention as attention_door
@@ -25,6 +26,7 @@ from engine.kernels.device import (
     route_few,
     sparse_attention,
     use_cuda_products,
+    use_cuda_scores,
     use_early_launches,
     use_long_attention,
     use_norms_in_attention,
@@ -47,6 +49,7 @@ def in_cuda() -> Iterator[None]:
     use_cuda_products(False)
     use_long_attention(False)
     use_norms_in_attention(False)
+    use_cuda_scores(False)
     torch.cuda.empty_cache()
 
 
@@ -195,23 +198,58 @@ def on_cpu(pool: RowPool) -> RowPool:
     return replace(pool, data=pool.data.cpu())
 
 
+@pytest.mark.parametrize("cuda", [False, True])
 @pytest.mark.parametrize("length", [4096, 901_120])
-def test_indexer_scores_of_few_tokens(length: int) -> None:
-    for tokens in (1, 2, 4):
+def test_indexer_scores_of_few_tokens(length: int, cuda: bool) -> None:
+    use_cuda_scores(cuda)
+    for tokens in (1, 2, 3, 4):
         meta = step([length], tokens)
         pool = random_pool(meta.page_table.shape[1] + 1, 64, "index")
         q, w = torch.randn(tokens, 64, 128, device="cuda"), torch.rand(tokens, 64, device="cuda")
         codes, weights = index_topk.quantise(q, w)
         scored = partial(index_topk.scores_and_maxima, codes, weights, pool, meta, 16, True)
         got = ten_times(lambda scored=scored: scored()[0])
-        blocks = torch.arange(length // 4)
-        places = meta.page_table[0].cpu().long()[blocks // 64] * 64 + blocks % 64
+        check_scores(codes, weights, pool, meta, got, scored()[1])
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_indexer_scores_of_several_requests(cuda: bool) -> None:
+    """Of one token, of several and of more than share a read; and alone, where the bits are the same."""
+    use_cuda_scores(cuda)
+    lengths, counts = [9000, 40, 70_000, 257, 30_001], [1, 3, 6, 2, 4]
+    one = step(lengths, 1)
+    starts = torch.tensor(lengths) - torch.tensor(counts)
+    meta = StepMeta.at(
+        Tables(one.slots, one.page_table, one.swa_table), starts.cuda(), torch.tensor(counts).cuda(), sum(counts)
+    )
+    pool = random_pool(one.page_table.numel() + 1, 64, "index")
+    q, w = torch.randn(sum(counts), 64, 128, device="cuda"), torch.rand(sum(counts), 64, device="cuda")
+    codes, weights = index_topk.quantise(q, w)
+    scored = partial(index_topk.scores_and_maxima, codes, weights, pool, meta, 16, True)
+    got, maxima = scored()
+    check_scores(codes, weights, pool, meta, got, maxima)
+    for token in (0, 5, 9, 15):
+        alone, _ = scored(token, token + 1)
+        seen = (int(meta.positions[token]) + 1) // 4
+        if seen > 16:
+            assert torch.equal(alone[0, :seen], got[token, :seen])
+
+
+def check_scores(codes: Tensor, weights: Tensor, pool: RowPool, meta: StepMeta, scores: Tensor, maxima: Tensor) -> None:
+    for token, (position, request) in enumerate(zip(meta.positions.tolist(), meta.segment.tolist(), strict=True)):
+        seen = (position + 1) // 4
+        if seen <= 16:
+            continue
+        blocks = torch.arange(seen)
+        places = meta.page_table[request].cpu().long()[blocks // 64] * 64 + blocks % 64
         keys = read_rows(on_cpu(pool), places).cuda().double()
-        for token in range(tokens):
-            seen = (length - tokens + token + 1) // 4
-            one = codes[token].view(torch.float8_e4m3fn).double()
-            expected = (keys[:seen] @ one.T).relu() @ weights[token].double()
-            assert apart(got[token, :seen], expected) < 1e-6
+        one = codes[token].view(torch.float8_e4m3fn).double()
+        expected = (keys @ one.T).relu() @ weights[token].double()
+        assert apart(scores[token, :seen], expected) < 1e-6
+        pages = -(-seen // 64)
+        written = scores[token, : 64 * pages]
+        assert (written[seen:] == -torch.inf).all()
+        assert torch.equal(maxima[token, :pages], written.unflatten(0, (-1, 64)).amax(1))
 
 
 @pytest.mark.parametrize("size", [4096, 7168])

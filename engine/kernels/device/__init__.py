@@ -12,8 +12,8 @@ be captured as a CUDA graph. None uses atomics on floats: the same inputs give t
 Precision: a product takes fp32 operands where its matrix is fp32 (`--dtype float32`), else bf16 ones, or fp16 ones
 where CUDA C++ multiplies by e4m3 and e2m1; it sums in fp32. What lies between products is fp32.
 
-With `--kernels cuda`, the modules named `*_few.py`, `attend_long.py` and `few_tokens.py` take what they can of a step
-of few tokens.
+With `--kernels cuda`, the modules named `*_few.py`, `attend_long.py`, `index_scores.py` and `few_tokens.py` take what
+they can of a step of few tokens.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 to bf16 do so by integer arithmetic there, and hand products fp32 operands that hold bf16 values."""
 
 _cuda_products = False
+_cuda_scores = False
 _early_launches = True
 _long_attention = False
 _norms_in_attention = False
@@ -43,6 +44,18 @@ def use_cuda_products(on: bool) -> None:
 
 def cuda_products() -> bool:
     return _cuda_products and not INTERPRETED
+
+
+def use_cuda_scores(on: bool) -> None:
+    """Whether the indexer's scores of a decode step are computed by CUDA C++, where other products are. Off until it
+    has been measured. For the whole process, before its first step.
+    """
+    global _cuda_scores
+    _cuda_scores = on
+
+
+def cuda_scores() -> bool:
+    return _cuda_scores and cuda_products()
 
 
 def use_early_launches(on: bool) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.batch import StepMeta
 from engine.config import C4_RATIO
-from engine.kernels.device import INTERPRETED, libraries
+from engine.kernels.device import INTERPRETED, index_scores, libraries
 from engine.kernels.device.backends import backend
 from engine.kernels.device.codec import (
     e4m3_value,
@@ -153,6 +153,13 @@ def scores_and_maxima(
     kind = (0 if v4 else 1) if half else 2
     scores = torch.empty(last - first, pages * 64, dtype=torch.float32, device=q.device)
     maxima = torch.empty(last - first, pages, dtype=torch.float32, device=q.device)
+    if half and index_scores.takes(last - first, heads, pages, pool):
+        of = slice(first, last)
+        index_scores.score(
+            q[of], w[of], meta.positions[of], meta.segment[of], meta.page_table, pool, k, scores, maxima,
+            index_scores.plan(last - first, pages),
+        )  # fmt: skip
+        return scores, maxima
     padded = max(16, triton.next_power_of_2(heads))
     together, strip = shape(pages, last - first)
     if not half:
