@@ -7,6 +7,7 @@ checkpoint holds, byte for byte as large. `engine.kernels.device.experts` reads 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def down_panels(weight: Tensor, scales: Tensor) -> Tensor:
     )  # fmt: skip
 
 
-def _panels(rows, codes: Tensor, panels: int) -> Tensor:  # type: ignore[no-untyped-def]
+def _panels(rows: Callable[[slice], tuple[Tensor, Tensor]], codes: Tensor, panels: int) -> Tensor:
     """rows(experts) -> codes [E, P, 4, 2, 8, K / 2] and scales [E, P, 4, 2, 8, K / 32]: warp, upper or lower, row."""
     count, steps = codes.shape[0], codes.shape[2] * 2 // STEP
     made = torch.empty(count, panels, steps, 4, STEP_BYTES, dtype=torch.uint8, device=codes.device)
