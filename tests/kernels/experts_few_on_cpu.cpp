@@ -114,6 +114,7 @@ static Down d;
 extern "C" unsigned shared_bytes(unsigned inputs, unsigned stages, unsigned pairs) {
     return sizeof(Shared) + WARPS * stages * sizeof(Step) + inputs / 16 * CORE + pairs * sizeof(Part);
 }
+extern "C" void order(int eager, int backwards) { block::eager = eager; block::backwards = backwards; }
 extern "C" void keep(int bits) { kept = bits; }
 extern "C" void run_gate_up(const GateUp* call, unsigned grid) {
     g = *call;

@@ -16,8 +16,15 @@ LIMIT = 10.0
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def built(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return compiled("experts_few", tmp_path_factory.mktemp("experts"))
+
+
+@pytest.fixture(params=["in step", "first ahead", "last ahead"])
+def library(built: ctypes.CDLL, request: pytest.FixtureRequest) -> ctypes.CDLL:
+    """Warps run in step, or one by one as far as they can: what they do not wait for is not there."""
+    built.order(request.param != "in step", request.param == "last ahead")
+    return built
 
 
 def held(x: Tensor) -> Tensor:
@@ -191,23 +198,23 @@ def test_a_panel_of_flash_in_any_company(library) -> None:
         assert torch.equal(alone[0], together[token])
 
 
-def test_the_few_bits_that_wgmma_counts_are_enough(library) -> None:
-    """13 bits behind the point, in every sum of 32 products: half a unit of fp16's last place, of random sums."""
+def test_the_few_bits_that_wgmma_counts_are_enough(built) -> None:
+    """13 bits behind the point in every sum of 32 products, where rounding tokens to fp16 alone costs 2e-8."""
     g = generator(6)
     weight, scales, meant = fp4((1, 64, 2048), g, 112, 122)
     h = torch.randn(2, 2048, generator=g)
     panels, work = experts_few.down_panels(weight, scales), work_of({0: 0, 1: 0}, 2)
-    library.keep(13)
-    parts = down(library, h, panels, torch.ones(2), work, 64)
-    library.keep(0)
+    built.keep(13)
+    parts = down(built, h, panels, torch.ones(2), work, 64)
+    built.keep(0)
     expected = h.double() @ meant[0].T
     apart = 1 - 2 * (parts.double() * expected).sum() / (parts.double().square().sum() + expected.square().sum())
-    assert 0 < apart < 1e-7
+    assert 0 < apart < 1e-9
 
 
-def test_shared_memory_is_what_the_source_lays_out(library) -> None:
+def test_shared_memory_is_what_the_source_lays_out(built) -> None:
     for inputs, stages, pairs in [(4096, 4, 24), (2048, 5, 6), (7168, 3, 384)]:
-        assert library.shared_bytes(inputs, stages, pairs) == experts_few.shared_bytes(inputs, stages, pairs)
+        assert built.shared_bytes(inputs, stages, pairs) == experts_few.shared_bytes(inputs, stages, pairs)
 
 
 @pytest.mark.parametrize(("hidden", "inner"), [(4096, 2048), (7168, 3072)])

@@ -122,8 +122,9 @@ def _fp4_half(codes, scale):
 
 @triton.jit
 def _panel_places(row, panel_rows, warp_rows, lower, steps):
-    """Where the words and the scales of these rows of an expert begin in its panels: among a warp's upper eight rows or,
-    with `lower`, its lower ones."""
+    """Where the words and the scales of these rows of an expert begin in its panels: among a warp's upper eight or,
+    with `lower`, its lower ones.
+    """
     warp = (row // panel_rows * steps * 4 + row % panel_rows // warp_rows) * PANEL_WORDS
     return warp + row % 8 * 16 + lower, warp + 512 + row % 8 + 8 * lower
 
