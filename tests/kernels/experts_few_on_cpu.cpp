@@ -49,11 +49,11 @@ static uint32_t e4m3(float x) {
 static uint32_t e4m3s(float low, float high) { return e4m3(low) | e4m3(high) << 8; }
 static void values_of(uint32_t both, float& low, float& high) { low = e4m3_of(both & 255); high = e4m3_of(both >> 8 & 255); }
 
-// As its hardware is said to, wgmma keeps `kept` bits behind the point of a product's mantissa where the largest of all
-// has its exponent, and as many of a sum; all of them where that is 0.
+// Hopper's wgmma of e4m3 keeps `kept` = 13 bits behind the point of products that are all shifted to the largest exponent
+// among them, and as many of their sum's mantissa, and cuts off the rest. Here all bits, where it is 0.
 static int kept = 0;
 static double cut_off(double x, int last) { return std::ldexp(std::trunc(std::ldexp(x, -last)), last); }
-static int exponent_of(float x) { return x == 0 ? -6 : std::max(-6, std::ilogb(x)); }
+static int exponent_of(float x) { return x == 0 ? -126 : std::max(-6, std::ilogb(x)); }
 
 struct Product { float (*sum)[4]; const uint32_t (*a)[4]; uint32_t columns; int batch; };
 static std::vector<Product> pending[512];
@@ -73,7 +73,7 @@ static void make(const Product& p) {
     const unsigned char* at = memory + ((p.columns & 0x3fff) << 4);
     unsigned apart = (p.columns >> 16 & 0x3fff) << 4;
     for (int i = 0; i < 4; i++) {
-        int row = lane / 4, lower = i / 2, column = lane % 4 * 2 + i % 2, most = -99;
+        int row = lane / 4, lower = i / 2, column = lane % 4 * 2 + i % 2, most = -999;
         float a[32], b[32];
         double sum = 0;
         for (int k = 0; k < 32; k++) {

@@ -9,8 +9,9 @@ that, and `Runner.load` runs steps of every kind before anybody waits for one.
 No kernel here waits for the host, and none decides its grid by values that only the device knows, so a whole step can
 be captured as a CUDA graph. None uses atomics on floats: the same inputs give the same bits, run after run.
 
-Precision: a product takes fp32 operands where its matrix is fp32 (`--dtype float32`), else bf16 ones, or fp16 ones
-where CUDA C++ multiplies by e4m3 and e2m1; it sums in fp32. What lies between products is fp32.
+Precision: a product takes fp32 operands where its matrix is fp32 (`--dtype float32`), else bf16 ones, or where CUDA C++
+multiplies by e4m3 and e2m1 fp16 ones, in `experts_few` three e4m3 terms of each; it sums in fp32. What lies between
+products is fp32.
 
 With `--kernels cuda`, the modules named `*_few.py` and `few_tokens.py` take what they can of a step of few tokens.
 """
