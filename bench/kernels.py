@@ -23,6 +23,7 @@ from engine.batch import StepMeta
 from engine.kernels.device import (
     compress,
     experts,
+    experts_few,
     few_tokens,
     hyper_connections,
     index_topk,
@@ -282,6 +283,7 @@ def expert_cases(bandwidth: float) -> Cases:
     shapes = ((count, inner, hidden), (count, inner, hidden), (count, hidden, inner))
     w1, w3, w2 = (torch.randint(256, (*s[:2], s[2] // 2), dtype=torch.uint8, device="cuda") for s in shapes)
     s1, s3, s2 = (torch.randint(115, 122, (*s[:2], s[2] // 32), dtype=torch.uint8, device="cuda") for s in shapes)
+    panels = experts_few.gate_up_panels(w1, w3, (s1, s3)), experts_few.down_panels(w2, s2)
     for tokens in (1, 2, 4, 8, 32):
         x = torch.randn(tokens, hidden, device="cuda")
         picks = [torch.rand(tokens, count, device="cuda").topk(k).indices.int() for _ in range(8)]
@@ -290,10 +292,14 @@ def expert_cases(bandwidth: float) -> Cases:
         def ours(p: Tensor) -> Tensor:
             return experts.routed_experts(x, p, weights, (w1, w3, w2), (s1, s3, s2), (121, 121), 10.0)
 
+        def ours_in_panels(p: Tensor) -> Tensor:
+            return experts.routed_experts(x, p, weights, panels, (None, None, None), (0, 0), 10.0)
+
         us, cuda = microseconds(ours, picks), in_cuda(ours, picks)
         hit = statistics.mean(len(p.unique()) for p in picks)
         floor = hit * 3 * hidden * inner * 17 / 32 / bandwidth * 1e6
         figure = Figure("fp4 experts", f"{tokens} tokens, {hit:.1f} experts", us, floor)
+        in_panels = in_cuda(ours_in_panels, picks)
         calls = peers.humming_experts((torch.cat([w1, w3], 1), torch.cat([s1, s3], 1)), (w2, s2), tokens, picks)
         if calls is None:
             yield figure
@@ -302,6 +308,7 @@ def expert_cases(bandwidth: float) -> Cases:
             figure = replace(figure, peer=f"{peers.version('humming-kernels')}, products alone", peer_us=peer)
             yield figure
         yield replace(figure, op="fp4 experts in CUDA C++", us=cuda)
+        yield replace(figure, op="fp4 experts in panels", us=in_panels)
 
 
 def mixing_cases(bandwidth: float) -> Cases:

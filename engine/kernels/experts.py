@@ -51,6 +51,9 @@ class Experts:
     packed: bool
     scales: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (None, None, None)
     most: tuple[int, int] = (0, 0)  # FP4: the largest scale code of gate and up, and of down
+    panels: bool = (
+        False  # FP4: gate, which is up too, and down lie as engine/csrc/experts_few.cu reads them, with scales
+    )
 
     @classmethod
     def prepare(cls, w1: Tensor | Fp4Stack, w3: Tensor | Fp4Stack, w2: Tensor | Fp4Stack) -> Experts:
@@ -59,6 +62,12 @@ class Experts:
             if not w1.codes.is_cuda:
                 raise ValueError("FP4 experts are multiplied by on a GPU alone. Dequantise them first.")
             count, inner, hidden = *w1.codes.shape[:2], w2.codes.shape[1]
+            from engine.kernels.device import expert_panels, experts_few
+
+            if expert_panels() and experts_few.arranges(hidden, inner):
+                gate = experts_few.gate_up_panels(w1.codes, w3.codes, (w1.scales, w3.scales))
+                down = experts_few.down_panels(w2.codes, w2.scales)
+                return cls(count, hidden, inner, gate, gate, down, False, panels=True)
             scales = (w1.scales, w3.scales, w2.scales)
             largest = [int(s.max()) for s in scales]
             most = max(largest[:2]), largest[2]
@@ -117,7 +126,7 @@ def routed_experts(
     if x.is_cuda:
         from engine.kernels.device import experts as device
 
-        stacks = (experts.gate, experts.up, experts.down)
+        stacks = (experts.gate, experts.down) if experts.panels else (experts.gate, experts.up, experts.down)
         return device.routed_experts(x, picks, weights, stacks, experts.scales, experts.most, limit, beside, work)
     if experts.packed and (twin := native.function("penumbra_routed_experts", *_EXPERTS)) is not None:
         x, picks, weights = fp32_rows(x), picks.int().contiguous(), fp32_rows(weights).contiguous()

@@ -33,6 +33,7 @@ static jmp_buf scheduler;
 static unsigned current;
 static std::vector<uint32_t> lane_values;
 static void (*body)();
+static bool eager = false, backwards = false;  // whether a warp goes as far as it can by itself; the last warp first
 
 inline void pause() {
     if (_setjmp(fibers[current].here) == 0) _longjmp(scheduler, 1);
@@ -82,13 +83,21 @@ inline void run(unsigned threads, void (*kernel)()) {
     for (unsigned left = threads, idle = 0; left;) {
         unsigned before = left;
         long moved = 0;
-        for (unsigned i = 0; i < threads; i++) {
-            Fiber& f = fibers[i];
-            if (f.done) continue;
-            long was = f.barriers + f.warps;
-            resume(i);
-            moved += f.barriers + f.warps - was;
-            if (f.done) left--;
+        for (unsigned warps = (threads + 31) / 32, w = 0; w < warps; w++) {
+            unsigned first = (backwards ? warps - 1 - w : w) * 32;
+            long went;
+            do {
+                went = 0;
+                for (unsigned i = first; i < std::min(first + 32, threads); i++) {
+                    Fiber& f = fibers[i];
+                    if (f.done) continue;
+                    long was = f.barriers + f.warps;
+                    resume(i);
+                    went += f.barriers + f.warps - was;
+                    if (f.done) left--;
+                }
+                moved += went;
+            } while (eager && went);
         }
         idle = left == before && !moved ? idle + 1 : 0;
         if (idle > 2) { std::fprintf(stderr, "the threads of the block wait for each other\n"); std::abort(); }

@@ -23,7 +23,7 @@ from engine.kernels.checksum import item_checksums
 from engine.kernels.device import checksum as device_checksum
 from engine.kernels.device import compress as device_compress
 from engine.kernels.device import experts as device_experts
-from engine.kernels.device import few_tokens, use_cuda_products, use_cuda_scores
+from engine.kernels.device import experts_few, few_tokens, use_cuda_products, use_cuda_scores
 from engine.kernels.device import hyper_connections as device_hyper
 from engine.kernels.device import index_topk as device_index
 from engine.kernels.device import linear as device_linear
@@ -405,15 +405,17 @@ def test_a_block_of_the_work_list_holds_no_more_pairs_than_it_has_room_for(token
     assert owners[owners >= 0].tolist() == [e for e in range(5) for _ in range(needed[e])]
 
 
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp4"])
+@pytest.mark.parametrize(
+    ("kind", "hidden", "inner"),
+    [("fp32", 192, 128), ("bf16", 256, 128), ("fp4", 192, 128), ("fp4", 256, 128), ("panels", 512, 256)],
+)
 @pytest.mark.parametrize("tokens", [1, 5, 60])
-@pytest.mark.parametrize("hidden", [192, 256])
-def test_experts(kind, tokens, hidden):
-    """On a GPU few FP4 pairs of sizes in whole steps take the CUDA kernels, which round tokens to fp16."""
-    count, inner, limit = 4, 128, 2.0
+def test_experts(kind, tokens, hidden, inner):
+    """On a GPU few FP4 pairs of sizes in whole steps take the CUDA kernels, which round tokens to fp16 or finer."""
+    count, limit = 4, 2.0
     shapes = ((count, inner, hidden), (count, inner, hidden), (count, hidden, inner))
     scales = (None, None, None)
-    if kind == "fp4":
+    if kind in ("fp4", "panels"):
         codes = [torch.randint(256, (*s[:2], s[2] // 2), dtype=torch.uint8) for s in shapes]
         scales = tuple(torch.randint(118, 125, (*s[:2], s[2] // 32), dtype=torch.uint8) for s in shapes)
         values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -424,6 +426,11 @@ def test_experts(kind, tokens, hidden):
             for c, s in zip(codes, scales, strict=True)
         ]
         stacks = codes
+        if kind == "panels":
+            stacks = [
+                experts_few.gate_up_panels(codes[0], codes[1], scales[:2]), experts_few.down_panels(codes[2], scales[2])
+            ]  # fmt: skip
+            scales = (None, None, None)
     else:
         dense = [(randn(*s, seed=i) * s[2] ** -0.5).bfloat16().float() for i, s in enumerate(shapes)]
         stacks = [w.bfloat16() if kind == "bf16" else w for w in dense]

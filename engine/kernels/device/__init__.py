@@ -9,8 +9,9 @@ that, and `Runner.load` runs steps of every kind before anybody waits for one.
 No kernel here waits for the host, and none decides its grid by values that only the device knows, so a whole step can
 be captured as a CUDA graph. None uses atomics on floats: the same inputs give the same bits, run after run.
 
-Precision: a product takes fp32 operands where its matrix is fp32 (`--dtype float32`), else bf16 ones, or fp16 ones
-where CUDA C++ multiplies by e4m3 and e2m1; it sums in fp32. What lies between products is fp32.
+Precision: a product takes fp32 operands where its matrix is fp32 (`--dtype float32`), else bf16 ones, or where CUDA C++
+multiplies by e4m3 and e2m1 fp16 ones, in `experts_few` three e4m3 terms of each; it sums in fp32. What lies between
+products is fp32.
 
 With `--kernels cuda`, the modules named `*_few.py`, `attend_long.py`, `index_scores.py` and `few_tokens.py` take what
 they can of a step of few tokens.
@@ -29,6 +30,7 @@ to bf16 do so by integer arithmetic there, and hand products fp32 operands that 
 
 _cuda_products = False
 _cuda_scores = False
+_expert_panels = False
 _early_launches = True
 _long_attention = False
 _norms_in_attention = False
@@ -56,6 +58,17 @@ def use_cuda_scores(on: bool) -> None:
 
 def cuda_scores() -> bool:
     return _cuda_scores and cuda_products()
+
+
+def use_expert_panels(on: bool) -> None:
+    """Whether FP4 experts that are prepared from now on lie in the panels of `experts_few`, where they can."""
+    global _expert_panels
+    _expert_panels = on
+
+
+def expert_panels() -> bool:
+    """Off until measured."""
+    return _expert_panels and cuda_products()
 
 
 def use_early_launches(on: bool) -> None:

@@ -1,0 +1,137 @@
+"""The binding of engine/csrc/experts_few.cu: the FP4 experts of a few tokens, whose weights lie in panels.
+
+A panel is 64 rows in steps of 256 inputs, as the source says; `gate_up_panels` and `down_panels` make them of what a
+checkpoint holds, byte for byte as large. `engine.kernels.device.experts` reads panels too, for more tokens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from engine.kernels.device import cuda_products
+
+STEP = 256
+STEP_BYTES = 2176
+"""Of 16 rows: 4-bit codes, and a scale for 32 of them."""
+_CORE_BYTES = 144
+_WARPS, _THREADS = 16, 512
+_FIXED_BYTES = 25_728
+"""Of shared memory, whatever the shape: scales, sums and barriers."""
+_SHARED_BYTES = 227 << 10
+_MOST_STAGES = 5
+"""Of a warp's ring. There is place for barriers of eight."""
+_PROCESSORS = 132
+_TOKENS = 8
+"""Of a block of work, as `few_tokens.TOKENS`."""
+
+
+def arranges(hidden: int, inner: int) -> bool:
+    """Whether experts of this size can lie in panels."""
+    return hidden % STEP == 0 and inner % STEP == 0 and stages(max(hidden, inner), 4096) >= 2
+
+
+def takes(count: int, pairs: int) -> bool:
+    """Whether `gate_up` and `down` are worth it for so many pairs of `count` experts in panels."""
+    return cuda_products() and pairs <= _TOKENS // 2 * count
+
+
+def stages(inputs: int, pairs: int) -> int:
+    """The steps of a warp that a block's memory has room for. Results do not depend on it."""
+    return min(_MOST_STAGES, (_SHARED_BYTES - shared_bytes(inputs, 0, pairs)) // (_WARPS * STEP_BYTES))
+
+
+def shared_bytes(inputs: int, stages: int, pairs: int) -> int:
+    return _FIXED_BYTES + _WARPS * stages * STEP_BYTES + inputs // 16 * _CORE_BYTES + 8 * pairs
+
+
+def gate_up_panels(gate: Tensor, up: Tensor, scales: tuple[Tensor, Tensor]) -> Tensor:
+    """gate, up [E, I, D / 2] uint8 and their scales [E, I, D / 32] -> [E, I / 32, D / 256, 4, 2176] uint8.
+
+    A warp's upper eight rows are gate's, its lower eight the same ones of up.
+    """
+
+    def rows(first: Tensor, second: Tensor) -> Tensor:
+        return torch.stack([t.unflatten(1, (-1, 4, 8)) for t in (first, second)], dim=3)
+
+    return _panels(lambda e: (rows(gate[e], up[e]), rows(scales[0][e], scales[1][e])), gate, gate.shape[1] // 32)
+
+
+def down_panels(weight: Tensor, scales: Tensor) -> Tensor:
+    """[E, D, I / 2] uint8 and its scales [E, D, I / 32] -> [E, D / 64, I / 256, 4, 2176] uint8."""
+    return _panels(
+        lambda e: (weight[e].unflatten(1, (-1, 4, 2, 8)), scales[e].unflatten(1, (-1, 4, 2, 8))),
+        weight, weight.shape[1] // 64,
+    )  # fmt: skip
+
+
+def _panels(rows: Callable[[slice], tuple[Tensor, Tensor]], codes: Tensor, panels: int) -> Tensor:
+    """rows(experts) -> codes [E, P, 4, 2, 8, K / 2] and scales [E, P, 4, 2, 8, K / 32]: warp, upper or lower, row."""
+    count, steps = codes.shape[0], codes.shape[2] * 2 // STEP
+    made = torch.empty(count, panels, steps, 4, STEP_BYTES, dtype=torch.uint8, device=codes.device)
+    few = max(1, (32 << 20) // codes[0].numel())  # experts at once: what lies between is some times as large
+    for first in range(0, count, few):
+        some = slice(first, first + few)
+        part, scale = rows(some)
+        # [E, P, warp, half, row, step, pair of groups, group, quad] -> [E, P, step, warp, pair, row, quad, group, half]
+        words = _words(part).unflatten(-2, (steps, 4, 2)).permute(0, 1, 5, 2, 6, 4, 8, 7, 3)
+        made[some, ..., :2048] = words.contiguous().view(torch.uint8).view(*made[some].shape[:-1], 2048)
+        # [E, P, warp, half, row, step, half of step, 4 groups] -> [E, P, step, warp, half of step, half, row, groups]
+        made[some, ..., 2048:] = scale.unflatten(-1, (steps, 2, 4)).permute(0, 1, 5, 2, 6, 3, 4, 7).flatten(4)
+    return made
+
+
+def _words(codes: Tensor) -> Tensor:
+    """Codes [..., K / 2] -> words [..., K / 32, 4] int32 of eight weights: inputs 4 q + 0..3 and 16 + 4 q + 0..3."""
+    quads = codes.unflatten(-1, (-1, 2, 4, 2)).int()
+    quads = quads[..., 0] | quads[..., 1] << 8
+    first, second = quads.unbind(-2)
+    words = torch.zeros_like(first)
+    chained = torch.zeros_like(first)  # bit 1 of the byte above
+    for byte in (3, 2, 1, 0):
+        n, m = first >> 4 * byte & 15, second >> 4 * byte & 15
+        fifth = (m >> 3) ^ chained
+        chained = (m >> 1 & 1) ^ fifth
+        made = (n & 8) << 4 | (n & 7) << 2 | fifth << 5 | chained << 1
+        made |= ((m >> 2) ^ n) << 6 & 64 | (m ^ n >> 2) & 1
+        words |= made << 8 * byte
+    return words
+
+
+def gate_up(
+    x: Tensor, panels: Tensor, members: Tensor, owners: Tensor, pairs: int, limit: float, h: Tensor,
+    ring: int | None = None, grid: int = _PROCESSORS,
+) -> None:  # fmt: skip
+    """h [P, I] fp32: swiglu(gate x, up x) of every pair. x [T, D] fp32; members and owners as `few_tokens.gate_up`.
+
+    ring: steps of a warp on their way at once, as many as there is room for unless told. Bits do not depend on it.
+    """
+    from engine.kernels.device.cuda import kernel, run
+
+    (tokens, hidden), inner, blocks = x.shape, h.shape[1], owners.shape[0]
+    ring = stages(hidden, pairs) if ring is None else ring
+    run(
+        kernel("experts_few.cu", "penumbra_panels_gate_up", _SHARED_BYTES), grid, _THREADS,
+        shared_bytes(hidden, ring, pairs), x, panels, members, owners, h,
+        *map(ctypes.c_int32, (blocks, pairs, pairs // tokens, hidden, inner)), ctypes.c_float(limit),
+        ctypes.c_int32(ring), waits=True,
+    )  # fmt: skip
+
+
+def down(
+    h: Tensor, panels: Tensor, weights: Tensor, members: Tensor, owners: Tensor, pairs: int, parts: Tensor,
+    ring: int | None = None, grid: int = _PROCESSORS,
+) -> None:  # fmt: skip
+    """parts [P, D] fp32: weights[pair] * down(h[pair]); the rest as in `gate_up`, right behind which it comes."""
+    from engine.kernels.device.cuda import kernel, run
+
+    inner, hidden, blocks = h.shape[1], parts.shape[1], owners.shape[0]
+    ring = stages(inner, pairs) if ring is None else ring
+    run(
+        kernel("experts_few.cu", "penumbra_panels_down", _SHARED_BYTES), grid, _THREADS,
+        shared_bytes(inner, ring, pairs), h, panels, weights, members, owners, parts,
+        *map(ctypes.c_int32, (blocks, pairs, hidden, inner, ring)), waits=True,
+    )  # fmt: skip

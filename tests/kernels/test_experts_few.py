@@ -1,0 +1,228 @@
+"""FP4 experts of a few tokens out of panels: the source of the CUDA kernels run on the CPU, against fp64."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.kernels.device import experts_few
+from tests.kernels.cuda_on_cpu import compiled
+from tests.kernels.test_few_tokens import F, N, P, call, fp4, generator
+
+LIMIT = 10.0
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return compiled("experts_few", tmp_path_factory.mktemp("experts"))
+
+
+@pytest.fixture(params=["in step", "first ahead", "last ahead"])
+def library(built: ctypes.CDLL, request: pytest.FixtureRequest) -> ctypes.CDLL:
+    """Warps run in step, or one by one as far as they can: what they do not wait for is not there."""
+    built.order(request.param != "in step", request.param == "last ahead")
+    return built
+
+
+def held(x: Tensor) -> Tensor:
+    """x [T, K] as the kernels hold it: three e4m3 terms of a unit of its token."""
+    most = x.abs().amax(dim=1, keepdim=True)
+    unit = torch.exp2(most.clamp(min=2.0**-119).log2().floor() - 7)
+    rest, total = x / unit, torch.zeros_like(x, dtype=torch.float64)
+    for term in range(3):
+        part = rest.to(torch.float8_e4m3fn).float()
+        total += part.double() * 16.0**-term
+        rest = (rest - part) * 16
+    return total * unit.double()
+
+
+def gate_up(
+    library: ctypes.CDLL, x: Tensor, panels: Tensor, work: tuple[Tensor, Tensor], pairs: int, inner: int, *,
+    stages: int = 2, grid: int = 2,
+) -> Tensor:  # fmt: skip
+    y = torch.full((pairs, inner), torch.nan)
+    call(
+        library.run_gate_up,
+        [(P, x), (P, panels), (P, work[0]), (P, work[1]), (P, y), (N, len(work[1])), (N, pairs), (N, pairs // len(x)),
+         (N, x.shape[1]), (N, inner), (F, LIMIT), (N, stages)],
+        grid,
+    )  # fmt: skip
+    return y
+
+
+def down(
+    library: ctypes.CDLL, h: Tensor, panels: Tensor, shares: Tensor, work: tuple[Tensor, Tensor], hidden: int, *,
+    stages: int = 2, grid: int = 2,
+) -> Tensor:  # fmt: skip
+    y = torch.full((len(h), hidden), torch.nan)
+    call(
+        library.run_down,
+        [(P, h), (P, panels), (P, shares), (P, work[0]), (P, work[1]), (P, y), (N, len(work[1])), (N, len(h)),
+         (N, hidden), (N, h.shape[1]), (N, stages)],
+        grid,
+    )  # fmt: skip
+    return y
+
+
+def work_of(owner: dict[int, int], pairs: int, empty: int = 1) -> tuple[Tensor, Tensor]:
+    """members and owners for {pair: expert}, blocks of up to eight, some of nobody behind them."""
+    blocks: list[tuple[int, list[int]]] = []
+    for expert in sorted(set(owner.values())):
+        mine = sorted(p for p, e in owner.items() if e == expert)
+        blocks += [(expert, mine[n : n + 8]) for n in range(0, len(mine), 8)]
+    members = torch.full((len(blocks) + empty, 8), pairs, dtype=torch.int32)
+    owners = torch.full((len(blocks) + empty,), -1, dtype=torch.int32)
+    for n, (expert, mine) in enumerate(blocks):
+        owners[n] = expert
+        members[n, : len(mine)] = torch.tensor(mine)
+    return members, owners
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    gate = gate.clamp(max=LIMIT)
+    return gate / (1 + torch.exp(-gate)) * up.clamp(-LIMIT, LIMIT)
+
+
+def words_of(panels: Tensor) -> Tensor:
+    """Panels -> the e2m1 codes of their words: [E, P, step, warp, pair, row, quad, group, half, 8]."""
+    words = panels[..., :2048].contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    words = words.view(*panels.shape[:-1], 4, 8, 4, 2, 2)
+    halves = torch.stack([words & 0x9C9C9C9C, (words << 2 ^ words >> 2) & 0x9C9C9C9C], dim=-1)
+    parts = torch.stack([halves >> 8 * byte & 255 for byte in range(4)], dim=-1)
+    return (parts >> 7 << 3 | parts >> 2 & 7).flatten(-2)
+
+
+def test_panels_hold_every_weight_and_scale_where_the_source_looks_for_it() -> None:
+    g = generator(1)
+    codes, scales, _ = fp4((2, 128, 512), g, 0, 255)
+    nibbles = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(2)
+    panels = experts_few.down_panels(codes, scales)
+    assert panels.shape == (2, 2, 2, 4, 2176)
+    assert panels.numel() == codes.numel() + scales.numel()
+    found = words_of(panels)
+    kept = panels[..., 2048:].view(2, 2, 2, 4, 2, 2, 8, 4)
+    for expert, row, group in [(0, 0, 0), (1, 127, 15), (0, 77, 9), (1, 8, 6), (0, 100, 3)]:
+        place = (expert, row // 64, group // 8, row % 64 // 16)
+        for quad in range(4):
+            inputs = [32 * group + 16 * (n // 4) + 4 * quad + n % 4 for n in range(8)]
+            word = found[(*place, group % 8 // 2, row % 8, quad, group % 2, row % 16 // 8)]
+            assert word.tolist() == nibbles[expert, row, inputs].tolist()
+        assert kept[(*place, group % 8 // 4, row % 16 // 8, row % 8, group % 4)] == scales[expert, row, group]
+    up_codes, up_scales, _ = fp4((2, 128, 512), g, 0, 255)
+    both = experts_few.gate_up_panels(codes, up_codes, (scales, up_scales))
+    assert both.shape == (2, 4, 2, 4, 2176)
+    found = words_of(both)
+    assert torch.equal(found[1, 2, 1, 3, 1, 5, 2, 1, 0], words_of(panels)[1, 1, 1, 1, 1, 5, 2, 1, 1]), "row 93 of gate"
+    up = torch.stack([up_codes & 15, up_codes >> 4], dim=-1).flatten(2)
+    assert found[1, 2, 1, 3, 1, 5, 2, 1, 1, :4].tolist() == up[1, 93, 360:364].tolist()
+
+
+def test_a_word_holds_any_eight_weights() -> None:
+    g = generator(2)
+    codes = torch.randint(256, (1, 64, 1 << 14), dtype=torch.uint8, generator=g)
+    scales = torch.zeros(1, 64, 1 << 10, dtype=torch.uint8)
+    nibbles = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(2)
+    found = words_of(experts_few.down_panels(codes, scales))
+    # [E, P, step, warp, pair, row, quad, group, half, 2, 4] -> [E, P, warp, half, row, step, pair, group, 2, quad, 4]
+    found = found.unflatten(-1, (2, 4)).permute(0, 1, 3, 8, 5, 2, 4, 7, 9, 6, 10)
+    assert torch.equal(found.reshape(1, 64, 1 << 15).to(torch.uint8), nibbles)
+
+
+@pytest.mark.parametrize(("low", "high", "stages", "grid"), [(115, 124, 2, 2), (60, 127, 3, 5), (117, 140, 1, 1)])
+def test_experts_give_what_their_weights_mean(library, low: int, high: int, stages: int, grid: int) -> None:
+    """Every code, scales near and far from each other; blocks of one pair, of three, of eight, and of nobody."""
+    g = generator(low)
+    experts, hidden, inner, picks = 4, 512, 256, 2
+    gate, gate_scales, gate_meant = fp4((experts, inner, hidden), g, low, high)
+    up, up_scales, up_meant = fp4((experts, inner, hidden), g, low, high)
+    weight, scales, meant = fp4((experts, hidden, inner), g, low, high)
+    gate_scales[0, 0], up_scales[0, 1] = 0, 0  # as good as nothing
+    gate_meant[0, 0], up_meant[0, 1] = 0, 0
+    tokens, pairs = 9, 18
+    x = torch.randn(tokens, hidden, generator=g) * 2.0 ** (121 - high)
+    x[1] = 0
+    x[2, 3] = 3e4 * x[2].abs().max()
+    # Expert 2 takes every first pick, eight and one of them; expert 0 one pair, expert 3 three; expert 1 none.
+    owner = dict.fromkeys(range(0, 18, 2), 2) | {17: 0, 1: 3, 5: 3, 7: 3}
+    work = work_of(owner, pairs)
+    library.keep(0)
+    h = gate_up(library, x, experts_few.gate_up_panels(gate, up, (gate_scales, up_scales)), work, pairs, inner,
+                stages=stages, grid=grid)  # fmt: skip
+    rows = held(x)
+    for pair, expert in owner.items():
+        row = rows[pair // picks]
+        a, b = gate_meant[expert] @ row, up_meant[expert] @ row
+        assert torch.allclose(h[pair].double(), swiglu(a, b), rtol=1e-4, atol=1e-6)
+    assert h[[p for p in range(pairs) if p not in owner]].isnan().all(), "pairs of nobody are left alone"
+    h = torch.randn(pairs, inner, generator=g)
+    shares = torch.rand(pairs, generator=g)
+    parts = down(library, h, experts_few.down_panels(weight, scales), shares, work, hidden, stages=stages, grid=grid)
+    rows = held(h)
+    for pair, expert in owner.items():
+        size = (meant[expert].abs() @ rows[pair].abs()) * shares[pair].double()
+        assert ((parts[pair] - meant[expert] @ rows[pair] * shares[pair].double()).abs() <= 1e-6 * size).all()
+        # The terms of an activation are as good as fp16.
+        exact = meant[expert] @ h[pair].double() * shares[pair].double()
+        assert ((parts[pair] - exact).abs() <= 2.0**-12 * size).all()
+    assert parts[[p for p in range(pairs) if p not in owner]].isnan().all()
+
+
+def test_what_is_not_finite_is_told(library) -> None:
+    g = generator(4)
+    weight, scales, _ = fp4((1, 64, 256), g, 120, 124)
+    h = torch.randn(3, 256, generator=g)
+    h[0, 7], h[1, 200] = torch.inf, torch.nan
+    work = work_of({0: 0, 1: 0, 2: 0}, 3)
+    parts = down(library, h, experts_few.down_panels(weight, scales), torch.ones(3), work, 64)
+    assert parts[:2].isnan().all()
+    assert parts[2].isfinite().all()
+
+
+def test_a_panel_of_flash_in_any_company(library) -> None:
+    """4096 inputs: each pair gives the same bits alone, among eight, by one block or three, however deep the ring."""
+    g = generator(5)
+    gate, gate_scales, gate_meant = fp4((2, 64, 4096), g, 112, 122)
+    up, up_scales, up_meant = fp4((2, 64, 4096), g, 112, 122)
+    panels = experts_few.gate_up_panels(gate, up, (gate_scales, up_scales))
+    x = torch.randn(8, 4096, generator=g)
+    library.keep(0)
+    together = gate_up(library, x, panels, work_of(dict.fromkeys(range(8), 1), 8), 8, 64, stages=4, grid=3)
+    rows = held(x)
+    expected = torch.stack([swiglu(gate_meant[1] @ row, up_meant[1] @ row) for row in rows])
+    assert torch.allclose(together.double(), expected, rtol=1e-4, atol=1e-6)
+    for token in (0, 3):
+        alone = gate_up(library, x[token : token + 1], panels, work_of({0: 1}, 1, 0), 1, 64, grid=1)
+        assert torch.equal(alone[0], together[token])
+
+
+def test_the_few_bits_that_wgmma_counts_are_enough(built) -> None:
+    """13 bits behind the point in every sum of 32 products, where rounding tokens to fp16 alone costs 2e-8."""
+    g = generator(6)
+    weight, scales, meant = fp4((1, 64, 2048), g, 112, 122)
+    h = torch.randn(2, 2048, generator=g)
+    panels, work = experts_few.down_panels(weight, scales), work_of({0: 0, 1: 0}, 2)
+    built.keep(13)
+    parts = down(built, h, panels, torch.ones(2), work, 64)
+    built.keep(0)
+    expected = h.double() @ meant[0].T
+    apart = 1 - 2 * (parts.double() * expected).sum() / (parts.double().square().sum() + expected.square().sum())
+    assert 0 < apart < 1e-9
+
+
+def test_shared_memory_is_what_the_source_lays_out(built) -> None:
+    for inputs, stages, pairs in [(4096, 4, 24), (2048, 5, 6), (7168, 3, 384)]:
+        assert built.shared_bytes(inputs, stages, pairs) == experts_few.shared_bytes(inputs, stages, pairs)
+
+
+@pytest.mark.parametrize(("hidden", "inner"), [(4096, 2048), (7168, 3072)])
+def test_experts_of_the_official_models_fit_a_block(hidden: int, inner: int) -> None:
+    assert experts_few.arranges(hidden, inner)
+    for pairs in (6, 48, 384):
+        for inputs in (hidden, inner):
+            assert experts_few.stages(inputs, pairs) >= 3
+            ring = experts_few.stages(inputs, pairs)
+            assert experts_few.shared_bytes(inputs, ring, pairs) <= 227 << 10
+    assert not experts_few.arranges(192, 256)
