@@ -33,6 +33,7 @@ static jmp_buf scheduler;
 static unsigned current;
 static std::vector<uint32_t> lane_values;
 static void (*body)();
+static unsigned step = 1;  // in which order threads take their turns: without a common divisor with their number
 
 inline void pause() {
     if (_setjmp(fibers[current].here) == 0) _longjmp(scheduler, 1);
@@ -82,7 +83,8 @@ inline void run(unsigned threads, void (*kernel)()) {
     for (unsigned left = threads, idle = 0; left;) {
         unsigned before = left;
         long moved = 0;
-        for (unsigned i = 0; i < threads; i++) {
+        for (unsigned turn = 0; turn < threads; turn++) {
+            unsigned i = turn * step % threads;
             Fiber& f = fibers[i];
             if (f.done) continue;
             long was = f.barriers + f.warps;
@@ -132,6 +134,12 @@ inline uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
 inline uint32_t __reduce_min_sync(uint32_t, uint32_t value) {
     const uint32_t* seen = block::exchange(value);
     return *std::min_element(seen, seen + 32);
+}
+inline uint32_t __reduce_add_sync(uint32_t, uint32_t value) {
+    const uint32_t* seen = block::exchange(value);
+    uint32_t sum = 0;
+    for (int i = 0; i < 32; i++) sum += seen[i];
+    return sum;
 }
 inline float __shfl_sync(uint32_t, float value, int lane) {
     uint32_t bits = shuffled(__float_as_uint(value), lane);
