@@ -162,6 +162,37 @@ struct Quad {
     int place;
 };
 
+// A warp's list of quads, for which there is room for so many.
+struct List {
+    u16* quads;
+    int at, room, count;  // at: among those of the block
+    bool full;
+
+    // NUMBER quads of every lane, the first ones of all lanes first: the chosen of them.
+    template <int NUMBER> __device__ __forceinline__ void add(const bool (&chosen)[NUMBER], const int (&quad)[NUMBER]) {
+        u16* to = quads + count;
+        if (count + 32 * NUMBER > room) {
+            full = true;
+            to = quads;
+        }
+#pragma unroll
+        for (int b = 0; b < NUMBER; b += 4) {
+            // A byte for each of four rounds: how many there are in lower lanes, and then in earlier rounds too.
+            u32 flags = 0;
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (b + i < NUMBER && chosen[b + i]) flags += 1u << 8 * i;
+            u32 before = lanes_before(flags), rounds = __shfl_sync(ALL, before + flags, 31) * 0x01010101u;
+            before += rounds << 8;
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (b + i < NUMBER && chosen[b + i]) to[before >> 8 * i & 255] = (u16)quad[b + i];
+            to += rounds >> 24;
+            count += (int)(rounds >> 24);
+        }
+    }
+};
+
 // A warp's quads in order of place, one after another to its lanes, each of which keeps its first ones.
 template <int KEPT> struct Part {
     const Shared* s;
@@ -201,6 +232,15 @@ template <int KEPT> struct Part {
             if (32 * j < count) raw[j] = fetch(32 * j + lane_id());
 #pragma unroll
         for (int j = 0; j < KEPT; j++) kept[j] = 32 * j < count ? quad_of(raw[j]) : Quad{{}, length};
+    }
+    // Those on the list, if it could take all.
+    __device__ __forceinline__ void take(const List& list) {
+        if (!list.full) {
+            listed = list.at;
+            count = list.count;
+        }
+        __syncwarp();
+        keep();
     }
     template <typename Use> __device__ __forceinline__ void each(Use use) const {
 #pragma unroll
@@ -243,40 +283,30 @@ __device__ __forceinline__ u32 bound(Shared& s, const u32 (&keys)[MOST], int gro
     return find_bin<THREADS>(s, Bin{least, top, rank, 0}, shift).low;
 }
 
-// A warp's list of quads, for which there is room for so many.
-struct List {
-    u16* quads;
-    int room, count;
-    bool full;
-
-    // NUMBER quads of every lane, the first ones of all lanes first: the chosen of them.
-    template <int NUMBER> __device__ __forceinline__ void add(const bool (&chosen)[NUMBER], const int (&quad)[NUMBER]) {
-        u16* to = quads + count;
-        if (count + 32 * NUMBER > room) {
-            full = true;
-            to = quads;
+// Where a warp has more quads than it keeps, those go that have nothing from `low` on.
+template <int KEPT> __device__ __forceinline__ void prune(Part<KEPT>& part, const List& room, u32 low) {
+    if (part.count <= 32 * KEPT || part.length > TILE * MOST_TILES) return;
+    List list = room;
+    float edge = score_of(low);
+#pragma unroll 1
+    for (int start = 0; start < part.count; start += 128) {
+        int quad[4];
+        bool chosen[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int i = start + 32 * j + lane_id();
+            auto raw = part.fetch(i);
+            quad[j] = raw.place / 4;
+            chosen[j] = i < part.count && !(largest(raw.scores) < edge);
         }
-#pragma unroll
-        for (int b = 0; b < NUMBER; b += 4) {
-            // A byte for each of four rounds: how many there are in lower lanes, and then in earlier rounds too.
-            u32 flags = 0;
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                if (b + i < NUMBER && chosen[b + i]) flags += 1u << 8 * i;
-            u32 before = lanes_before(flags), rounds = __shfl_sync(ALL, before + flags, 31) * 0x01010101u;
-            before += rounds << 8;
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                if (b + i < NUMBER && chosen[b + i]) to[before >> 8 * i & 255] = (u16)quad[b + i];
-            to += rounds >> 24;
-            count += (int)(rounds >> 24);
-        }
+        list.add(chosen, quad);  // not beyond what has been read
     }
-};
+    part.take(list);
+}
 
 // The rank-th largest of all warps' keys, which lie in [low, high].
 template <int THREADS, int KEPT>
-__device__ __forceinline__ Choice choose(Shared& s, const Part<KEPT>& part, u32 low, u32 high, int rank) {
+__device__ __forceinline__ Choice choose(Shared& s, Part<KEPT>& part, const List& list, u32 low, u32 high, int rank) {
     Bin bin = {low, high, rank, 0};
     int shift;
     do {
@@ -285,6 +315,7 @@ __device__ __forceinline__ Choice choose(Shared& s, const Part<KEPT>& part, u32 
             if (key - bin.low <= bin.high - bin.low) atomicAdd(&s.histogram[(key - bin.low) >> shift], 1u);
         });
         bin = find_bin<THREADS>(s, bin, shift);
+        prune(part, list, bin.low);
     } while (bin.size != bin.rank && bin.size > FEW && shift);
     if (bin.size == bin.rank) return Choice{bin.low - 1, 0};
     if (!shift) return Choice{bin.low, bin.rank};
@@ -428,6 +459,7 @@ __device__ __forceinline__ void topk(
     int share = quads <= THREADS ? 32 : (quads + warps - 1) / warps;
     part.first = warp * share;
     part.count = within(quads - part.first, share);
+    const List empty = {s.quads + warp * (LISTED / warps), warp * (LISTED / warps), LISTED / warps, 0, false};
     u32 low = ALL, high = 0;
     if (by_tiles || whole) {
         u32 keys[own], least = ALL;
@@ -499,7 +531,7 @@ __device__ __forceinline__ void topk(
         }
         low = bound<THREADS>(s, keys, groups, least, k, high);
         float edge = score_of(low);
-        List list{s.quads + warp * (LISTED / warps), LISTED / warps, 0, false};
+        List list = empty;
         if (by_tiles) {
             int survivors = 0;
 #pragma unroll
@@ -546,22 +578,22 @@ __device__ __forceinline__ void topk(
                 list.add(chosen, quad);
             }
         }
-        if (!list.full) {
-            part.listed = warp * (LISTED / warps);
-            part.count = list.count;
-        }
-        __syncwarp();
-        part.keep();
+        part.take(list);
     } else {
-        if (quads <= THREADS) part.kept[0] = part.quad_of({near, 4 * thread});
-        else part.keep();
+        if (quads <= THREADS) {
+            part.kept[0] = part.quad_of({near, 4 * thread});
+#pragma unroll
+            for (int j = 1; j < kept; j++) part.kept[j] = Quad{{}, n};
+        } else {
+            part.keep();
+        }
         part.each([&](u32 key) {
             low = key - 1 < low - 1 ? key : low;  // unless it is 0
             high = key > high ? key : high;
         });
         range_of<THREADS>(s, low, high);
     }
-    emit(s, part, choose<THREADS>(s, part, low, high, k), out);
+    emit(s, part, choose<THREADS>(s, part, empty, low, high, k), out);
 }
 
 #define TOPK(THREADS)                                                                                          \

@@ -135,7 +135,7 @@ def test_the_order_in_which_threads_take_their_turns_changes_nothing(cuda_on_cpu
     """A barrier that were missing would show."""
     generator = torch.Generator().manual_seed(9)
     lengths = [600, 2_045, 4_096, 20_001, 70_001]
-    for kind in ("normal", "half zero", "few values"):
+    for kind in ("normal", "half zero", "few values", "smooth"):
         scores = torch.zeros(len(lengths), 70_016)
         for row, length in zip(scores, lengths, strict=True):
             row[:length] = rows_of(kind, length, generator)

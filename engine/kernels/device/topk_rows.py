@@ -16,8 +16,6 @@ SHARED_BYTES = 90_912
 MAX_PICKS = 2048
 WHOLE = 65_536
 """Scores of a row that can be read whole, so that it needs no maxima."""
-THREADS = (256, 512, 1024)
-"""Of a block, which takes a row. Few enough not to wait for one another, enough to wait for memory together."""
 _TILE = tl.constexpr(TILE)
 
 
@@ -33,7 +31,10 @@ def _maxima(scores, lengths, maxima, score_row, tiles, TILES: tl.constexpr):
 
 
 def plan(k: int) -> int:
-    """Threads of a block: twice as many make up enough groups of scores for twice as many picks."""
+    """Threads of a block, which takes a row: 256, 512 or 1,024.
+
+    More wait for memory together, fewer for one another; and so many make up groups of scores enough for so many picks.
+    """
     return 512 if k <= 1024 else 1024
 
 
