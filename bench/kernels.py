@@ -149,8 +149,9 @@ def beside(figure: Figure, library: str, call: Callable[[], object] | None) -> F
 
 
 def topk_cases(bandwidth: float) -> Cases:
-    for rows, n, k in ((1, 32_768, 512), (1, 225_280, 512), (1, 262_144, 512), (4, 262_144, 512), (8, 262_144, 512),
-                       (64, 262_144, 512), (256, 65_536, 512), (1, 262_144, 1024), (64, 262_144, 1024)):  # fmt: skip
+    for rows, n, k in ((1, 1_024, 512), (1, 4_096, 512), (1, 32_768, 512), (1, 225_280, 512), (1, 262_144, 512),
+                       (4, 262_144, 512), (8, 262_144, 512), (64, 262_144, 512), (256, 65_536, 512),
+                       (1, 262_144, 1024), (64, 262_144, 1024)):  # fmt: skip
         inputs = [torch.randn(rows, n, device="cuda") for _ in turns(4 * rows * n)[:4]]
         lengths = torch.full((rows,), n, device="cuda")
         positions = lengths - 1

@@ -142,6 +142,12 @@ inline uint32_t __reduce_min_sync(uint32_t, uint32_t value) {
     const uint32_t* seen = block::exchange(value);
     return *std::min_element(seen, seen + 32);
 }
+inline uint32_t __reduce_add_sync(uint32_t, uint32_t value) {
+    const uint32_t* seen = block::exchange(value);
+    uint32_t sum = 0;
+    for (int i = 0; i < 32; i++) sum += seen[i];
+    return sum;
+}
 inline float __shfl_sync(uint32_t, float value, int lane) {
     uint32_t bits = shuffled(__float_as_uint(value), lane);
     std::memcpy(&value, &bits, 4);

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from engine.kernels.topk_rows import TILE
 
-_THREADS = 1024
-_SHARED_BYTES = 4 * 32768 + 4 * 2048 + 2 * 4096 + 4 * 4 * 32 + 16
+SHARED_BYTES = 90_912
 """`struct Shared` of the source."""
 MAX_PICKS = 2048
+WHOLE = 65_536
+"""Scores of a row that can be read whole, so that it needs no maxima."""
 _TILE = tl.constexpr(TILE)
 
 
@@ -29,10 +30,21 @@ def _maxima(scores, lengths, maxima, score_row, tiles, TILES: tl.constexpr):
     tl.store(maxima + row * tiles + tile, tl.max(values, axis=1), mask=tile < tiles)
 
 
+def plan(k: int) -> int:
+    """Threads of a block, which takes a row: 256, 512 or 1,024.
+
+    More wait for memory together, fewer for one another; and so many make up groups of scores enough for so many picks.
+    """
+    return 512 if k <= 1024 else 1024
+
+
 def topk_rows(scores: Tensor, lengths: Tensor, k: int) -> Tensor:
     """As `engine.kernels.topk_rows.topk_rows`."""
     scores = scores.contiguous()
-    return choose(scores, maxima_of(scores, lengths), lengths - 1, 1, k)
+    if scores.shape[1] % TILE or scores.data_ptr() % 16:
+        scores = torch.nn.functional.pad(scores, (0, -scores.shape[1] % TILE or TILE))  # a copy
+    maxima = maxima_of(scores, lengths) if scores.shape[1] > WHOLE else None
+    return choose(scores, maxima, lengths - 1, 1, k)
 
 
 def maxima_of(scores: Tensor, lengths: Tensor) -> Tensor:
@@ -45,20 +57,30 @@ def maxima_of(scores: Tensor, lengths: Tensor) -> Tensor:
     return maxima
 
 
-def choose(scores: Tensor, maxima: Tensor, positions: Tensor, ratio: int, k: int) -> Tensor:
+def choose(
+    scores: Tensor, maxima: Tensor | None, positions: Tensor, ratio: int, k: int, threads: int | None = None
+) -> Tensor:
     """The k best of row t's first (positions[t] + 1) // ratio scores, whose maxima over 64 are known.
 
-    scores [T, R] and maxima [T, >= ceil(R / 64)] float32, rows in one piece; positions [T] int64 -> [T, k] int32.
+    scores [T, R] and maxima [T, >= R / 64] float32, rows in one piece; positions [T] int64 -> [T, k] int32. R is a
+    multiple of 64, ratio a power of two. Without maxima rows of up to 65,536 scores are as fast, longer ones slow.
     """
     from engine.kernels.device.cuda import kernel, run
 
     if not 1 <= k <= MAX_PICKS:
         raise ValueError(f"k = {k}; the GPU kernel picks 1 to {MAX_PICKS} of a row")
+    if scores.shape[1] % TILE or scores.stride(0) % 4 or scores.data_ptr() % 16 or ratio < 1 or ratio & (ratio - 1):
+        raise ValueError(
+            f"scores {list(scores.shape)} at {scores.data_ptr():#x}, {ratio} positions each: the GPU kernel reads rows "
+            f"of whole tiles of {TILE} that begin at multiples of 16 bytes, and divides positions by a power of two"
+        )
     out = torch.empty(scores.shape[0], k, dtype=torch.int32, device=scores.device)
     if scores.shape[0]:
+        threads = threads or plan(k)
         run(
-            kernel("topk_rows.cu", "penumbra_topk_rows", _SHARED_BYTES), scores.shape[0], _THREADS, _SHARED_BYTES,
-            scores, ctypes.c_int64(scores.stride(0)), maxima, ctypes.c_int64(maxima.stride(0)), positions,
-            ctypes.c_int32(ratio), ctypes.c_int32(k), out, waits=True,
+            kernel("topk_rows.cu", f"penumbra_topk_rows_{threads}", SHARED_BYTES), len(scores), threads, SHARED_BYTES,
+            scores, ctypes.c_int32(scores.stride(0)), 0 if maxima is None else maxima,
+            ctypes.c_int32(0 if maxima is None else maxima.stride(0)), positions,
+            ctypes.c_int32(ratio.bit_length() - 1), ctypes.c_int32(k), out, waits=True,
         )  # fmt: skip
     return out
