@@ -353,7 +353,7 @@ template <int KEYS> __device__ __forceinline__ void attend(PARAMETERS) {
     if (weighs) {
         read_queries<KEYS>(s, queries, q, eps, (float)position, freqs, pairs);
         publish();
-        meet(THREADS);
+        meet(1, THREADS);
         float logits[KEYS / 2] = {}, shrink[2];
         Softmax softmax = {{NOTHING, NOTHING}, {}};
         begin_products();
@@ -365,7 +365,7 @@ template <int KEYS> __device__ __forceinline__ void attend(PARAMETERS) {
             weigh<KEYS>(s, stage, logits, softmax, scale * LOG2_E, shrink);
             publish();
             shrink_sums(sums, shrink[0], shrink[1]);
-            meet(THREADS);
+            meet(1, THREADS);
             begin_products();
             add_values<KEYS>(sums, s, stage, 0);
             close_products();
@@ -376,7 +376,7 @@ template <int KEYS> __device__ __forceinline__ void attend(PARAMETERS) {
             } else {
                 await_products<0>(sums);
             }
-            meet(THREADS);
+            meet(1, THREADS);
         }
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -398,14 +398,14 @@ template <int KEYS> __device__ __forceinline__ void attend(PARAMETERS) {
         if (begin + 1 < end) look_up<KEYS>(rows, seen, begin + 1);
         decode<KEYS>(s, 0, codes);
         publish();
-        meet(THREADS);
+        meet(1, THREADS);
         if (begin + 1 < end) send_for<KEYS>(codes, rows);
         if (begin + 2 < end) look_up<KEYS>(rows, seen, begin + 2);
         for (int tile = begin; tile < end; tile++) {
             int stage = (tile - begin) & 1;
             if (tile + 1 < end) decode<KEYS>(s, stage ^ 1, codes);
             publish();
-            meet(THREADS);
+            meet(1, THREADS);
             if (tile + 2 < end) send_for<KEYS>(codes, rows);
             shrink_sums(sums, s.shrink[lane_head()], s.shrink[lane_head() + 8]);
             begin_products();
@@ -413,7 +413,7 @@ template <int KEYS> __device__ __forceinline__ void attend(PARAMETERS) {
             close_products();
             if (tile + 3 < end) look_up<KEYS>(rows, seen, tile + 3);
             await_products<0>(sums);
-            meet(THREADS);
+            meet(1, THREADS);
         }
         write_sums(sums, 1, parts, stats);
     }

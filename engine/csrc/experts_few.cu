@@ -26,7 +26,7 @@
 // Written against little of CUDA, so that a test can run it on a CPU (tests/kernels/cuda_on_cpu.h), which brings its
 // own of what stands between #ifndef ON_CPU and #endif.
 
-#include "warp.cuh"
+#include "warpgroup.cuh"
 
 #define TOKENS 8      // of a block of work
 #define ROOM 2        // tokens of a product
@@ -40,39 +40,21 @@
 #define CORE 144      // bytes from 8 columns at 16 inputs, which lie together, to those at the next 16: 16 more than they
                       // are, so that neighbours start in other banks
 
-typedef unsigned long long u64;
-
 #ifndef ON_CPU
-// A barrier for one copy after the other. Lane 0 calls all of these but `arrived`.
-__device__ __forceinline__ void open(u64* barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"((u32)__cvta_generic_to_shared(barrier)) : "memory");
-}
+// A copy, for which the barrier was made alone. By one lane.
 __device__ __forceinline__ void send_for(void* to, const void* from, u32 bytes, u64* barrier) {
-    u32 at = (u32)__cvta_generic_to_shared(barrier);
+    u32 at = shared_address(barrier);
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(at), "r"(bytes) : "memory");
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-        :: "r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(bytes), "r"(at) : "memory");
+        :: "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(at) : "memory");
 }
-// Until the copy of a barrier's even (0) or odd (1) turn is there.
-__device__ __forceinline__ void arrived(u64* barrier, u32 turn) {
-    asm volatile(
-        "{\n"
-        ".reg .pred there;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 there, [%0], %1;\n"
-        "@!there bra again;\n"
-        "}\n" :: "r"((u32)__cvta_generic_to_shared(barrier)), "r"(turn) : "memory");
-}
-// What was written to shared memory, or opened there, for copies and products to see.
-__device__ __forceinline__ void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // The lower half of what tells wgmma where a group's columns are: their address and the distance of the second 16 inputs,
 // both in 16 bytes. The upper half is zero: no swizzle, and no second eight columns, whose distance it would say.
 __device__ __forceinline__ u32 columns_at(const void* at) {
-    u32 address = (u32)__cvta_generic_to_shared(at);
+    u32 address = shared_address(at);
     return (address & 0x3ffff) >> 4 | (u32)(CORE >> 4) << 16;
 }
-__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 // m64n8k32: a lane has rows lane / 4 (a[0], a[2]) and lane / 4 + 8 (a[1], a[3]) of its warp's 16 at inputs 4 (lane % 4) +
 // 0..3, one to a byte, and (a[2], a[3]) those 16 later; columns 2 (lane % 4) + {0, 1} of these rows' sums. On its way
 // until awaited.
@@ -85,7 +67,6 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const u32 (&a)[4], u32
         "}\n" : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"((u64)columns) : "memory");
 }
-__device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // The sums of four products, of which LEFT batches may still be on their way; their operands live until here.
 template <int LEFT> __device__ __forceinline__ void await_products(float (&s)[4][4], u32 (&a)[4][4]) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(LEFT) : "memory");
@@ -231,7 +212,7 @@ struct Pipe {
         columns += first * (STEP / 16 * CORE / 16);
 #pragma unroll 1
         for (int s = first; s < last; s++) {
-            arrived(barriers + slot, turn);
+            await(barriers + slot, turn);
             const Step& from = ring[slot];
             Words in[4];
 #pragma unroll
@@ -258,7 +239,7 @@ struct Pipe {
                 begin_products();
 #pragma unroll
                 for (int j = 0; j < 4; j++) multiply(products[b][j], a[b][j], columns + (4 * b + j) * (2 * CORE / 16));
-                end_products();
+                close_products();
             }
             Floats<4> scale[2][2];
 #pragma unroll
@@ -354,7 +335,7 @@ __device__ __forceinline__ void for_panels(
     int warp = __shfl_sync(ALL, warp_id(), 0), four = warp / 4;  // the compiler sees that lanes agree
     if (lane_id() == 0) {
 #pragma unroll 1
-        for (int s = 0; s < stages; s++) open(&shared.barriers[warp][s]);
+        for (int s = 0; s < stages; s++) make_barrier(&shared.barriers[warp][s], 1);
         publish();
     }
     __syncwarp();

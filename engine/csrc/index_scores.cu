@@ -15,9 +15,7 @@
 //
 // Written against little of CUDA, so that a test can run it on a CPU (tests/kernels/cuda_on_cpu.h).
 
-#include "warp.cuh"
-
-typedef unsigned long long u64;
+#include "warpgroup.cuh"
 
 #define PAGE 64  // keys
 #define DIM 128  // bytes of a key, and of a head's query
@@ -39,12 +37,6 @@ __device__ __forceinline__ const u8* settled(const u8* at) {
     asm volatile("" : "+l"(at));
     return at;
 }
-__device__ __forceinline__ u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
-
-// Barriers in shared memory: a phase ends when as many have arrived as it was made for; phases are even and odd.
-__device__ __forceinline__ void make_barrier(u64* barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(barrier)), "r"(arrivals) : "memory");
-}
 __device__ __forceinline__ void arrive(u64* barrier, int times) {
     asm volatile("{.reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0], %1;}"
         :: "r"(shared_address(barrier)), "r"(times) : "memory");
@@ -53,16 +45,7 @@ __device__ __forceinline__ void arrive(u64* barrier, int times) {
 __device__ __forceinline__ void arrive_when_there(u64* barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(shared_address(barrier)) : "memory");
 }
-// Until the phase of this parity has ended; before the first one, an odd one has.
-__device__ __forceinline__ void await(u64* barrier, u32 parity) {
-    for (u32 ended = 0; !ended;)
-        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-            : "=r"(ended) : "r"(shared_address(barrier)), "r"(parity) : "memory");
-}
-// Named barriers of threads: those who wait, and those who only say that they were there.
-__device__ __forceinline__ void meet(int name, int threads) {
-    asm volatile("barrier.cta.sync.aligned %0, %1;" :: "r"(name), "r"(threads) : "memory");
-}
+// As meet(), for those who only say that they were there.
 __device__ __forceinline__ void pass_on(int name, int threads) {
     asm volatile("barrier.cta.arrive.aligned %0, %1;" :: "r"(name), "r"(threads) : "memory");
 }
@@ -75,47 +58,21 @@ template <int COUNT> __device__ __forceinline__ void more_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COUNT));
 }
 
-// What others copied into shared memory, and this thread has waited for, can be read by wgmma.
-__device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void queue_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-
 // sums of 64 keys by 64 N columns, += or, without `add`, = products of 32 inputs. Warp w of the warpgroup has keys
 // 16 w + lane / 4 + 8 r, and a lane of them columns 8 j + 2 (lane % 4) + c: sums[4 j + 2 r + c].
-#define F4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
-#define F32(i) F4(i), F4(i + 4), F4(i + 8), F4(i + 12), F4(i + 16), F4(i + 20), F4(i + 24), F4(i + 28)
 __device__ __forceinline__ void products(float (&sums)[32], u64 keys, u64 queries, bool add) {
     asm volatile(
         "{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1;}"
-        : F32(0) : "l"(keys), "l"(queries), "r"((u32)add));
+        "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {" SUMS_32 "}, %32, %33, p, 1, 1;}"
+        : SIXTEEN(0), SIXTEEN(16) : "l"(keys), "l"(queries), "r"((u32)add));
 }
 __device__ __forceinline__ void products(float (&sums)[64], u64 keys, u64 queries, bool add) {
     asm volatile(
         "{.reg .pred p; setp.ne.b32 p, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, p, 1, 1;}"
-        : F32(0), F32(32) : "l"(keys), "l"(queries), "r"((u32)add));
-}
-// Until the products are there. That the sums change here keeps the compiler from reading them before.
-template <int COUNT> __device__ __forceinline__ void await_products(float (&sums)[COUNT]) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(sums[i]) :: "memory");
+        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" SUMS_64 "}, %64, %65, p, 1, 1;}"
+        : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48) : "l"(keys), "l"(queries), "r"((u32)add));
 }
 #endif
-
-// Where wgmma finds a factor whose rows are 128 bytes of shared memory, 16 bytes of row r at r * 128 + swizzled(r, .).
-// Upper half: bits 0-13 the distance of rows 8 apart, 17-19 zero for rows that begin at a multiple of 1,024 bytes, 30-31
-// one for a swizzle of 128 bytes. Lower half: bits 0-13 the address, and 16-29 a distance that means nothing here. All in
-// units of 16 bytes; the 32 inputs of a product begin at the address as it is before the swizzle.
-__device__ __forceinline__ u64 factor(u32 sixteens) { return (u64)(1u << 30 | 8 * DIM / 16) << 32 | sixteens; }
-__device__ __forceinline__ int swizzled(int row, int sixteen) { return 16 * (sixteen ^ (row & 7)); }
 
 // Up to four neighbouring tokens of a request, under the first one's number; its pages have numbers [begin, end).
 struct Group {
@@ -244,7 +201,7 @@ template <int BYTES> __device__ __forceinline__ void fetch_rows(u8* to, const u8
 __device__ __forceinline__ void send(const Memory& m, int first, int last, int sender, PARAMETERS) {
     Fixed& s = *m.fixed;
     int row = lane_id() / 8, sixteen = lane_id() % 8, bytes = 16 * lane_id();
-    Places places = {row * DIM + swizzled(row, sixteen), (row + 4) * DIM + swizzled(row + 4, sixteen)};
+    Places places = {place(row, sixteen), place(row + 4, sixteen)};
     int owner = s.first_group, item = 0, stage = sender;
     u32 parity = 1;
     int asked = 0, group = uniform(owner), due = sender == 0 ? first : last;  // groups so far, the next, its first page
@@ -328,7 +285,7 @@ template <int GROUPS, int N> __device__ __forceinline__ void take(
     };
     for (int round = 0; round < share.rounds; round++) {
         await(&s.full[stage], parity);
-        show_to_products();
+        publish();
         meet(1 + group, 256);
         float sums[32 * N];
         u32 keys = first_keys + stage * (TILE / 16);
@@ -336,11 +293,11 @@ template <int GROUPS, int N> __device__ __forceinline__ void take(
 #pragma unroll
         for (int i = 0; i < DIM / 32; i++)
             products(sums, factor(keys + 2 * i), factor(queries + 2 * i), i > 0);
-        queue_products();
+        close_products();
         if (!share.ends || round + 1 < share.rounds) pass_on(1 + (group + 1) % GROUPS, 256);
         if (warp == group && round) write_maximum(round - 1);  // another quarter of the multiprocessor for each
         float scale = reinterpret_cast<const float*>(m.scales + stage * SCALES)[key];
-        await_products(sums);
+        await_products<0>(sums);
         __syncwarp();
         if (lane_id() == 0) arrive(&s.empty[stage], 2 * step / GROUPS);
 

@@ -1,6 +1,7 @@
-// Products of a warpgroup, four warps at once (wgmma): 64 rows of bf16 by bf16 of shared memory, sums in registers.
+// What kernels with products of a warpgroup share, four warps at once (wgmma): barriers, what is queued and awaited, and
+// products of 64 rows of bf16 by bf16 of shared memory, sums in registers.
 //
-// Both factors lie there in slabs, rows of 128 bytes (64 values), 16 bytes of row r at place(r, .), so that neither eight
+// Both factors of those lie there in slabs, rows of 128 bytes (64 values), 16 bytes of row r at place(r, .), so that neither eight
 // rows of one column of sixteens nor one row meet in a bank. Slabs begin at multiples of 1,024 bytes. A product takes 16
 // inputs: from the first factor along its rows (`along`), from the second one along them or across (`across`).
 //
@@ -18,9 +19,23 @@ __device__ __forceinline__ int place(int row, int sixteen) { return row * SLAB_R
 #ifndef ON_CPU
 __device__ __forceinline__ u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
 __device__ __forceinline__ void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// A barrier of `threads`, all of whose warps come to one of its calls, whichever.
-__device__ __forceinline__ void meet(int threads) {
-    asm volatile("barrier.cta.sync.aligned 1, %0;" :: "r"(threads) : "memory");
+// A named barrier (1 to 15) of `threads`, all of whose warps come to one of its calls, whichever.
+__device__ __forceinline__ void meet(int name, int threads) {
+    asm volatile("barrier.cta.sync.aligned %0, %1;" :: "r"(name), "r"(threads) : "memory");
+}
+// Barriers in shared memory: a phase ends when as many have arrived as it was made for; phases are even and odd.
+__device__ __forceinline__ void make_barrier(u64* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+// Until the phase of this parity has ended; before the first one, an odd one has.
+__device__ __forceinline__ void await(u64* barrier, u32 parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred ended;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n"
+        "@!ended bra again;\n"
+        "}\n" :: "r"(shared_address(barrier)), "r"(parity) : "memory");
 }
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void close_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -38,9 +53,10 @@ template <int LEFT, int COUNT> __device__ __forceinline__ void await_products(fl
 #define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
 #define SUMS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define SUMS_32 SUMS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define SUMS_128 SUMS_32 \
+#define SUMS_64 SUMS_32 \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
-    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
+    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SUMS_128 SUMS_64 \
     ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
     ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
     ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \

@@ -11,14 +11,14 @@ typedef unsigned long long u64;
 
 struct Copy { void* to; const void* from; uint32_t bytes; };
 static std::map<u64*, Copy> copies;
-static void open(u64* barrier) { *barrier = 0; }
+static void make_barrier(u64* barrier, int) { *barrier = 0; }
 static void publish() {}
 static void send_for(void* to, const void* from, uint32_t bytes, u64* barrier) {
     if (copies.count(barrier) || (uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16) std::abort();
     std::memset(to, 0xff, bytes);
     copies[barrier] = Copy{to, from, bytes};
 }
-static void arrived(u64* barrier, uint32_t turn) {
+static void await(u64* barrier, uint32_t turn) {
     while ((*barrier & 1) == turn) {
         auto found = copies.find(barrier);
         if (found == copies.end()) {
@@ -64,7 +64,7 @@ static void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t columns) 
     for (float& x : sum) x = NAN;
     pending[threadIdx.x].push_back(Product{&sum, &a, columns, batches[threadIdx.x]});
 }
-static void end_products() { batches[threadIdx.x]++; }
+static void close_products() { batches[threadIdx.x]++; }
 static void make(const Product& p) {
     static uint32_t operands[512][4];
     int lane = threadIdx.x % 32, first = threadIdx.x - lane;

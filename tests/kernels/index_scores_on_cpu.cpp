@@ -141,9 +141,9 @@ static void multiply(std::vector<double>& sums, int count, const Product& produc
             }
         }
 }
-static void show_to_products() {}
+static void publish() {}
 static void begin_products() { block::sync_warp(); }
-static void queue_products() {}
+static void close_products() {}
 static float in_flight() {
     float value;
     std::memcpy(&value, &IN_FLIGHT, 4);
@@ -157,7 +157,7 @@ template <int COUNT> static void products(float (&sums)[COUNT], Bits keys, Bits 
     multiply(flight.sums, COUNT, flight.products.back());
     std::fill(sums, sums + COUNT, in_flight());
 }
-template <int COUNT> static void await_products(float (&sums)[COUNT]) {
+template <int, int COUNT> static void await_products(float (&sums)[COUNT]) {
     dawdle();
     block::sync_warp();
     Flight& flight = flights[threadIdx.x];

@@ -62,7 +62,7 @@ inline void queue(float* sums, int columns, uint64_t first, uint64_t second, boo
 
 inline uint32_t shared_address(const void* at) { return (uint32_t)((const unsigned char*)at - memory); }
 inline void publish() {}
-inline void meet(int threads) {
+inline void meet(int, int threads) {
     if ((size_t)threads != block::fibers.size()) std::abort();
     __syncthreads();
 }
