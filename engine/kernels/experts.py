@@ -95,6 +95,37 @@ WorkList = tuple[Tensor, Tensor]
 """What routing a few tokens on a GPU also tells: members and owners, as engine/csrc/route_few.cu says."""
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What experts made of tokens, to be added up by whoever takes it: parts [T, k, D] in order, then beside [T, D]."""
+
+    parts: Tensor
+    beside: Tensor | None
+
+    def sum(self) -> Tensor:
+        """[T, D]."""
+        from engine.kernels.device import experts as device
+
+        return device.sum_picks(self.parts, self.beside)
+
+
+def routed_parts(
+    x: Tensor, picks: Tensor, weights: Tensor, experts: Experts, limit: float, beside: Tensor | None = None,
+    work: WorkList | None = None,
+) -> Tensor | Parts:  # fmt: skip
+    """`routed_experts`, or for a few tokens on a GPU what is still to be added up for it."""
+    if x.is_cuda:
+        from engine.kernels.device import experts as device
+        from engine.kernels.device import hyper_connections as taker
+
+        if taker.takes_between(*x.shape):
+            _check(x, picks, weights, experts)
+            stacks = (experts.gate, experts.up, experts.down)
+            parts = device.routed_parts(x, picks, weights, stacks, experts.scales, experts.most, limit, work)
+            return Parts(parts.view(*picks.shape, -1), beside)
+    return routed_experts(x, picks, weights, experts, limit, beside, work)
+
+
 def routed_experts(
     x: Tensor, picks: Tensor, weights: Tensor, experts: Experts, limit: float, beside: Tensor | None = None,
     work: WorkList | None = None,
@@ -108,12 +139,8 @@ def routed_experts(
     work                    the picks by expert, where `route_few` gave it
     ->       [T, D] fp32    sum over j of weights[j] * expert[picks[j]](x)
     """
+    _check(x, picks, weights, experts)
     tokens, k = picks.shape
-    if x.shape != (tokens, experts.hidden) or weights.shape != picks.shape:
-        raise ValueError(
-            f"x {list(x.shape)}, picks {list(picks.shape)} and weights {list(weights.shape)} do not belong "
-            f"together for experts of hidden size {experts.hidden}"
-        )
     if x.is_cuda:
         from engine.kernels.device import experts as device
 
@@ -145,6 +172,14 @@ def routed_experts(
     for j in range(1, k):
         total = total + weights[:, j, None] * outputs[:, j]
     return total if beside is None else total + beside
+
+
+def _check(x: Tensor, picks: Tensor, weights: Tensor, experts: Experts) -> None:
+    if x.shape != (picks.shape[0], experts.hidden) or weights.shape != picks.shape:
+        raise ValueError(
+            f"x {list(x.shape)}, picks {list(picks.shape)} and weights {list(weights.shape)} do not belong "
+            f"together for experts of hidden size {experts.hidden}"
+        )
 
 
 def mlp(x: Tensor, w1: Matrix, w3: Matrix, w2: Matrix, limit: float) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor
 from engine.batch import StepMeta
 from engine.cache.pools import KvPools
 from engine.config import ModelConfig
-from engine.kernels.hyper_connections import collapse
+from engine.kernels.hyper_connections import collapse, streams_of
 from engine.kernels.linear import Matrix, linear
 from engine.kernels.norm_rope import rms_norm
 from engine.model.deepseek_v4 import DeepseekV4, Layer, take, window_rows
@@ -107,9 +107,9 @@ class DraftLayer:
         """
         c = self.config
         token_ids, meta = token_ids.to(before.device), meta.to(before.device)
-        streams = self.layer(self._mix(token_ids, before), token_ids, meta, window_rows(meta), pools)
-        hidden = collapse(streams, self.head_fn, self.head_base, self.head_scale, c.rms_norm_eps, c.hc_eps)
-        return linear(rms_norm(hidden, self.norm, c.rms_norm_eps), self.head), streams
+        streams = streams_of(self.layer(self._mix(token_ids, before), token_ids, meta, window_rows(meta), pools))
+        site = self.head_fn, self.head_base, self.head_scale
+        return linear(collapse(streams, *site, c.rms_norm_eps, c.hc_eps, self.norm), self.head), streams
 
     def _mix(self, token_ids: Tensor, before: Tensor) -> Tensor:
         """[T, 4, D]: the embedding of a token added to each stream of the token before, both normed and projected."""

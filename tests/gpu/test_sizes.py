@@ -188,6 +188,13 @@ def test_hyper_connections_of_few_tokens(size: int) -> None:
             assert torch.allclose(got[n].cpu(), expected[n], rtol=tolerance, atol=tolerance)
         mixed = partial(device_hyper.mix_in, streams, fn, base, scale, None, 1e-6, 1e-6, 20)
         ten_times(lambda mixed=mixed: mixed()[0])
+        made, beside = torch.randn(tokens, 6, size, device="cuda"), torch.randn(tokens, size, device="cuda")
+        after = hyper_connections.mix_out(made.sum(1) + beside, streams, *got[1:])
+        how = (fn, base, scale, None, 1e-6, 1e-6, 20)
+        between = partial(device_hyper.mix_between, made, beside, streams, *got[1:], *how)
+        assert torch.allclose(ten_times(lambda between=between: between()[1]), after, rtol=1e-5, atol=1e-5)
+        for one, wanted in zip(between()[::3], device_hyper.mix_in(after, *how)[::2], strict=True):
+            assert torch.allclose(one, wanted, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(("count", "hidden", "k"), [(256, 4096, 6), (384, 7168, 6)])

@@ -344,7 +344,29 @@ def test_hyper_connections(size):
     assert torch.allclose(out.cpu(), hyper_connections.mix_out(y, streams, post, comb), rtol=0, atol=1e-5)
     head = randn(4, 4 * size, seed=6) * 0.1, randn(4, seed=7), randn(1, seed=8)
     got = device_hyper.collapse(there(streams), *map(there, head), 1e-6, 1e-6)
-    assert torch.allclose(got.cpu(), hyper_connections.collapse(streams, *head, 1e-6, 1e-6), rtol=0, atol=1e-5)
+    collapsed = hyper_connections.collapse(streams, *head, 1e-6, 1e-6)
+    assert torch.allclose(got.cpu(), collapsed, rtol=0, atol=1e-5)
+    got = device_hyper.collapse(there(streams), *map(there, head), 1e-6, 1e-6, there(norm))
+    assert torch.allclose(got.cpu(), norm_rope.rms_norm(collapsed, norm, 1e-6), rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="CUDA C++; test_mix_few.py runs its source on the CPU")
+@pytest.mark.parametrize("size", [256, 1536])
+@pytest.mark.parametrize("count", [1, 6])
+def test_hyper_connections_between_sublayers(size, count):
+    """In one go what is otherwise done by kernel after kernel, bit for bit where it is the same sum."""
+    made, beside, streams = randn(5, count, size), randn(5, size, seed=1), randn(5, 4, size, seed=2)
+    post, comb = torch.rand(5, 4), torch.rand(5, 4, 4)
+    fn, base, scale = randn(24, 4 * size, seed=2) * 0.1, randn(24, seed=3) * 0.5, randn(3, seed=4) * 0.2 + 1
+    given = [there(t) for t in (streams, post, comb)]
+    how = (*map(there, (fn, base, scale, randn(size, seed=5))), 1e-6, 1e-6, 20)
+    summed = device_experts.sum_picks(there(made), there(beside))
+    after = device_hyper.mix_out(summed, *given)
+    use_cuda_products(True)  # these kernels there are in CUDA C++ alone
+    x, *mixing = device_hyper.mix_in(after, *how)
+    found = device_hyper.mix_between(there(made), there(beside), *given, *how)
+    for got, expected in zip(found, (x, after, *mixing), strict=True):
+        assert torch.allclose(got, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_routes_by_score_and_by_table():
@@ -433,6 +455,11 @@ def test_experts(kind, tokens, hidden):
         tuple(None if s is None else there(s) for s in scales), (124, 124), limit, there(beside),
     )  # fmt: skip
     assert torch.allclose(more.cpu(), got.cpu() + beside, rtol=1e-6, atol=1e-6)
+    parts = device_experts.routed_parts(
+        there(x), there(picks), there(weights), tuple(map(there, stacks)),
+        tuple(None if s is None else there(s) for s in scales), (124, 124), limit,
+    )  # fmt: skip
+    assert torch.equal(experts.Parts(parts.view(tokens, 3, hidden), there(beside)).sum(), more)
 
 
 def test_swiglu():

@@ -100,7 +100,10 @@ def _finish(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _collapse(parts, streams, base, scale, x, tokens, size, rms_eps, hc_eps, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def _collapse(
+    parts, streams, base, scale, norm, x, tokens, size, rms_eps, hc_eps, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    NORM: tl.constexpr,
+):  # fmt: skip
     await_previous()
     token = tl.program_id(0).to(tl.int64)
     row = tl.arange(0, _ROWS)
@@ -111,6 +114,9 @@ def _collapse(parts, streams, base, scale, x, tokens, size, rms_eps, hc_eps, SPL
     mixed = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(4):
         mixed += _pick(opened, k) * tl.load(streams + (token * 4 + k) * size + at, mask=inside, other=0.0)
+    if NORM:
+        mixed = mixed * tl.rsqrt(tl.sum(mixed * mixed, axis=0) / size + rms_eps)
+        mixed = tl.load(norm + at, mask=inside, other=0.0) * mixed
     tl.store(x + token * size + at, mixed, mask=inside)
 
 
@@ -163,16 +169,41 @@ def mix_in(
     return x, post, comb
 
 
-def collapse(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rms_eps: float, hc_eps: float) -> Tensor:
+def takes_between(tokens: int, size: int) -> bool:
+    """Whether `mix_between` takes so many tokens of this size."""
+    return mix_few.takes(tokens, size)
+
+
+def mix_between(
+    made: Tensor, beside: Tensor | None, streams: Tensor, post: Tensor, comb: Tensor, fn: Tensor, base: Tensor,
+    scale: Tensor, norm: Tensor | None, rms_eps: float, hc_eps: float, iters: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `engine.kernels.hyper_connections.mix_on` of what a sublayer left, its parts made [T, k, D] and beside [T, D];
+    where `takes_between` says so.
+    """
+    made, streams, post, comb = (t.contiguous() for t in (made, streams, post, comb))
+    after, new_post, new_comb = (torch.empty_like(t) for t in (streams, post, comb))
+    x = torch.empty(made.shape[0], made.shape[2], dtype=torch.float32, device=made.device)
+    mix_few.mix_between(
+        made, beside, streams, post, comb, fn, base, scale, norm, rms_eps, hc_eps, iters, after, x, new_post, new_comb
+    )
+    return x, after, new_post, new_comb
+
+
+def collapse(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rms_eps: float, hc_eps: float, norm: Tensor | None = None
+) -> Tensor:
     """As `engine.kernels.hyper_connections.collapse`."""
     streams = streams.contiguous()
     tokens, _, size = streams.shape
     x = torch.empty(tokens, size, dtype=torch.float32, device=streams.device)
-    if tokens:
+    if mix_few.takes(tokens, size):
+        mix_few.collapse(streams, fn, base, scale, norm, rms_eps, hc_eps, x)
+    elif tokens:
         parts, splits = _partials(streams, fn)
         _collapse[(tokens,)](
-            parts, streams, base, scale, x, tokens, size, rms_eps, hc_eps, SPLITS=splits,
-            BLOCK=triton.next_power_of_2(size), num_warps=8 if size > 1024 else 4, **early(),
+            parts, streams, base, scale, norm, x, tokens, size, rms_eps, hc_eps, SPLITS=splits,
+            BLOCK=triton.next_power_of_2(size), NORM=norm is not None, num_warps=8 if size > 1024 else 4, **early(),
         )  # fmt: skip
     return x
 
