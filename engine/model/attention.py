@@ -18,7 +18,7 @@ from engine.config import C4_RATIO, ModelConfig
 from engine.kernels.compress import compress_c4, compress_c128
 from engine.kernels.index_topk import select_blocks
 from engine.kernels.linear import Matrix, grouped_linear, linear, linears
-from engine.kernels.norm_rope import query, rms_norm, rope_frequencies
+from engine.kernels.norm_rope import linears_of_normed, query, rope_frequencies
 from engine.kernels.rows import RowPool, write_latents
 from engine.kernels.sparse_attention import sparse_attention
 
@@ -106,7 +106,7 @@ class Attention:
     def __call__(self, x: Tensor, meta: StepMeta, window_rows: Tensor, pools: KvPools) -> Tensor:
         """x [T, D] (site-normed) -> [T, D]. Writes this step's rows and rings; window_rows [T] are the tokens' own."""
         low, kv, *more = linears(x, self.of_x)
-        q, *index_q = linears(rms_norm(low, self.q_norm, self.eps), self.of_low)
+        q, *index_q = linears_of_normed(low, self.q_norm, self.eps, self.of_low)
         q = query(q.view(-1, self.heads, self.head_dim), meta.positions, self.freqs, self.eps)
         window = pools.window[self.layer]
         self._write_window(kv, meta.positions, window_rows, window)

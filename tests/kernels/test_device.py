@@ -482,6 +482,34 @@ def test_a_matrix_on_the_device_gives_what_it_gives_on_the_cpu():
     assert math.isclose(apart(got, linear(x, Matrix.prepare(weight))), 0, abs_tol=1e-10)
 
 
+@pytest.mark.parametrize("inputs", [256, 384])
+@pytest.mark.parametrize("tokens", [1, 5, 20])
+def test_products_of_normed_tokens_are_those_of_tokens_that_were_normed_before(tokens, inputs):
+    """On a GPU few tokens of 256 inputs are normed on their way, which may round an operand to its neighbour."""
+    matrices = [(there(randn(n, inputs, seed=n).bfloat16()), None) for n in (64, 16)]
+    x, norm = randn(tokens, inputs) * 30, randn(inputs, seed=1)
+    normed = device_norm.norm_rotate(there(x), there(norm), 1e-6, None, None, False)
+    got = device_linear.products(there(x), matrices, there(norm), 1e-6)
+    for one, expected in zip(got, device_linear.products(normed, matrices), strict=True):
+        assert apart(one, expected) < 1e-7
+
+
+@pytest.mark.skipif(not ON_GPU, reason="CUDA C++; test_few_tokens.py runs its source on the CPU")
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_both_products_of_a_gate_give_what_each_gives_alone(tokens, kind):
+    both = [(there(randn(48, 256, seed=n).bfloat16()), None) for n in range(2)]
+    if kind == "fp8":
+        both = [
+            (there(torch.randint(0x70, (48, 256), dtype=torch.uint8)), there(torch.rand(1, 2) / 99)) for _ in range(2)
+        ]
+    x = there(randn(tokens, 256))
+    use_cuda_products(True)  # this kernel there is in CUDA C++ alone
+    assert few_tokens.takes_gated(tokens, both[0][0], both[1][0])
+    expected = device_experts.swiglu(*device_linear.products(x, both), 10.0)
+    assert torch.allclose(few_tokens.gated(x, *both, 10.0), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("tokens", [1, 5, 20])
 def test_several_matrices_give_what_each_gives_alone(tokens):
     """On a GPU few tokens take one launch, in which a token's result is as ever."""
