@@ -236,6 +236,54 @@ def test_c128_rows_and_rings(step, layout):
     assert torch.allclose(got, expected, rtol=0.13 if layout == "v4" else 0, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", ["v4", "exact"])
+@pytest.mark.parametrize("ratio", [4, 128])
+def test_all_that_a_layer_keeps_of_a_short_step_is_written_as_one_after_the_other(step, ratio, layout):
+    freqs, eps = there(norm_rope.rope_frequencies(160_000.0, 64)), 1e-6
+    wide, ring_rows = (2, C4_RING) if ratio == 4 else (1, C128_RING)
+    kinds = [("latent", 512)] + ([("index", 128)] if ratio == 4 else [])
+    window = empty_pool(256, "latent", layout, 512)
+    pools = [empty_pool(256 // ratio, kind, layout, dim) for kind, dim in kinds]
+    rings = [randn(16 * PAGES + 1, ring_rows, 2 * wide * dim, seed=dim) for _, dim in kinds]
+    single, together = ([there(t) for t in (window, *pools, *rings)] for _ in range(2))
+    for n, spans in enumerate([[(0, 3), (121, 1)], [(3, 1), (122, 4)], [(4, 4), (126, 2)], [(8, 1), (128, 7)]]):
+        meta = step(spans, pages=PAGES)
+        tokens = len(meta.positions)
+        rows = meta.swa_table[meta.segment.long(), meta.positions // 256].long() * 256 + meta.positions % 256
+        # As a product of several matrices gives them: columns of their own, one behind the other.
+        kv, kv_norm = there(randn(tokens, 512, seed=n)), there(randn(512, seed=n + 1))
+        projected = [
+            [there(randn(*shape, seed=50 + 10 * n + m)) for m, shape in enumerate(
+                ((tokens, wide * dim), (tokens, wide * dim), (ratio, wide * dim), (dim,)))]
+            for _, dim in kinds
+        ]  # fmt: skip
+        moved, at, turned = there(meta), there(rows), layout == "v4"
+        device_rows.write_latents(single[0], at, kv, kv_norm, moved.positions, freqs, eps)
+        for m, parts in enumerate(projected):
+            out, ring = single[1 + m], single[1 + len(kinds) + m]
+            if ratio == 4:
+                device_compress.compress_c4(*parts, ring, moved, freqs, eps, out, turned and m == 1)
+            else:
+                device_compress.compress_c128(*parts, ring, moved, freqs, eps, out)
+        latents = compress.Latents(together[0], at, kv, kv_norm)
+        poolings = [
+            compress.Pooling(*parts, together[1 + len(kinds) + m], together[1 + m]) for m, parts in enumerate(projected)
+        ]
+        if ratio == 4:
+            device_compress.write_c4(latents, *poolings, moved, freqs, eps, rotate_keys=turned)
+        else:
+            device_compress.write_c128(latents, *poolings, moved, freqs, eps)
+        for one, other in zip(single, together, strict=True):
+            bytes_of = [(t if isinstance(t, torch.Tensor) else t.data).view(torch.uint8).cpu() for t in (one, other)]
+            if not ON_GPU:
+                assert torch.equal(*bytes_of)
+            elif layout == "exact" or isinstance(one, torch.Tensor):  # where sums over other warps may round otherwise
+                assert torch.allclose(*(b.view(torch.float32) for b in bytes_of), rtol=1e-5, atol=1e-5, equal_nan=True)
+            else:
+                assert (bytes_of[0] != bytes_of[1]).double().mean() < 1e-4
+    assert all((pool.data.cpu() != 0xFF).any() for pool in together[: 1 + len(kinds)]), "rows were written"
+
+
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("layout", ["v4", "exact"])
 @pytest.mark.parametrize("ratio", [0, 4, 128])
