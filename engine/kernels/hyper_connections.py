@@ -57,6 +57,15 @@ class HyperSite:
         return self.packed_fn.transpose(0, 1).flatten(1) if self.packed else self.packed_fn
 
 
+def embedded(embedding: Tensor, token_ids: Tensor) -> Tensor:
+    """embedding [V, D], token_ids [T] int64 -> [T, 4, D] fp32: all streams begin with a token's row."""
+    if embedding.is_cuda:
+        from engine.kernels.device import hyper_connections as device
+
+        return device.embedded(embedding, token_ids)
+    return embedding[token_ids].float()[:, None, :].repeat(1, STREAMS, 1)
+
+
 def mix_in(
     streams: Tensor, site: HyperSite, rms_eps: float, hc_eps: float, iters: int, norm: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:

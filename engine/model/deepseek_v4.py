@@ -14,14 +14,13 @@ from torch import Tensor
 from engine.batch import StepMeta
 from engine.cache.pools import KvPools
 from engine.config import ModelConfig
-from engine.kernels import native
-from engine.kernels.hyper_connections import Behind, HyperSite, collapse, mix_in, mix_on, streams_of
+from engine.kernels import addresses, native
+from engine.kernels.hyper_connections import Behind, HyperSite, collapse, embedded, mix_in, mix_on, streams_of
 from engine.kernels.linear import Matrix, linear
 from engine.kernels.rows import RowPool
 from engine.model.attention import Attention, LayerTensors
 from engine.model.fused import FusedForward
 from engine.model.moe import MixtureOfExperts
-from wire.types import PAGE_TOKENS
 
 
 class Layer:
@@ -93,7 +92,7 @@ class DeepseekV4:
             return self.fused.streams(token_ids, meta, pools)
         token_ids, meta = token_ids.to(self.device), meta.to(self.device)
         rows = window_rows(meta)
-        streams: Tensor | Behind = self.embedding[token_ids].float()[:, None, :].repeat(1, self.config.hc_mult, 1)
+        streams: Tensor | Behind = embedded(self.embedding, token_ids)
         for layer in self.layers:
             streams = layer(streams, token_ids, meta, rows, pools)
         return streams_of(streams)
@@ -108,8 +107,7 @@ class DeepseekV4:
 
 def window_rows(meta: StepMeta) -> Tensor:
     """[T] int64: each token's own row in a window pool; a row of the sink where its page is not mapped."""
-    page = meta.swa_table[meta.segment.long(), meta.positions // PAGE_TOKENS].long()
-    return page * PAGE_TOKENS + meta.positions % PAGE_TOKENS
+    return addresses.window_rows(meta.positions, meta.segment, meta.swa_table)
 
 
 def take(tensors: dict[str, Tensor], prefix: str, name: str) -> Tensor:

@@ -32,7 +32,7 @@ from engine.cache.pools import KvPools
 from engine.config import ModelConfig
 from engine.kernels.hyper_connections import collapse, streams_of
 from engine.kernels.linear import Matrix, linear
-from engine.kernels.norm_rope import rms_norm
+from engine.kernels.norm_rope import linears_of_normed
 from engine.model.deepseek_v4 import DeepseekV4, Layer, take, window_rows
 from wire.types import PAGE_TOKENS
 
@@ -114,6 +114,6 @@ class DraftLayer:
     def _mix(self, token_ids: Tensor, before: Tensor) -> Tensor:
         """[T, 4, D]: the embedding of a token added to each stream of the token before, both normed and projected."""
         eps = self.config.rms_norm_eps
-        e = linear(rms_norm(self.embedding[token_ids].float(), self.enorm, eps), self.e_proj)
-        h = linear(rms_norm(before.flatten(0, 1), self.hnorm, eps), self.h_proj)
+        (e,) = linears_of_normed(self.embedding[token_ids].float(), self.enorm, eps, [self.e_proj])
+        (h,) = linears_of_normed(before.flatten(0, 1), self.hnorm, eps, [self.h_proj])
         return e[:, None, :] + h.view(before.shape)

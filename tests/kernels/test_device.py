@@ -16,10 +16,11 @@ pytest.importorskip("triton", reason="triton comes with the gpu extra")
 
 from engine.batch import StepMeta
 from engine.config import C4_RING, C128_RING
-from engine.kernels import compress, experts, hyper_connections, norm_rope
+from engine.kernels import addresses, compress, experts, hyper_connections, norm_rope
 from engine.kernels.checksum import item_checksums
 
 # Triton decides on import, so this comes last.
+from engine.kernels.device import addresses as device_addresses
 from engine.kernels.device import checksum as device_checksum
 from engine.kernels.device import compress as device_compress
 from engine.kernels.device import experts as device_experts
@@ -415,6 +416,31 @@ def test_hyper_connections_between_sublayers(size, count):
     found = device_hyper.mix_between(there(made), there(beside), *given, *how)
     for got, expected in zip(found, (x, after, *mixing), strict=True):
         assert torch.allclose(got, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_streams_begin_with_a_tokens_row(dtype):
+    table, ids = randn(50, 96).to(dtype), torch.tensor([3, 49, 0, 3])
+    expected = hyper_connections.embedded(table, ids)
+    assert expected.dtype == torch.float32
+    assert torch.equal(device_hyper.embedded(there(table), there(ids)).cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("counts", [[1], [3, 0, 5], [0, 0, 7, 1, 0], [200, 1, 130, 0, 300], [1] * 65])
+def test_addresses_of_a_step(counts, dtype):
+    """Segments without tokens, more tokens than a program takes, contexts of a million."""
+    starts = torch.arange(len(counts)) * 1_000_003 % 1_000_000
+    given = starts.to(dtype), torch.tensor(counts, dtype=dtype), sum(counts)
+    expected = addresses.token_addresses(*given)
+    got = device_addresses.token_addresses(*(there(t) if isinstance(t, torch.Tensor) else t for t in given))
+    for one, wanted in zip(got, expected, strict=True):
+        assert one.dtype == wanted.dtype
+        assert torch.equal(one.cpu(), wanted)
+    positions, segment, *_ = expected
+    table = torch.randint(9, (len(counts), 3910), dtype=torch.int32)
+    rows = device_addresses.window_rows(*map(there, (positions, segment, table)))
+    assert torch.equal(rows.cpu(), addresses.window_rows(positions, segment, table))
 
 
 def test_routes_by_score_and_by_table():

@@ -135,6 +135,27 @@ def _spread(y, streams, post, comb, out, size, BLOCK: tl.constexpr):
         tl.store(out + (token * 4 + k) * size + at, total, mask=inside)
 
 
+@triton.jit
+def _embed(embedding, token_ids, streams, size, BLOCK: tl.constexpr):
+    await_previous()
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    values = tl.load(embedding + tl.load(token_ids + token) * size + at, mask=inside, other=0.0).to(tl.float32)
+    for k in tl.static_range(4):
+        tl.store(streams + (token * 4 + k) * size + at, values, mask=inside)
+
+
+def embedded(embedding: Tensor, token_ids: Tensor) -> Tensor:
+    """As `engine.kernels.hyper_connections.embedded`."""
+    tokens, size = len(token_ids), embedding.shape[1]
+    streams = torch.empty(tokens, 4, size, dtype=torch.float32, device=embedding.device)
+    if tokens:
+        block = min(1024, triton.next_power_of_2(size))
+        _embed[(tokens, triton.cdiv(size, block))](embedding, token_ids, streams, size, BLOCK=block, **early())
+    return streams
+
+
 def _partials(streams: Tensor, fn: Tensor) -> tuple[Tensor, int]:
     """streams [T, 4, D] contiguous, fn [rows, 4 D] -> parts [S, T, 32] and S."""
     tokens, width = streams.shape[0], fn.shape[1]
