@@ -30,14 +30,11 @@ from torch import Tensor
 from engine.batch import StepMeta
 from engine.cache.pools import KvPools
 from engine.config import ModelConfig
+from engine.kernels.draft_state import keep, resume
 from engine.kernels.hyper_connections import collapse, streams_of
 from engine.kernels.linear import Matrix, linear
 from engine.kernels.norm_rope import linears_of_normed
 from engine.model.deepseek_v4 import DeepseekV4, Layer, take, window_rows
-from wire.types import PAGE_TOKENS
-
-HEADER = 4
-"""Numbers before the streams in a `draft_state`; float32 holds positions exactly."""
 
 
 class DraftLayer:
@@ -67,35 +64,12 @@ class DraftLayer:
         ->      streams [B, 4, D] behind each segment's last kept token, and `oldest` [B] int64
         """
         token_ids, meta, kept = token_ids.to(streams.device), meta.to(streams.device), kept.to(streams.device)
-        before, oldest = self._resume(streams, meta, pools)
-        segment, place = meta.segment.long(), torch.arange(len(token_ids), device=streams.device)
-        last = meta.offsets[:-1].long() + kept - 1
-        stays = place <= last[segment]
-        rows = window_rows(meta)
-        # What is not to be written goes to the sink: no value is looked at here, so that a GPU need not be waited for.
-        written = stays & (meta.positions >= oldest[segment])
+        assert pools.draft_state is not None
+        before, oldest = resume(streams, pools.draft_state, meta)
+        rows, behind = keep(streams, pools.draft_state, meta, kept, oldest)
         window = pools.window[self.config.num_layers]
-        self.layer.write_window(self._mix(token_ids, before), meta.positions, rows * written, window)
-        assert pools.draft_state is not None
-        told = stays & (rows >= PAGE_TOKENS)
-        told &= (meta.positions % PAGE_TOKENS == PAGE_TOKENS - 1) | (place == last[segment])
-        header = torch.zeros(len(token_ids), HEADER, device=streams.device)
-        header[:, 0] = (meta.positions + 1) * told
-        header[:, 1] = oldest[segment]
-        pools.draft_state[rows * told // PAGE_TOKENS] = torch.cat([header, streams.flatten(1)], dim=1)
-        return streams[last], oldest
-
-    def _resume(self, streams: Tensor, meta: StepMeta, pools: KvPools) -> tuple[Tensor, Tensor]:
-        """The streams [T, 4, D] of the token before each, and the first position [B] with a row in each segment."""
-        assert pools.draft_state is not None
-        # Row T is for segments without tokens, which begin there.
-        before = torch.cat([streams[-1:], streams])
-        first = meta.offsets[:-1].long()
-        page = (meta.starts - 1).clamp(min=0) // PAGE_TOKENS
-        held = pools.draft_state[meta.swa_table.gather(1, page[:, None])[:, 0].long()]
-        known = (meta.starts > 0) & (held[:, 0] == meta.starts)
-        before[first] = torch.where(known[:, None], held[:, HEADER:], 0.0).view(-1, *streams.shape[1:])
-        return before[:-1], torch.where(known, held[:, 1].long(), meta.starts + 1)
+        self.layer.write_window(self._mix(token_ids, before), meta.positions, rows, window)
+        return behind, oldest
 
     @torch.inference_mode()
     def guess(self, token_ids: Tensor, before: Tensor, meta: StepMeta, pools: KvPools) -> tuple[Tensor, Tensor]:

@@ -16,13 +16,14 @@ pytest.importorskip("triton", reason="triton comes with the gpu extra")
 
 from engine.batch import StepMeta
 from engine.config import C4_RING, C128_RING
-from engine.kernels import addresses, compress, experts, hyper_connections, norm_rope
+from engine.kernels import addresses, compress, draft_state, experts, hyper_connections, norm_rope
 from engine.kernels.checksum import item_checksums
 
 # Triton decides on import, so this comes last.
 from engine.kernels.device import addresses as device_addresses
 from engine.kernels.device import checksum as device_checksum
 from engine.kernels.device import compress as device_compress
+from engine.kernels.device import draft_state as device_draft
 from engine.kernels.device import experts as device_experts
 from engine.kernels.device import few_tokens, use_cuda_products
 from engine.kernels.device import hyper_connections as device_hyper
@@ -424,6 +425,37 @@ def test_all_streams_begin_with_a_tokens_row(dtype):
     expected = hyper_connections.embedded(table, ids)
     assert expected.dtype == torch.float32
     assert torch.equal(device_hyper.embedded(there(table), there(ids)).cpu(), expected)
+
+
+def test_the_draft_layer_resumes_from_states_and_keeps_them(step):
+    """Steps behind each other: drafts that do not stay, a page that ends, a segment that begins, one without tokens,
+    and one whose pages are nobody's.
+    """
+    width = 4 * 320
+    states = torch.zeros(16 * PAGES + 1, 4 + width)
+    ours = there(states)
+    steps = [
+        ([(0, 3), (253, 5), (700, 1), (5, 1)], [2, 4, 1, 1]),
+        ([(2, 2), (257, 1), (702, 4), (6, 2)], [1, 1, 4, 2]),
+        ([(3, 4), (258, 3), (706, 0), (8, 1)], [4, 1, 0, 1]),
+    ]
+    for n, (spans, kept) in enumerate(steps):
+        meta = step(spans, pages=PAGES)
+        meta.swa_table[3] = 0
+        streams, kept = randn(len(meta.positions), 4, 320, seed=n), torch.tensor(kept)
+        before, oldest = draft_state.resume(streams, states, meta)
+        rows, behind = draft_state.keep(streams, states, meta, kept, oldest)
+        moved = there(streams), ours, there(meta)
+        got_before, got_oldest = device_draft.resume(*moved)
+        got_rows, got_behind = device_draft.keep(*moved, there(kept), got_oldest)
+        assert torch.equal(got_before.cpu(), before)
+        assert torch.equal(got_oldest.cpu(), oldest)
+        assert torch.equal(got_rows.cpu(), rows)
+        assert torch.equal(got_behind.cpu()[kept > 0], behind[kept > 0])
+        assert torch.equal(ours.cpu()[1:], states[1:])
+        assert ours[0, 0] == states[0, 0] == 0, "the sink's is a state of no time"
+    assert (oldest[:2] < torch.tensor([4, 259])).all(), "states were found"
+    assert oldest[3] == 9, "nobody's page has no state"
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
