@@ -392,6 +392,11 @@ def test_hyper_connections(size):
     assert torch.allclose(normed.cpu(), norm_rope.rms_norm(x, norm, 1e-6), rtol=0, atol=1e-4)
     out = device_hyper.mix_out(*map(there, (y, streams, post, comb)))
     assert torch.allclose(out.cpu(), hyper_connections.mix_out(y, streams, post, comb), rtol=0, atol=1e-5)
+    parts, beside = randn(5, 6, size, seed=9), randn(5, size, seed=10)
+    summed = device_experts.sum_picks(there(parts), there(beside))
+    given = [there(t) for t in (streams, post, comb)]
+    of_parts = device_hyper.mix_out(there(parts), *given, there(beside))
+    assert torch.equal(of_parts, device_hyper.mix_out(summed, *given))
     head = randn(4, 4 * size, seed=6) * 0.1, randn(4, seed=7), randn(1, seed=8)
     got = device_hyper.collapse(there(streams), *map(there, head), 1e-6, 1e-6)
     collapsed = hyper_connections.collapse(streams, *head, 1e-6, 1e-6)

@@ -121,12 +121,18 @@ def _collapse(
 
 
 @triton.jit
-def _spread(y, streams, post, comb, out, size, BLOCK: tl.constexpr):
+def _spread(
+    made, beside, streams, post, comb, out, size, COUNT: tl.constexpr, BESIDE: tl.constexpr, BLOCK: tl.constexpr
+):
     await_previous()
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
-    result = tl.load(y + token * size + at, mask=inside, other=0.0)
+    result = tl.load(made + token * COUNT * size + at, mask=inside, other=0.0)
+    for i in tl.static_range(1, COUNT):
+        result += tl.load(made + (token * COUNT + i) * size + at, mask=inside, other=0.0)
+    if BESIDE:
+        result += tl.load(beside + token * size + at, mask=inside, other=0.0)
     for k in tl.static_range(4):
         total = tl.load(post + token * 4 + k) * result
         for j in tl.static_range(4):
@@ -229,13 +235,14 @@ def collapse(
     return x
 
 
-def mix_out(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-    """As `engine.kernels.hyper_connections.mix_out`."""
+def mix_out(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor, beside: Tensor | None = None) -> Tensor:
+    """As `engine.kernels.hyper_connections.mix_out`; y [T, k, D] and beside [T, D] are parts of what was made."""
     tokens, _, size = streams.shape
     out = torch.empty_like(streams)
     if tokens:
         block = min(1024, triton.next_power_of_2(size))
         _spread[(tokens, triton.cdiv(size, block))](
-            y.contiguous(), streams, post, comb, out, size, BLOCK=block, **early()
-        )
+            y.contiguous(), beside, streams, post, comb, out, size, COUNT=1 if y.dim() == 2 else y.shape[1],
+            BESIDE=beside is not None, BLOCK=block, **early(),
+        )  # fmt: skip
     return out
