@@ -162,8 +162,9 @@ __device__ __forceinline__ void partial(
 PARTIAL(penumbra_mix_partial, PRODUCTS)
 PARTIAL(penumbra_collapse_partial, 4)
 
-// Streams, post and comb are not from the kernel right in front: a sublayer lies between.
-extern "C" __global__ void __launch_bounds__(THREADS) penumbra_mix_between(
+// Streams, post and comb are not from the kernel right in front: a sublayer lies between. A block is small enough to
+// begin beside the last blocks of that one.
+extern "C" __global__ void __launch_bounds__(THREADS, 4) penumbra_mix_between(
     const float* made, int count, const float* beside, const float* before, const float* post, const float* comb,
     float* streams, const float* fn, float* parts, int tokens, int size) {
     partial<PRODUCTS, true>(Made{made, count, beside, before, post, comb}, streams, fn, parts, tokens, size);
