@@ -149,11 +149,12 @@ def plan(
     """(warps of a block, its bytes of shared memory, its span) for matrices of so many rows in `groups` groups each, of
     which a block multiplies so many tiles side by side.
     """
-    warps = max(1, min(_MOST_WARPS, inputs // _STEP // _AHEAD))
-    while warps > _LEAST_WARPS and _shared(tiles, warps, TOKENS, inputs, kind) > _SHARED_BYTES:
-        warps = max(_LEAST_WARPS, warps // 2)
-    shared = _shared(tiles, warps, tokens, inputs, kind)
     runs = [n // groups // 16 for n in rows for _ in range(groups)]
+    turns = 1 if sum(runs) <= _PROCESSORS else 2  # of the warps' sums: a block with one group of rows adds up once
+    warps = max(1, min(_MOST_WARPS, inputs // _STEP // _AHEAD))
+    while warps > _LEAST_WARPS and _shared(tiles, warps, TOKENS, inputs, kind, turns) > _SHARED_BYTES:
+        warps = max(_LEAST_WARPS, warps // 2)
+    shared = _shared(tiles, warps, tokens, inputs, kind, turns)
     return warps, shared, _span(runs, groups > 1, _resident(_REGISTERS[tiles], warps, shared), _LINEAR_SPAN)
 
 
@@ -184,10 +185,10 @@ def _span(runs: list[int], whole: bool, resident: int, most: int) -> int:
     return span
 
 
-def _shared(tiles: int, warps: int, tokens: int, inputs: int, kind: str) -> int:
-    """Bytes of shared memory: each warp's ring of steps, the tokens, and the warps' sums twice."""
+def _shared(tiles: int, warps: int, tokens: int, inputs: int, kind: str, turns: int = 2) -> int:
+    """Bytes of shared memory: each warp's ring of steps, the tokens, and the warps' sums for so many turns."""
     ring = warps * _AHEAD * (tiles * 16 * _ROW_BYTES[kind] + 128)
-    return ring + tokens * (2 * inputs + _PAD_BYTES) + 2 * warps * tiles * tokens * 64
+    return ring + tokens * (2 * inputs + _PAD_BYTES) + turns * warps * tiles * tokens * 64
 
 
 def gate_up(
