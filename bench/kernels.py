@@ -34,6 +34,7 @@ from engine.kernels.device import (
     sparse_attention,
     use_cuda_products,
 )
+from engine.kernels.device.norm_rope import norm_rotate
 from engine.kernels.device.topk_rows import choose, topk_rows
 from engine.kernels.rows import RowPool
 from wire.types import PAGE_TOKENS
@@ -331,6 +332,20 @@ def mixing_cases(bandwidth: float) -> Cases:
         if tokens <= mix_few.TOKENS:
             yield Figure("mHC in, normed, in CUDA C++", f"{tokens} tokens", in_cuda(ours, fns), floor, "Triton", us)
         yield Figure("mHC out", f"{tokens} tokens", out, tokens * size * 36 / bandwidth * 1e6)
+        if tokens <= mix_few.TOKENS:
+            made, beside = torch.randn(tokens, 6, size, device="cuda"), torch.randn(tokens, size, device="cuda")
+
+            def one_by_one(fn: Tensor) -> object:
+                after = hyper_connections.mix_out(experts.sum_picks(made, beside), streams, post, comb)
+                return hyper_connections.mix_in(after, fn, base, scale, norm, 1e-6, 1e-6, 20)
+
+            def between(fn: Tensor) -> object:
+                return hyper_connections.mix_between(
+                    made, beside, streams, post, comb, fn, base, scale, norm, 1e-6, 1e-6, 20
+                )
+
+            us, peer = in_cuda(between, fns), in_cuda(one_by_one, fns)
+            yield Figure("mHC from experts to attention", f"{tokens} tokens", us, floor, "one by one", peer)
 
 
 def routing_cases(bandwidth: float) -> Cases:
@@ -352,6 +367,35 @@ def routing_cases(bandwidth: float) -> Cases:
         yield Figure("routing in CUDA C++", f"{tokens} tokens, {count} experts", cuda, floor, "Triton", us)
 
 
+def folded_cases(bandwidth: float) -> Cases:
+    """Products with what comes before or behind them folded in, beside kernels that do one after the other."""
+    inputs, rows, hidden, inner = 1024, (32_768, 8192), 4096, 2048
+    norm = torch.randn(inputs, device="cuda")
+
+    def fp8(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+        codes = torch.randint(0x20, 0x40, (outputs, inputs), dtype=torch.uint8, device="cuda")
+        return codes, torch.rand(outputs // 128, inputs // 128, device="cuda")
+
+    queries = [[fp8(n, inputs) for n in rows] for _ in turns(inputs * sum(rows))]
+    shared = [[fp8(inner, hidden) for _ in range(2)] for _ in turns(2 * hidden * inner)]
+    for tokens in (1, 4, 8):
+        low, x = torch.randn(tokens, inputs, device="cuda"), torch.randn(tokens, hidden, device="cuda")
+
+        def normed_before(matrices: Any) -> object:
+            return few_tokens.products(norm_rotate(low, norm, 1e-6, None, None, False), matrices)
+
+        def gated_behind(both: Any) -> object:
+            gate, up = few_tokens.products(x, both)
+            return experts.swiglu(gate, up, 10.0)
+
+        us = in_cuda(lambda m: few_tokens.products(low, m, norm=norm, eps=1e-6), queries)
+        peer, floor = in_cuda(normed_before, queries), inputs * sum(rows) / bandwidth * 1e6
+        yield Figure("products of normed tokens", f"{tokens} tokens", us, floor, "one by one", peer)
+        us = in_cuda(lambda both: few_tokens.gated(x, both[0], both[1], 10.0), shared)
+        peer, floor = in_cuda(gated_behind, shared), 2 * hidden * inner / bandwidth * 1e6
+        yield Figure("gated products", f"{tokens} tokens", us, floor, "one by one", peer)
+
+
 GROUPS: dict[str, Callable[[float], Cases]] = {
     "topk": topk_cases,
     "indexer": indexer_cases,
@@ -361,6 +405,7 @@ GROUPS: dict[str, Callable[[float], Cases]] = {
     "experts": expert_cases,
     "mixing": mixing_cases,
     "routing": routing_cases,
+    "folded": folded_cases,
 }
 
 

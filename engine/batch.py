@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.config import WINDOW
+from engine.kernels.addresses import token_addresses
 from wire.errors import GrammarFailed, NumericalError, PenumbraError
 from wire.types import PAGE_TOKENS, PromptScores, SamplingParams
 
@@ -248,18 +249,15 @@ class StepMeta:
     def at(
         cls, tables: Tables, starts: Tensor, counts: Tensor, num_tokens: int, oldest: Tensor | None = None
     ) -> StepMeta:
-        """The addresses of `counts` [B] int64 tokens of each sequence from `starts` [B] int64 on, `num_tokens` in all.
+        """The addresses of `counts` [B] tokens of each sequence from `starts` [B] on, `num_tokens` in all.
 
         Tensors in, tensors out, and no value of one is looked at: so it can be computed where they lie.
         """
-        ends = counts.cumsum(0)
-        offsets = torch.cat([ends.new_zeros(1), ends])
-        segment = torch.repeat_interleave(counts, output_size=num_tokens)
-        row = torch.arange(num_tokens, device=ends.device)
+        positions, segment, offsets, starts = token_addresses(starts, counts, num_tokens)
         return cls(
-            positions=row + (starts - offsets[:-1])[segment],
-            segment=segment.int(),
-            offsets=offsets.int(),
+            positions=positions,
+            segment=segment,
+            offsets=offsets,
             starts=starts,
             page_table=tables.pages,
             swa_table=tables.swa_pages,

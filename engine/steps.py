@@ -235,8 +235,8 @@ class _Family:
         tables, more = self.on_device(), going[:, None]
         at = StepMeta.at(
             Tables(tables.slots * going, tables.pages * more, tables.swa_pages * more),
-            places.long(),
-            torch.ones_like(places, dtype=torch.int64),
+            places,
+            torch.ones_like(places),
             self.segments,
             self.oldest * going,
         )
@@ -259,7 +259,7 @@ class _Forward:
     def _inputs(self) -> tuple[Tensor, StepMeta]:
         b = self.family.segments
         starts, counts, ids = self.batch.device.split([b, b, self.tokens])
-        return ids.long(), StepMeta.at(self.family.on_device(), starts.long(), counts.long(), self.tokens)
+        return ids.long(), StepMeta.at(self.family.on_device(), starts, counts, self.tokens)
 
     def _run(self) -> tuple[Tensor, Tensor]:
         """streams [T, 4, D] and logits [T, V]."""

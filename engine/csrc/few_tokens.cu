@@ -13,6 +13,9 @@
 //         scale multiplies the weights: relative to the largest of the matrix, so that fp16 holds it. A group whose
 //         scale is 2^23 times smaller than that loses bits, one 2^29 times smaller counts as zero.
 //
+// What comes right before a product, or right behind it, is done on the way: the norm of its tokens where they are staged,
+// and the gate of a shared expert where the sums of both its matrices are at hand.
+//
 // A block does `span` such groups of rows, one behind the other: the next one's weights are on their way while the
 // warps' sums of one are added, and tokens are staged once. Weights are sent for before the block waits for the kernel
 // in front of it to end, where what they are does not depend on that one.
@@ -47,6 +50,7 @@ __device__ __forceinline__ u32 times(u32 a, u32 b) {  // halves
     asm("mul.f16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
     return both;
 }
+__device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
 // Past the L1, which may hold what was there before.
 __device__ __forceinline__ int fresh(const int* at) {
     int value;
@@ -66,7 +70,7 @@ template <> struct Shape<FP4> { static const int LOADS = 1, BYTES = 64; };
 // What a warp keeps of one step of R tiles. A lane's own weights; scales are shared.
 template <Format F, int R> struct __align__(16) Stage {
     Words weights[R][2][Shape<F>::LOADS][32];
-    u32 scales[32];  // FP4: four codes of each row; FP8: one float
+    u32 scales[32];  // FP4: four codes of each row; FP8: one float of each tile
 };
 
 extern __shared__ __align__(16) unsigned char memory[];
@@ -79,33 +83,111 @@ template <Format F> __device__ __forceinline__ constexpr int second_of(int word)
     return first_of<F>(word) + (F == BF16 ? 1 : 2);
 }
 
+// Eight inputs as words.
+template <Format F> __device__ __forceinline__ Words packed(const Floats<4> (&inputs)[2]) {
+    Words made;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const int one = first_of<F>(j), other = second_of<F>(j);
+        float low = inputs[one / 4].f[one % 4], high = inputs[other / 4].f[other % 4];
+        made.w[j] = F == BF16 ? bf16s(low, high) : halves(low, high);
+    }
+    return made;
+}
+
+// Eight inputs of a token at a time, for all threads of a block: they have neighbours, of all tokens before they go on to
+// the inputs behind. Counts, and does not divide.
+struct Piece {
+    u32 start, token;  // the same for the block
+    __device__ __forceinline__ u32 column() const { return start + 8 * threadIdx.x; }
+    __device__ __forceinline__ void next(u32 tokens) {
+        if (++token == tokens) token = 0, start += 8 * blockDim.x;
+    }
+};
+
 // row(token) [inputs] fp32 of each token -> its words in shared memory, `stride` apart. By all threads of the block, which
 // send for four pieces each before they wait for one.
 template <Format F, typename Row>
-__device__ __forceinline__ void stage(u32* words, int stride, int tokens, int inputs, Row row) {
-    u32 pieces = inputs / 8, all = tokens * pieces;
-    for (u32 n = threadIdx.x; n < all; n += 4 * blockDim.x) {
-        Floats<4> parts[4][2];
+__device__ __forceinline__ void stage(u32* words, int stride, u32 tokens, u32 inputs, Row row) {
+    Piece first = {0, 0};
+    while (first.start < inputs) {
+        Floats<4> in[4][2];
+        Piece piece = first;
 #pragma unroll
-        for (int u = 0; u < 4; u++) {
-            u32 piece = n + u * blockDim.x, token = piece / pieces;
-            if (piece >= all) continue;
-            const Floats<4>* at = reinterpret_cast<const Floats<4>*>(row(token) + 8 * (piece - token * pieces));
-            parts[u][0] = at[0];
-            parts[u][1] = at[1];
+        for (int u = 0; u < 4; u++, piece.next(tokens))
+            if (piece.column() < inputs) {
+                const Floats<4>* at = reinterpret_cast<const Floats<4>*>(row(piece.token) + piece.column());
+                in[u][0] = at[0];
+                in[u][1] = at[1];
+            }
+#pragma unroll
+        for (int u = 0; u < 4; u++, first.next(tokens))
+            if (first.column() < inputs)
+                *reinterpret_cast<Words*>(words + first.token * stride + first.column() / 2) = packed<F>(in[u]);
+    }
+}
+
+// An RMSNorm of tokens: weights [inputs].
+struct Norm {
+    const float* weights;
+    float eps;
+};
+
+// As `stage`, of tokens x that are normed first; inputs are a multiple of 256. A warp adds up the squares of 256
+// neighbours, and their sums are added in order: it does not depend on the block's size or on other tokens. sums: [tokens]
+// [inputs / 256] floats.
+template <Format F>
+__device__ __forceinline__ void stage_normed(
+    u32* words, int stride, float* sums, u32 tokens, u32 inputs, const float* x, long long x_row, const Norm& norm) {
+    u32 parts = inputs / 256, lane = lane_id();
+    Piece first = {0, 0};
+    while (first.start < inputs) {
+        float squares[4];
+        Piece piece = first;
+#pragma unroll
+        for (int u = 0; u < 4; u++, piece.next(tokens)) {
+            Floats<4> one = {}, other = {};
+            if (piece.column() < inputs) {
+                const Floats<4>* at = reinterpret_cast<const Floats<4>*>(x + piece.token * x_row + piece.column());
+                one = at[0];
+                other = at[1];
+            }
+            squares[u] = 0.0f;
+#pragma unroll
+            for (int i = 0; i < 4; i++) squares[u] += one.f[i] * one.f[i] + other.f[i] * other.f[i];
         }
 #pragma unroll
-        for (int u = 0; u < 4; u++) {
-            u32 piece = n + u * blockDim.x, token = piece / pieces;
-            if (piece >= all) continue;
-            Words made;
+        for (int u = 0; u < 4; u++, first.next(tokens)) {
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const int one = first_of<F>(j), other = second_of<F>(j);
-                float low = parts[u][one / 4].f[one % 4], high = parts[u][other / 4].f[other % 4];
-                made.w[j] = F == BF16 ? bf16s(low, high) : halves(low, high);
+            for (int d = 16; d > 0; d /= 2) squares[u] += __shfl_xor_sync(ALL, squares[u], d);
+            if (lane == 0 && first.column() < inputs) sums[first.token * parts + first.column() / 256] = squares[u];
+        }
+    }
+    __syncthreads();
+    float total = 0.0f;
+    for (u32 i = 0; i < parts; i++) total += lane < tokens ? sums[lane * parts + i] : 0.0f;
+    float factor = inverse_root(total / inputs + norm.eps);  // of the token whose number is the lane's
+    first = {0, 0};
+    while (first.start < inputs) {
+        Floats<4> in[2][2], weights[2][2];
+        Piece piece = first;
+#pragma unroll
+        for (int u = 0; u < 2; u++, piece.next(tokens))
+            if (piece.column() < inputs) {
+                const Floats<4>* at = reinterpret_cast<const Floats<4>*>(x + piece.token * x_row + piece.column());
+                const Floats<4>* by = reinterpret_cast<const Floats<4>*>(norm.weights + piece.column());
+#pragma unroll
+                for (int h = 0; h < 2; h++) in[u][h] = at[h], weights[u][h] = by[h];
             }
-            *reinterpret_cast<Words*>(words + token * stride + 4 * (piece - token * pieces)) = made;
+#pragma unroll
+        for (int u = 0; u < 2; u++, first.next(tokens)) {
+            float own = __shfl_sync(ALL, factor, (int)first.token);
+            if (first.column() >= inputs) continue;
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) in[u][h].f[i] = weights[u][h].f[i] * (in[u][h].f[i] * own);
+            *reinterpret_cast<Words*>(words + first.token * stride + first.column() / 2) = packed<F>(in[u]);
         }
     }
 }
@@ -115,7 +197,7 @@ template <int R> struct Rows {
     const u8* weights[R];  // at the lane's first 16 bytes of the upper row
     int row_bytes, step_rows;  // step_rows: from a group's rows to the next one's
     const u8* codes;      // FP4: of the one of the quad's rows that this lane sends for, a scale for 32 inputs
-    const float* blocks;  // FP8: the matrix's scales, one for 128 x 128 weights
+    const float* blocks[R];  // FP8: each tile's matrix's scales, one for 128 x 128 weights
     int first_row, columns;
     u32 least;            // FP4: codes up to this one count as a scale of zero
 };
@@ -183,8 +265,10 @@ template <Format F, int R> struct Pipe {
                     for (int l = 0; l < S::LOADS; l++)
                         fetch16(&stage.weights[r][h][l][lane], rows.weights[r] + h * 8 * rows.row_bytes + l * 64);
             if (F == FP4) fetch4(&stage.scales[quad * 8 + lane / 4], rows.codes);
-            if (F == FP8 && lane == 0)
-                fetch4(&stage.scales[0], rows.blocks + rows.first_row / 128 * rows.columns + step);
+            if (F == FP8)
+#pragma unroll
+                for (int r = 0; r < R; r++)
+                    if (lane == 0) fetch4(&stage.scales[r], rows.blocks[r] + rows.first_row / 128 * rows.columns + step);
             int weights = S::BYTES, codes = 4;
             if (++step == part.last) {
                 step = part.first;
@@ -246,11 +330,12 @@ template <Format F, int R> struct Pipe {
                 }
             }
             if (F == FP8) {
-                float scale = __uint_as_float(stage.scales[0]);
 #pragma unroll
-                for (int r = 0; r < R; r++)
+                for (int r = 0; r < R; r++) {
+                    float scale = __uint_as_float(stage.scales[r]);
 #pragma unroll
                     for (int i = 0; i < 4; i++) sum[r][i] += parts[r][i] * scale;
+                }
             }
             __syncwarp();  // all have read what lies there
             out = out + 1 == AHEAD ? 0 : out + 1;
@@ -291,34 +376,44 @@ struct Matrix {
     int rows, columns;
 };
 
-// `groups` times 16 rows of a matrix times all tokens -> y [tokens, rows].
-template <Format F>
-__device__ __forceinline__ void product(
-    const float* x, long long x_row, const Matrix& matrix, int first_row, int groups, float* y, int tokens, int inputs) {
-    Rows<1> rows;
+// `groups` times 16 rows from `first_row` on, of R matrices of one shape, times all tokens. take(row, token, products
+// with the matrices) gets each. NORMED: the tokens go through `norm` first.
+template <Format F, int R, bool NORMED, typename Take>
+__device__ __forceinline__ void for_tokens(
+    const float* x, long long x_row, const Norm& norm, const Matrix (&matrices)[R], int first_row, int groups,
+    int tokens, int inputs, Take take) {
+    Rows<R> rows;
     rows.row_bytes = inputs / STEP * Shape<F>::BYTES;
     rows.step_rows = 16;
-    rows.weights[0] =
-        matrix.weights + (long long)(first_row + lane_id() / 4) * rows.row_bytes + lane_id() % 4 * 16;
-    rows.blocks = matrix.scales;
     rows.first_row = first_row;
-    rows.columns = matrix.columns;
-    Stage<F, 1>* ring = reinterpret_cast<Stage<F, 1>*>(memory);
+    rows.columns = matrices[0].columns;
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        rows.weights[r] =
+            matrices[r].weights + (long long)(first_row + lane_id() / 4) * rows.row_bytes + lane_id() % 4 * 16;
+        rows.blocks[r] = matrices[r].scales;
+    }
+    Stage<F, R>* ring = reinterpret_cast<Stage<F, R>*>(memory);
     u32* words = reinterpret_cast<u32*>(ring + (int)blockDim.x / 32 * AHEAD);
-    Pipe<F, 1> pipe;
+    Pipe<F, R> pipe;
     pipe.begin(ring, rows, inputs, groups);
     int stride = inputs / 2 + PAD, token = lane_id() / 4;
     await_previous();
-    stage<F>(words, stride, tokens, inputs, [&](u32 t) { return x + t * x_row; });
+    if (NORMED)
+        stage_normed<F>(words, stride, reinterpret_cast<float*>(words + tokens * stride), tokens, inputs, x, x_row, norm);
+    else
+        stage<F>(words, stride, tokens, inputs, [&](u32 t) { return x + t * x_row; });
     __syncthreads();
     const u32* mine = token < tokens ? words + token * stride : nullptr;
     float* sums = reinterpret_cast<float*>(words + tokens * stride);
     float power = F == FP8 ? 256.0f : 1.0f;
     for (int g = 0; g < groups; g++) {
-        float sum[1][4] = {};
+        float sum[R][4] = {};
         pipe.multiply(sum, mine);
-        add_up<1>(sum, sums, g, tokens, [&](int row, int of, const float (&total)[1]) {
-            y[(long long)of * matrix.rows + first_row + 16 * g + row] = total[0] * power;
+        add_up<R>(sum, sums, g, tokens, [&](int row, int of, float (&total)[R]) {
+#pragma unroll
+            for (int r = 0; r < R; r++) total[r] *= power;
+            take(first_row + 16 * g + row, of, total);
         });
     }
 }
@@ -327,27 +422,63 @@ __device__ __forceinline__ void product(
 #define PARAMETERS(I) const u8* weights##I, const float* scales##I, int rows##I, int columns##I,
 #define ENTRY(I) Matrix{weights##I, scales##I, rows##I, columns##I},
 
+template <bool NORMED>
+__device__ __forceinline__ void linears(
+    const Matrix (&matrices)[MATRICES], const float* x, long long x_row, const Norm& norm, float* y, int tokens,
+    int inputs, int per_group, int span) {
+    int block = blockIdx.x, first = 0;
+    Matrix mine[1] = {matrices[0]};
+#pragma unroll
+    for (int i = 1; i < MATRICES; i++) {
+        int blocks = (mine[0].rows + 16 * span - 1) / (16 * span);
+        if (block >= blocks) {
+            block -= blocks;
+            first += mine[0].rows;
+            mine[0] = matrices[i];
+        }
+    }
+    int row = block * 16 * span, left = (mine[0].rows - row) / 16, groups = left < span ? left : span;
+    y += (long long)tokens * first;
+    x += (long long)((first + row) / per_group) * inputs;
+    int rows = mine[0].rows;
+    auto take = [=](int row, int of, const float (&total)[1]) { y[(long long)of * rows + row] = total[0]; };
+    if (mine[0].scales) for_tokens<FP8, 1, NORMED>(x, x_row, norm, mine, row, groups, tokens, inputs, take);
+    else for_tokens<BF16, 1, NORMED>(x, x_row, norm, mine, row, groups, tokens, inputs, take);
+}
+
 // Up to eight matrices of the same inputs, one behind the other, in y too; `span` times 16 rows of one to a block. Rows
 // come in groups of `per_group`, each of which has `inputs` of x to itself.
 extern "C" __global__ void __launch_bounds__(512, 2) penumbra_linears(
     EACH(PARAMETERS) const float* x, long long x_row, float* y, int tokens, int inputs, int per_group, int span) {
-    const Matrix matrices[MATRICES] = {EACH(ENTRY)};
-    int block = blockIdx.x, first = 0;
-    Matrix mine = matrices[0];
-#pragma unroll
-    for (int i = 1; i < MATRICES; i++) {
-        int blocks = (mine.rows + 16 * span - 1) / (16 * span);
-        if (block >= blocks) {
-            block -= blocks;
-            first += mine.rows;
-            mine = matrices[i];
-        }
-    }
-    int row = block * 16 * span, left = (mine.rows - row) / 16, groups = left < span ? left : span;
-    y += (long long)tokens * first;
-    x += (long long)((first + row) / per_group) * inputs;
-    if (mine.scales) product<FP8>(x, x_row, mine, row, groups, y, tokens, inputs);
-    else product<BF16>(x, x_row, mine, row, groups, y, tokens, inputs);
+    linears<false>({EACH(ENTRY)}, x, x_row, Norm{nullptr, 0.0f}, y, tokens, inputs, per_group, span);
+}
+
+// Likewise, of tokens that go through an RMSNorm first; all rows have the same inputs.
+extern "C" __global__ void __launch_bounds__(512, 2) penumbra_linears_normed(
+    EACH(PARAMETERS) const float* x, long long x_row, const float* norm, float eps, float* y, int tokens, int inputs,
+    int per_group, int span) {
+    linears<true>({EACH(ENTRY)}, x, x_row, Norm{norm, eps}, y, tokens, inputs, per_group, span);
+}
+
+// silu(min(gate, limit)) * clamp(up, -limit, limit)
+__device__ __forceinline__ float gated(float gate, float up, float limit) {
+    gate = gate > limit ? limit : gate;
+    up = up > limit ? limit : up < -limit ? -limit : up;
+    return gate / (1.0f + expf(-gate)) * up;
+}
+
+// y [tokens, rows]: gated(gate x, up x), both of one shape and format; `span` times 16 rows of each to a block.
+extern "C" __global__ void __launch_bounds__(512, 1) penumbra_gated(
+    const u8* gate, const float* gate_scales, const u8* up, const float* up_scales, int rows, int columns,
+    const float* x, long long x_row, float* y, int tokens, int inputs, float limit, int span) {
+    const Matrix both[2] = {{gate, gate_scales, rows, columns}, {up, up_scales, rows, columns}};
+    int first = blockIdx.x * 16 * span, left = (rows - first) / 16, groups = left < span ? left : span;
+    auto take = [&](int row, int of, const float (&total)[2]) {
+        y[(long long)of * rows + row] = gated(total[0], total[1], limit);
+    };
+    Norm none = {nullptr, 0.0f};
+    if (gate_scales) for_tokens<FP8, 2, false>(x, x_row, none, both, first, groups, tokens, inputs, take);
+    else for_tokens<BF16, 2, false>(x, x_row, none, both, first, groups, tokens, inputs, take);
 }
 
 // The rows of tile r of an FP4 expert. A quad's lanes have the same ones, and each sends for the codes of one of them.
@@ -416,9 +547,7 @@ extern "C" __global__ void __launch_bounds__(256, 3) penumbra_gate_up(
     auto of_token = [&](int pair) { return x + (long long)(pair / picks) * hidden; };
     for_pairs(rows, 16, span, most, hidden, members + block * TOKENS, pairs, of_token,
               [&](int group, int row, int pair, float g, float u) {
-        g = g > limit ? limit : g;
-        u = u > limit ? limit : u < -limit ? -limit : u;
-        y[(long long)pair * inner + first + 16 * group + row] = g / (1.0f + expf(-g)) * u;
+        y[(long long)pair * inner + first + 16 * group + row] = gated(g, u, limit);
     });
 }
 

@@ -10,6 +10,7 @@ Chunking never shows: rows(a + b) equals rows(a) then rows(b), bit for bit. All 
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from engine.kernels import native
 from engine.kernels.linear import fp32_rows
 from engine.kernels.native import FLOAT, INT, POINTER
 from engine.kernels.norm_rope import hadamard, rms_norm, rotate
-from engine.kernels.rows import RowPool, write_rows
+from engine.kernels.rows import RowPool, write_latents, write_rows
 
 _PAGE = 256
 _C4_PER_PAGE = _PAGE // C4_RATIO
@@ -35,6 +36,61 @@ _C128 = (
     POINTER, INT, POINTER, INT, POINTER, POINTER, POINTER, INT, INT, INT, POINTER, POINTER, POINTER, POINTER,
     POINTER, INT, FLOAT, POINTER, POINTER, POINTER, INT,
 )  # fmt: skip
+
+
+class Latents(NamedTuple):
+    """Rows of a layer's window: what `write_latents` takes, beside positions and frequencies."""
+
+    pool: RowPool
+    rows: Tensor  # [T] int64
+    kv: Tensor  # [T, d]
+    norm: Tensor  # [d]
+
+
+class Pooling(NamedTuple):
+    """Rows that a compressor makes, as `compress_c4` and `compress_c128` take them."""
+
+    u: Tensor
+    g: Tensor
+    ape: Tensor
+    norm: Tensor
+    ring: Tensor
+    out: RowPool
+
+
+def write_c4(
+    window: Latents, main: Pooling, index: Pooling, meta: StepMeta, freqs: Tensor, eps: float, rotate_keys: bool
+) -> None:
+    """All that a C4 layer keeps of a step: its window's rows, its compressed ones and the indexer's keys.
+
+    For a few tokens on a GPU in one go; rotate_keys is of the index alone.
+    """
+    if window.kv.is_cuda:
+        from engine.kernels.device import compress as device
+
+        if device.takes_all(len(window.kv)):
+            for of in (main, index):
+                d = of.norm.shape[0]
+                _check(of.u, of.g, of.ape, (C4_RATIO, 2 * d), of.ring, (C4_RING, 4 * d), meta)
+            device.write_c4(window, main, index, meta, freqs, eps, rotate_keys)
+            return
+    write_latents(*window, meta.positions, freqs, eps)
+    for of, turned in ((main, False), (index, rotate_keys)):
+        compress_c4(of.u, of.g, of.ape, of.norm, of.ring, meta, freqs, eps, of.out, turned)
+
+
+def write_c128(window: Latents, main: Pooling, meta: StepMeta, freqs: Tensor, eps: float) -> None:
+    """All that a C128 layer keeps of a step: its window's rows and its compressed ones. As `write_c4`."""
+    if window.kv.is_cuda:
+        from engine.kernels.device import compress as device
+
+        if device.takes_all(len(window.kv)):
+            d = main.norm.shape[0]
+            _check(main.u, main.g, main.ape, (C128_RATIO, d), main.ring, (C128_RING, 2 * d), meta)
+            device.write_c128(window, main, meta, freqs, eps)
+            return
+    write_latents(*window, meta.positions, freqs, eps)
+    compress_c128(main.u, main.g, main.ape, main.norm, main.ring, meta, freqs, eps, main.out)
 
 
 def compress_c4(

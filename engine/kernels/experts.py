@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from torch import Tensor
 from engine.kernels import native
 from engine.kernels.linear import Matrix, fp32_rows, linear, linears, pack, safe_rows, unpack
 from engine.kernels.native import FLOAT, INT, POINTER
+
+if TYPE_CHECKING:
+    from engine.kernels.device.libraries import HummingExperts
 
 _EXPERTS = (
     POINTER, INT, INT, POINTER, POINTER, INT, INT, INT, INT, POINTER, POINTER, POINTER, INT, FLOAT, POINTER,
@@ -51,9 +55,13 @@ class Experts:
     packed: bool
     scales: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (None, None, None)
     most: tuple[int, int] = (0, 0)  # FP4: the largest scale code of gate and up, and of down
-    panels: bool = (
-        False  # FP4: gate, which is up too, and down lie as engine/csrc/experts_few.cu reads them, with scales
-    )
+    panels: bool = False  # FP4: gate, with up in it, and down lie as engine/csrc/experts_few.cu reads them
+    library: HummingExperts | None = None  # holds them instead
+
+    @property
+    def stacks(self) -> tuple[Tensor, ...]:
+        """As `engine.kernels.device.experts` takes them."""
+        return (self.gate, self.down) if self.panels else (self.gate, self.up, self.down)
 
     @classmethod
     def prepare(cls, w1: Tensor | Fp4Stack, w3: Tensor | Fp4Stack, w2: Tensor | Fp4Stack) -> Experts:
@@ -62,8 +70,13 @@ class Experts:
             if not w1.codes.is_cuda:
                 raise ValueError("FP4 experts are multiplied by on a GPU alone. Dequantise them first.")
             count, inner, hidden = *w1.codes.shape[:2], w2.codes.shape[1]
-            from engine.kernels.device import expert_panels, experts_few
+            from engine.kernels.device import backends, expert_panels, experts_few, libraries
 
+            if backends.backend("experts") is not None:
+                nothing = w1.codes.new_empty(0)
+                codes, scales = zip(*((w.codes, w.scales) for w in (w1, w3, w2)), strict=True)
+                held = libraries.HummingExperts(codes, scales)
+                return cls(count, hidden, inner, nothing, nothing, nothing, False, library=held)
             if expert_panels() and experts_few.arranges(hidden, inner):
                 gate = experts_few.gate_up_panels(w1.codes, w3.codes, (w1.scales, w3.scales))
                 down = experts_few.down_panels(w2.codes, w2.scales)
@@ -104,6 +117,33 @@ WorkList = tuple[Tensor, Tensor]
 """What routing a few tokens on a GPU also tells: members and owners, as engine/csrc/route_few.cu says."""
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What experts made of tokens, to be added up by whoever takes it: parts [T, k, D] in order, then beside [T, D]."""
+
+    parts: Tensor
+    beside: Tensor | None
+
+    def sum(self) -> Tensor:
+        """[T, D]."""
+        from engine.kernels.device import experts as device
+
+        return device.sum_picks(self.parts, self.beside)
+
+
+def routed_parts(
+    x: Tensor, picks: Tensor, weights: Tensor, experts: Experts, limit: float, beside: Tensor | None = None,
+    work: WorkList | None = None,
+) -> Tensor | Parts:  # fmt: skip
+    """`routed_experts`, or for a few tokens on a GPU what is still to be added up for it."""
+    if x.is_cuda:
+        from engine.kernels.device import hyper_connections as taker
+
+        if taker.takes_between(*x.shape):
+            return Parts(_parts(x, picks, weights, experts, limit, work), beside)
+    return routed_experts(x, picks, weights, experts, limit, beside, work)
+
+
 def routed_experts(
     x: Tensor, picks: Tensor, weights: Tensor, experts: Experts, limit: float, beside: Tensor | None = None,
     work: WorkList | None = None,
@@ -117,17 +157,12 @@ def routed_experts(
     work                    the picks by expert, where `route_few` gave it
     ->       [T, D] fp32    sum over j of weights[j] * expert[picks[j]](x)
     """
+    _check(x, picks, weights, experts)
     tokens, k = picks.shape
-    if x.shape != (tokens, experts.hidden) or weights.shape != picks.shape:
-        raise ValueError(
-            f"x {list(x.shape)}, picks {list(picks.shape)} and weights {list(weights.shape)} do not belong "
-            f"together for experts of hidden size {experts.hidden}"
-        )
     if x.is_cuda:
         from engine.kernels.device import experts as device
 
-        stacks = (experts.gate, experts.down) if experts.panels else (experts.gate, experts.up, experts.down)
-        return device.routed_experts(x, picks, weights, stacks, experts.scales, experts.most, limit, beside, work)
+        return device.sum_picks(_parts(x, picks, weights, experts, limit, work), beside)
     if experts.packed and (twin := native.function("penumbra_routed_experts", *_EXPERTS)) is not None:
         x, picks, weights = fp32_rows(x), picks.int().contiguous(), fp32_rows(weights).contiguous()
         y, bad = x.new_empty(tokens, experts.hidden), ctypes.c_int64()
@@ -156,6 +191,26 @@ def routed_experts(
     return total if beside is None else total + beside
 
 
+def _parts(x: Tensor, picks: Tensor, weights: Tensor, experts: Experts, limit: float, work: WorkList | None) -> Tensor:
+    """[T, k, D] on a GPU."""
+    from engine.kernels.device import experts as device
+
+    _check(x, picks, weights, experts)
+    if experts.library is not None:
+        parts = device.library_parts(x, picks, weights, experts.library, limit)
+    else:
+        parts = device.routed_parts(x, picks, weights, experts.stacks, experts.scales, experts.most, limit, work)
+    return parts.view(*picks.shape, -1)
+
+
+def _check(x: Tensor, picks: Tensor, weights: Tensor, experts: Experts) -> None:
+    if x.shape != (picks.shape[0], experts.hidden) or weights.shape != picks.shape:
+        raise ValueError(
+            f"x {list(x.shape)}, picks {list(picks.shape)} and weights {list(weights.shape)} do not belong "
+            f"together for experts of hidden size {experts.hidden}"
+        )
+
+
 def mlp(x: Tensor, w1: Matrix, w3: Matrix, w2: Matrix, limit: float) -> Tensor:
     """The shared expert: x [T, D] fp32 -> [T, D] fp32; matrices as in `Experts`, of one dtype."""
     if not (w1.inputs == w3.inputs == w2.outputs == x.shape[1] and w1.outputs == w3.outputs == w2.inputs):
@@ -169,8 +224,18 @@ def mlp(x: Tensor, w1: Matrix, w3: Matrix, w2: Matrix, limit: float) -> Tensor:
             w1.data.dtype == torch.bfloat16, w1.inputs, w1.outputs, limit, y.data_ptr(), native.threads(),
         )  # fmt: skip
         return y
+    return linear(gated(x, w1, w3, limit), w2)
+
+
+def gated(x: Tensor, w1: Matrix, w3: Matrix, limit: float) -> Tensor:
+    """`swiglu` of x [T, D] times both matrices; for a few tokens on a GPU in one go."""
+    if x.is_cuda:
+        from engine.kernels.device import backends, few_tokens
+
+        if backends.backend("linears") is None and few_tokens.takes_gated(len(x), w1.data, w3.data):
+            return few_tokens.gated(x, (w1.data, w1.scales), (w3.data, w3.scales), limit)
     gate, up = linears(x, (w1, w3))
-    return linear(swiglu(gate, up, limit), w2)
+    return swiglu(gate, up, limit)
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:

@@ -7,10 +7,13 @@ are independent of their neighbours, bit for bit.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from engine.kernels import native
+from engine.kernels.experts import Parts
 from engine.kernels.linear import fp32_rows, safe_rows
 from engine.kernels.native import FLOAT, INT, POINTER
 from engine.kernels.norm_rope import rms_norm
@@ -54,6 +57,15 @@ class HyperSite:
         return self.packed_fn.transpose(0, 1).flatten(1) if self.packed else self.packed_fn
 
 
+def embedded(embedding: Tensor, token_ids: Tensor) -> Tensor:
+    """embedding [V, D], token_ids [T] int64 -> [T, 4, D] fp32: all streams begin with a token's row."""
+    if embedding.is_cuda:
+        from engine.kernels.device import hyper_connections as device
+
+        return device.embedded(embedding, token_ids)
+    return embedding[token_ids].float()[:, None, :].repeat(1, STREAMS, 1)
+
+
 def mix_in(
     streams: Tensor, site: HyperSite, rms_eps: float, hc_eps: float, iters: int, norm: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,11 +105,51 @@ def mix_in(
     return x if norm is None else rms_norm(x, norm, rms_eps), post, comb
 
 
-def mix_out(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+class Behind(NamedTuple):
+    """The streams behind a sublayer, still in what `mix_out` makes them from."""
+
+    made: Tensor | Parts
+    streams: Tensor
+    post: Tensor
+    comb: Tensor
+
+
+def streams_of(before: Tensor | Behind) -> Tensor:
+    """[T, 4, D]."""
+    return mix_out(*before) if isinstance(before, Behind) else before
+
+
+def mix_on(
+    before: Tensor | Behind, site: HyperSite, rms_eps: float, hc_eps: float, iters: int, norm: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`mix_in` of the streams in front of a sublayer -> x, the streams themselves, post, comb.
+
+    For a few tokens on a GPU in one go with the `mix_out` of the sublayer before.
+    """
+    if isinstance(before, Behind) and before.streams.is_cuda:
+        from engine.kernels.device import hyper_connections as device
+
+        tokens, size = _shape(before.streams)
+        if site.width == STREAMS * size and device.takes_between(tokens, size):
+            made, beside = (m.parts, m.beside) if isinstance(m := before.made, Parts) else (m[:, None], None)
+            return device.mix_between(
+                made, beside, *before[1:], site.fn, site.base, site.scale, norm, rms_eps, hc_eps, iters
+            )
+    streams = streams_of(before)
+    x, post, comb = mix_in(streams, site, rms_eps, hc_eps, iters, norm)
+    return x, streams, post, comb
+
+
+def mix_out(y: Tensor | Parts, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """The streams after the layer: y [T, D], streams [T, 4, D] -> [T, 4, D].
 
     Stream k becomes post[k] * y + sum over j of comb[j, k] * streams[j]: comb is summed over its FIRST index.
     """
+    if isinstance(y, Parts) and y.parts.is_cuda:
+        from engine.kernels.device import hyper_connections as device
+
+        return device.mix_out(y.parts, streams, post, comb, y.beside)
+    y = y.sum() if isinstance(y, Parts) else y
     tokens, size = _shape(streams)
     if y.shape != (tokens, size) or post.shape != (tokens, STREAMS) or comb.shape != (tokens, STREAMS, STREAMS):
         raise ValueError(
@@ -122,10 +174,13 @@ def mix_out(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     return out
 
 
-def collapse(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rms_eps: float, hc_eps: float) -> Tensor:
-    """The four streams as one, before the final norm.
+def collapse(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rms_eps: float, hc_eps: float, norm: Tensor | None = None
+) -> Tensor:
+    """The four streams as one.
 
     streams [T, 4, D], fn [4, 4D], base [4], scale [1], all fp32 -> [T, D]
+    norm [D] or None: it goes through an RMSNorm of these weights.
     """
     tokens, size = _shape(streams)
     if fn.shape != (STREAMS, STREAMS * size) or base.shape != (STREAMS,) or scale.shape != (1,):
@@ -136,7 +191,7 @@ def collapse(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rms_eps: 
     if streams.is_cuda:
         from engine.kernels.device import hyper_connections as device
 
-        return device.collapse(streams, fn, base, scale, rms_eps, hc_eps)
+        return device.collapse(streams, fn, base, scale, rms_eps, hc_eps, norm)
     if size % _LANES == 0 and (twin := native.function("penumbra_collapse", *_COLLAPSE)) is not None:
         streams, fn, base, scale = (fp32_rows(t).contiguous() for t in (streams, fn, base, scale))
         x = streams.new_empty(tokens, size)
@@ -144,8 +199,9 @@ def collapse(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rms_eps: 
             streams.data_ptr(), tokens, size, fn.data_ptr(), base.data_ptr(), scale.data_ptr(), rms_eps, hc_eps,
             x.data_ptr(), native.threads(),
         )  # fmt: skip
-        return x
-    return _weigh(streams, _sigmoid(_projection(streams, fn, rms_eps) * scale + base) + hc_eps)
+    else:
+        x = _weigh(streams, _sigmoid(_projection(streams, fn, rms_eps) * scale + base) + hc_eps)
+    return x if norm is None else rms_norm(x, norm, rms_eps)
 
 
 def _shape(streams: Tensor) -> tuple[int, int]:

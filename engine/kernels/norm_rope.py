@@ -6,12 +6,13 @@ T tokens, H heads, D head size. Everything is fp32, and a row's result depends o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from engine.kernels import native
-from engine.kernels.linear import fp32_rows
+from engine.kernels.linear import Matrix, fp32_rows, linears
 from engine.kernels.native import FLOAT, INT, POINTER
 
 _LANES = 16
@@ -26,6 +27,19 @@ _HADAMARD = (POINTER, INT, INT, POINTER, INT)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., D], weight [D] -> x scaled to unit mean square, times weight."""
     return _norm_rotate(x, weight=weight, eps=eps)
+
+
+def linears_of_normed(x: Tensor, norm: Tensor, eps: float, matrices: Sequence[Matrix]) -> list[Tensor]:
+    """`linears` of x [T, K] that goes through an RMSNorm of these weights [K] first."""
+    if not x.is_cuda:
+        return linears(rms_norm(x, norm, eps), matrices)
+    from engine.kernels.device import linear as device
+
+    if wrong := [m for m in matrices if x.dim() != 2 or x.shape[1] != m.inputs or norm.shape != (m.inputs,)]:
+        raise ValueError(
+            f"x {list(x.shape)} and norm {list(norm.shape)} do not fit a [{wrong[0].outputs}, {wrong[0].inputs}] matrix"
+        )
+    return device.products(x, [(matrix.data, matrix.scales) for matrix in matrices], norm, eps)
 
 
 def head_norm(q: Tensor, eps: float) -> Tensor:

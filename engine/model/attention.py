@@ -15,10 +15,10 @@ from torch import Tensor
 from engine.batch import StepMeta
 from engine.cache.pools import KvPools
 from engine.config import C4_RATIO, ModelConfig
-from engine.kernels.compress import compress_c4, compress_c128
+from engine.kernels.compress import Latents, Pooling, write_c4, write_c128
 from engine.kernels.index_topk import select_blocks
 from engine.kernels.linear import Matrix, grouped_linear, linear, linears
-from engine.kernels.norm_rope import rms_norm, rope_frequencies
+from engine.kernels.norm_rope import linears_of_normed, rope_frequencies
 from engine.kernels.rows import RowPool, write_latents
 from engine.kernels.sparse_attention import sparse_attention
 
@@ -106,22 +106,18 @@ class Attention:
     def __call__(self, x: Tensor, meta: StepMeta, window_rows: Tensor, pools: KvPools) -> Tensor:
         """x [T, D] (site-normed) -> [T, D]. Writes this step's rows and rings; window_rows [T] are the tokens' own."""
         low, kv, *more = linears(x, self.of_x)
-        q, *index_q = linears(rms_norm(low, self.q_norm, self.eps), self.of_low)
-        q = q.view(-1, self.heads, self.head_dim)
+        # A row closed by a token is visible to that very token: write before attending. And before the product that
+        # gives the queries, whose weights a GPU sends for meanwhile.
         window = pools.window[self.layer]
-        self._write_window(kv, meta.positions, window_rows, window)
-        writing = meta if meta.write_table is None else replace(meta, page_table=meta.write_table)
-        # A row closed by a token is visible to that very token: compress before attending.
+        self._write(Latents(window, window_rows, kv, self.kv_norm), more, meta, pools)
+        q, *index_q = linears_of_normed(low, self.q_norm, self.eps, self.of_low)
+        q = q.view(-1, self.heads, self.head_dim)
         compressed, selected = None, None
         if self.indexer is not None:
-            self._compress_c4(more, writing, pools)
             compressed = pools.c4[self.layer]
             selected = self.indexer.select(index_q[0], more[-1], meta, self.freqs, pools, self.layer)
         elif self.compressor is not None:
             compressed = pools.c128[self.layer]
-            c, ring = self.compressor, pools.c128_ring[self.layer]
-            u, g = more
-            compress_c128(u, g, c.ape, c.norm, ring, writing, self.freqs, self.eps, compressed)
         scale, half = self.head_dim**-0.5, self.wq_b.half
         out = sparse_attention(
             q, self.sink, meta, window, compressed, self.ratio, selected, scale, half, self.freqs, self.eps
@@ -131,18 +127,24 @@ class Attention:
 
     def write_window(self, x: Tensor, positions: Tensor, rows: Tensor, window: RowPool) -> None:
         """Write the keys of tokens x [T, D] at `positions` [T] to `rows` [T] of the layer's window."""
-        self._write_window(linear(x, self.wkv), positions, rows, window)
+        write_latents(window, rows, linear(x, self.wkv), self.kv_norm, positions, self.freqs, self.eps)
 
-    def _write_window(self, kv: Tensor, positions: Tensor, rows: Tensor, window: RowPool) -> None:
-        write_latents(window, rows, kv, self.kv_norm, positions, self.freqs, self.eps)
+    def _write(self, window: Latents, more: list[Tensor], meta: StepMeta, pools: KvPools) -> None:
+        """Everything that later tokens read; more is what `of_x` made beside the queries' and the window's."""
+        writing = meta if meta.write_table is None else replace(meta, page_table=meta.write_table)
+        if self.compressor is None:
+            write_latents(*window, meta.positions, self.freqs, self.eps)
+        elif self.indexer is None:
+            main = self._pooling(self.compressor, more, pools.c128_ring, pools.c128)
+            write_c128(window, main, writing, self.freqs, self.eps)
+        else:
+            main = self._pooling(self.compressor, more, pools.c4_ring, pools.c4)
+            index = self._pooling(self.indexer.compressor, more[2:], pools.index_ring, pools.index)
+            # Keys that are quantised are Hadamard-turned before.
+            write_c4(window, main, index, writing, self.freqs, self.eps, rotate_keys=pools.layout == "v4")
 
-    def _compress_c4(self, projected: list[Tensor], writing: StepMeta, pools: KvPools) -> None:
-        """What of_x made for both compressors; rows of the index are Hadamard-turned where they are quantised."""
-        assert self.compressor is not None
-        assert self.indexer is not None
-        u, g, index_u, index_g, _ = projected
-        c, ring, out = self.compressor, pools.c4_ring[self.layer], pools.c4[self.layer]
-        compress_c4(u, g, c.ape, c.norm, ring, writing, self.freqs, self.eps, out, rotate_keys=False)
-        c, ring, out = self.indexer.compressor, pools.index_ring[self.layer], pools.index[self.layer]
-        turn = pools.layout == "v4"
-        compress_c4(index_u, index_g, c.ape, c.norm, ring, writing, self.freqs, self.eps, out, rotate_keys=turn)
+    def _pooling(
+        self, c: Compressor, projected: list[Tensor], rings: dict[int, Tensor], pools: dict[int, RowPool]
+    ) -> Pooling:
+        u, g, *_ = projected
+        return Pooling(u, g, c.ape, c.norm, rings[self.layer], pools[self.layer])

@@ -14,15 +14,13 @@ from torch import Tensor
 from engine.batch import StepMeta
 from engine.cache.pools import KvPools
 from engine.config import ModelConfig
-from engine.kernels import native
-from engine.kernels.hyper_connections import HyperSite, collapse, mix_in, mix_out
+from engine.kernels import addresses, native
+from engine.kernels.hyper_connections import Behind, HyperSite, collapse, embedded, mix_in, mix_on, streams_of
 from engine.kernels.linear import Matrix, linear
-from engine.kernels.norm_rope import rms_norm
 from engine.kernels.rows import RowPool
 from engine.model.attention import Attention, LayerTensors
 from engine.model.fused import FusedForward
 from engine.model.moe import MixtureOfExperts
-from wire.types import PAGE_TOKENS
 
 
 class Layer:
@@ -38,15 +36,15 @@ class Layer:
         )
 
     def __call__(
-        self, streams: Tensor, token_ids: Tensor, meta: StepMeta, window_rows: Tensor, pools: KvPools
-    ) -> Tensor:
-        """streams [T, 4, D] -> [T, 4, D]."""
+        self, streams: Tensor | Behind, token_ids: Tensor, meta: StepMeta, window_rows: Tensor, pools: KvPools
+    ) -> Behind:
+        """streams [T, 4, D], or those behind the layer before -> those behind this one."""
         c = self.config
         how = c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters
-        x, post, comb = mix_in(streams, self.attn_site, *how, self.attn_norm)
-        streams = mix_out(self.attention(x, meta, window_rows, pools), streams, post, comb)
-        x, post, comb = mix_in(streams, self.ffn_site, *how, self.ffn_norm)
-        return mix_out(self.moe(x, token_ids), streams, post, comb)
+        x, streams, post, comb = mix_on(streams, self.attn_site, *how, self.attn_norm)
+        between = Behind(self.attention(x, meta, window_rows, pools), streams, post, comb)
+        x, streams, post, comb = mix_on(between, self.ffn_site, *how, self.ffn_norm)
+        return Behind(self.moe(x, token_ids), streams, post, comb)
 
     def write_window(self, streams: Tensor, positions: Tensor, rows: Tensor, window: RowPool) -> None:
         """Write the keys of tokens with `streams` [T, 4, D], and nothing else of what the layer does."""
@@ -94,23 +92,22 @@ class DeepseekV4:
             return self.fused.streams(token_ids, meta, pools)
         token_ids, meta = token_ids.to(self.device), meta.to(self.device)
         rows = window_rows(meta)
-        streams = self.embedding[token_ids].float()[:, None, :].repeat(1, self.config.hc_mult, 1)
+        streams: Tensor | Behind = embedded(self.embedding, token_ids)
         for layer in self.layers:
             streams = layer(streams, token_ids, meta, rows, pools)
-        return streams
+        return streams_of(streams)
 
     @torch.inference_mode()
     def read_out(self, streams: Tensor) -> Tensor:
         """streams [S, 4, D] -> logits [S, V]."""
         c = self.config
-        hidden = collapse(streams, self.head_fn, self.head_base, self.head_scale, c.rms_norm_eps, c.hc_eps)
-        return linear(rms_norm(hidden, self.norm, c.rms_norm_eps), self.head)
+        site = self.head_fn, self.head_base, self.head_scale
+        return linear(collapse(streams, *site, c.rms_norm_eps, c.hc_eps, self.norm), self.head)
 
 
 def window_rows(meta: StepMeta) -> Tensor:
     """[T] int64: each token's own row in a window pool; a row of the sink where its page is not mapped."""
-    page = meta.swa_table[meta.segment.long(), meta.positions // PAGE_TOKENS].long()
-    return page * PAGE_TOKENS + meta.positions % PAGE_TOKENS
+    return addresses.window_rows(meta.positions, meta.segment, meta.swa_table)
 
 
 def take(tensors: dict[str, Tensor], prefix: str, name: str) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from engine.config import ModelConfig
-from engine.kernels.experts import Experts, WorkList, mlp, route_few, route_hashed, route_scored, routed_experts
+from engine.kernels.experts import Experts, Parts, WorkList, mlp, route_few, route_hashed, route_scored, routed_parts
 from engine.kernels.linear import Matrix
 from engine.model.attention import LayerTensors
 
@@ -28,8 +28,8 @@ class MixtureOfExperts:
             Matrix.prepare(tensors(f"ffn.shared_experts.{w}.weight")) for w in ("w1", "w3", "w2")
         )
 
-    def __call__(self, x: Tensor, token_ids: Tensor) -> Tensor:
-        """x [T, D], token_ids [T] int64 (the input tokens: hash layers route by them) -> [T, D]."""
+    def __call__(self, x: Tensor, token_ids: Tensor) -> Tensor | Parts:
+        """x [T, D], token_ids [T] int64 (the input tokens: hash layers route by them) -> [T, D], perhaps in parts."""
         work: WorkList | None = None
         if (few := route_few(x, self.gate, self.bias, self.table, token_ids, self.k, self.scaling)) is not None:
             picks, weights, work = few
@@ -39,4 +39,4 @@ class MixtureOfExperts:
             assert self.bias is not None
             picks, weights = route_scored(x, self.gate, self.bias, self.k, self.scaling)
         shared = mlp(x, self.shared_gate, self.shared_up, self.shared_down, self.limit)
-        return routed_experts(x, picks, weights, self.experts, self.limit, shared, work)
+        return routed_parts(x, picks, weights, self.experts, self.limit, shared, work)

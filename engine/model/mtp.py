@@ -30,17 +30,13 @@ from torch import Tensor
 from engine.batch import StepMeta
 from engine.cache.pools import KvPools
 from engine.config import ModelConfig
-from engine.kernels.hyper_connections import collapse
+from engine.kernels.draft_state import keep, resume
+from engine.kernels.hyper_connections import collapse, streams_of
 from engine.kernels.linear import Fp8Weight, Matrix, linear
-from engine.kernels.norm_rope import rms_norm
+from engine.kernels.norm_rope import linears_of_normed
 from engine.model.deepseek_v4 import DeepseekV4, Layer, take, window_rows
 from engine.model.publish import quantise_fp8
 from engine.model.weights import keep_fp8
-from wire.types import PAGE_TOKENS
-
-HEADER = 4
-"""Numbers before the streams in a `draft_state`; float32 holds positions exactly."""
-
 
 HEAD_ROWS = 8_192
 """Of the head, rounded at once."""
@@ -88,35 +84,12 @@ class DraftLayer:
         ->      streams [B, 4, D] behind each segment's last kept token, and `oldest` [B] int64
         """
         token_ids, meta, kept = token_ids.to(streams.device), meta.to(streams.device), kept.to(streams.device)
-        before, oldest = self._resume(streams, meta, pools)
-        segment, place = meta.segment.long(), torch.arange(len(token_ids), device=streams.device)
-        last = meta.offsets[:-1].long() + kept - 1
-        stays = place <= last[segment]
-        rows = window_rows(meta)
-        # What is not to be written goes to the sink: no value is looked at here, so that a GPU need not be waited for.
-        written = stays & (meta.positions >= oldest[segment])
+        assert pools.draft_state is not None
+        before, oldest = resume(streams, pools.draft_state, meta)
+        rows, behind = keep(streams, pools.draft_state, meta, kept, oldest)
         window = pools.window[self.config.num_layers]
-        self.layer.write_window(self._mix(token_ids, before), meta.positions, rows * written, window)
-        assert pools.draft_state is not None
-        told = stays & (rows >= PAGE_TOKENS)
-        told &= (meta.positions % PAGE_TOKENS == PAGE_TOKENS - 1) | (place == last[segment])
-        header = torch.zeros(len(token_ids), HEADER, device=streams.device)
-        header[:, 0] = (meta.positions + 1) * told
-        header[:, 1] = oldest[segment]
-        pools.draft_state[rows * told // PAGE_TOKENS] = torch.cat([header, streams.flatten(1)], dim=1)
-        return streams[last], oldest
-
-    def _resume(self, streams: Tensor, meta: StepMeta, pools: KvPools) -> tuple[Tensor, Tensor]:
-        """The streams [T, 4, D] of the token before each, and the first position [B] with a row in each segment."""
-        assert pools.draft_state is not None
-        # Row T is for segments without tokens, which begin there.
-        before = torch.cat([streams[-1:], streams])
-        first = meta.offsets[:-1].long()
-        page = (meta.starts - 1).clamp(min=0) // PAGE_TOKENS
-        held = pools.draft_state[meta.swa_table.gather(1, page[:, None])[:, 0].long()]
-        known = (meta.starts > 0) & (held[:, 0] == meta.starts)
-        before[first] = torch.where(known[:, None], held[:, HEADER:], 0.0).view(-1, *streams.shape[1:])
-        return before[:-1], torch.where(known, held[:, 1].long(), meta.starts + 1)
+        self.layer.write_window(self._mix(token_ids, before), meta.positions, rows, window)
+        return behind, oldest
 
     @torch.inference_mode()
     def guess(self, token_ids: Tensor, before: Tensor, meta: StepMeta, pools: KvPools) -> tuple[Tensor, Tensor]:
@@ -128,13 +101,13 @@ class DraftLayer:
         """
         c = self.config
         token_ids, meta = token_ids.to(before.device), meta.to(before.device)
-        streams = self.layer(self._mix(token_ids, before), token_ids, meta, window_rows(meta), pools)
-        hidden = collapse(streams, self.head_fn, self.head_base, self.head_scale, c.rms_norm_eps, c.hc_eps)
-        return linear(rms_norm(hidden, self.norm, c.rms_norm_eps), self.head), streams
+        streams = streams_of(self.layer(self._mix(token_ids, before), token_ids, meta, window_rows(meta), pools))
+        site = self.head_fn, self.head_base, self.head_scale
+        return linear(collapse(streams, *site, c.rms_norm_eps, c.hc_eps, self.norm), self.head), streams
 
     def _mix(self, token_ids: Tensor, before: Tensor) -> Tensor:
         """[T, 4, D]: the embedding of a token added to each stream of the token before, both normed and projected."""
         eps = self.config.rms_norm_eps
-        e = linear(rms_norm(self.embedding[token_ids].float(), self.enorm, eps), self.e_proj)
-        h = linear(rms_norm(before.flatten(0, 1), self.hnorm, eps), self.h_proj)
+        (e,) = linears_of_normed(self.embedding[token_ids].float(), self.enorm, eps, [self.e_proj])
+        (h,) = linears_of_normed(before.flatten(0, 1), self.hnorm, eps, [self.h_proj])
         return e[:, None, :] + h.view(before.shape)

@@ -9,8 +9,8 @@ from torch import Tensor
 from engine.batch import Drawn, Segment, Sequence, StepMeta, rebuild_tokens
 from engine.cache.pools import KvPools, PoolSizes
 from engine.config import KvLayout
+from engine.kernels.draft_state import HEADER
 from engine.model.deepseek_v4 import DeepseekV4
-from engine.model.mtp import HEADER
 from tests.engine.geometries import random_tensors, tiny_config
 from tests.engine.speculation import drafting_model, runner_of
 from wire.types import PAGE_TOKENS, PageClass, SamplingParams

@@ -99,6 +99,35 @@ def test_products_of_few_tokens(kind: str, outputs: int, inputs: int, groups: in
         assert torch.equal(linear.product(x[token : token + 1], weight, scales, groups)[0], together[token])
 
 
+def fp8(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+    codes = torch.randint(256, (outputs, inputs), dtype=torch.uint8, device="cuda") & 0xBF
+    return codes, torch.full((outputs // 128, inputs // 128), inputs**-0.5, device="cuda")
+
+
+@pytest.mark.parametrize(("outputs", "more", "inputs"), [(32_768, 8192, 1024), (65_536, 8192, 1536)])
+def test_products_of_a_few_normed_tokens(outputs: int, more: int, inputs: int) -> None:
+    matrices = [fp8(outputs, inputs), fp8(more, inputs)]
+    x, norm = torch.randn(8, inputs, device="cuda") * 30, 1 + 0.1 * torch.randn(inputs, device="cuda")
+    normed = x.double() * torch.rsqrt(x.double().square().mean(1, keepdim=True) + 1e-6) * norm
+    expected = [product.clone() for product in few_tokens.products(normed.float(), matrices)]
+    together = few_tokens.products(x, matrices, norm=norm, eps=1e-6)
+    for tokens in (1, 3, 8):
+        for n, wanted in enumerate(expected):
+            got = ten_times(lambda n=n, t=tokens: few_tokens.products(x[:t], matrices, norm=norm, eps=1e-6)[n])
+            assert torch.equal(got, together[n][:tokens])
+            assert apart(got, wanted[:tokens]) < 1e-8
+
+
+@pytest.mark.parametrize(("hidden", "inner"), [(4096, 2048), (7168, 3072)])
+def test_a_shared_expert_of_few_tokens(hidden: int, inner: int) -> None:
+    both = fp8(inner, hidden), fp8(inner, hidden)
+    x = torch.randn(8, hidden, device="cuda") * 3
+    for tokens in (1, 3, 8):
+        gate, up = few_tokens.products(x[:tokens], both)
+        got = ten_times(lambda t=tokens: few_tokens.gated(x[:t], *both, 10.0))
+        assert apart(got, experts.swiglu(gate, up, 10.0)) < 1e-10
+
+
 @pytest.mark.parametrize(("hidden", "inner"), [(4096, 2048), (7168, 3072)])
 @pytest.mark.parametrize("panels", [False, True])
 def test_fp4_experts_of_few_tokens(panels: bool, hidden: int, inner: int) -> None:
@@ -277,6 +306,13 @@ def test_hyper_connections_of_few_tokens(size: int) -> None:
             assert torch.allclose(got[n].cpu(), expected[n], rtol=tolerance, atol=tolerance)
         mixed = partial(device_hyper.mix_in, streams, fn, base, scale, None, 1e-6, 1e-6, 20)
         ten_times(lambda mixed=mixed: mixed()[0])
+        made, beside = torch.randn(tokens, 6, size, device="cuda"), torch.randn(tokens, size, device="cuda")
+        after = hyper_connections.mix_out(made.sum(1) + beside, streams, *got[1:])
+        how = (fn, base, scale, None, 1e-6, 1e-6, 20)
+        between = partial(device_hyper.mix_between, made, beside, streams, *got[1:], *how)
+        assert torch.allclose(ten_times(lambda between=between: between()[1]), after, rtol=1e-5, atol=1e-5)
+        for one, wanted in zip(between()[::3], device_hyper.mix_in(after, *how)[::2], strict=True):
+            assert torch.allclose(one, wanted, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(("count", "hidden", "k"), [(256, 4096, 6), (384, 7168, 6)])

@@ -5,6 +5,7 @@
 #define __shared__
 unsigned char memory[1 << 18] __attribute__((aligned(16)));
 static void fetch4(void* to, const void* from) { std::memcpy(to, from, 4); }
+static float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 static int fresh(const int* at) { return *at; }
 static _Float16 half_of(uint32_t bits) { uint16_t low = (uint16_t)bits; _Float16 x; std::memcpy(&x, &low, 2); return x; }
 static uint32_t bits_of(_Float16 x) { uint16_t bits; std::memcpy(&bits, &x, 2); return bits; }
@@ -26,10 +27,12 @@ static void blocks(unsigned count, unsigned threads, void (*kernel)()) {
     }
 }
 
-struct Linears { const float* x; float* y; const Matrix* matrices; long long x_row; int tokens, inputs, per_group, span; };
+struct Linears { const float* x; const float* norm; float* y; const Matrix* matrices; long long x_row; int tokens, inputs, per_group, span; float eps; };
+struct Gated { const float* x; float* y; const Matrix* both; long long x_row; int tokens, inputs, span; float limit; };
 struct GateUp { const float* x; const u8 *gate, *gate_scales, *up, *up_scales; int most; const int *members, *owners; float* y; int pairs, picks, hidden, inner; float limit; int span; };
 struct Down { const float* x; const u8 *down, *scales; int most; const float* weights; const int *members, *owners; float* y; int pairs, hidden, inner, span; };
 static Linears l;
+static Gated s;
 static GateUp g;
 static Down d;
 
@@ -39,7 +42,18 @@ extern "C" void run_linears(const Linears* call, unsigned threads) {
     int count = 0, of_block = 16 * l.span;
     for (int i = 0; i < MATRICES; i++) count += (l.matrices[i].rows + of_block - 1) / of_block;
     blocks(count, threads, [] {
-        penumbra_linears(EACH(PASSED) l.x, l.x_row, l.y, l.tokens, l.inputs, l.per_group, l.span);
+        if (l.norm)
+            penumbra_linears_normed(EACH(PASSED) l.x, l.x_row, l.norm, l.eps, l.y, l.tokens, l.inputs, l.per_group, l.span);
+        else
+            penumbra_linears(EACH(PASSED) l.x, l.x_row, l.y, l.tokens, l.inputs, l.per_group, l.span);
+    });
+}
+extern "C" void run_gated(const Gated* call, unsigned threads) {
+    s = *call;
+    blocks((s.both->rows + 16 * s.span - 1) / (16 * s.span), threads, [] {
+        const Matrix &gate = s.both[0], &up = s.both[1];
+        penumbra_gated(gate.weights, gate.scales, up.weights, up.scales, gate.rows, gate.columns, s.x, s.x_row, s.y,
+                       s.tokens, s.inputs, s.limit, s.span);
     });
 }
 extern "C" void run_gate_up(const GateUp* call, unsigned blocks_of_work, unsigned threads) {

@@ -16,12 +16,14 @@ pytest.importorskip("triton", reason="triton comes with the gpu extra")
 
 from engine.batch import StepMeta
 from engine.config import C4_RING, C128_RING
-from engine.kernels import compress, experts, hyper_connections, norm_rope
+from engine.kernels import addresses, compress, draft_state, experts, hyper_connections, norm_rope
 from engine.kernels.checksum import item_checksums
 
 # Triton decides on import, so this comes last.
+from engine.kernels.device import addresses as device_addresses
 from engine.kernels.device import checksum as device_checksum
 from engine.kernels.device import compress as device_compress
+from engine.kernels.device import draft_state as device_draft
 from engine.kernels.device import experts as device_experts
 from engine.kernels.device import experts_few, few_tokens, use_cuda_products, use_cuda_scores
 from engine.kernels.device import hyper_connections as device_hyper
@@ -238,6 +240,54 @@ def test_c128_rows_and_rings(step, layout):
     assert torch.allclose(got, expected, rtol=0.13 if layout == "v4" else 0, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", ["v4", "exact"])
+@pytest.mark.parametrize("ratio", [4, 128])
+def test_all_that_a_layer_keeps_of_a_short_step_is_written_as_one_after_the_other(step, ratio, layout):
+    freqs, eps = there(norm_rope.rope_frequencies(160_000.0, 64)), 1e-6
+    wide, ring_rows = (2, C4_RING) if ratio == 4 else (1, C128_RING)
+    kinds = [("latent", 512)] + ([("index", 128)] if ratio == 4 else [])
+    window = empty_pool(256, "latent", layout, 512)
+    pools = [empty_pool(256 // ratio, kind, layout, dim) for kind, dim in kinds]
+    rings = [randn(16 * PAGES + 1, ring_rows, 2 * wide * dim, seed=dim) for _, dim in kinds]
+    single, together = ([there(t) for t in (window, *pools, *rings)] for _ in range(2))
+    for n, spans in enumerate([[(0, 3), (121, 1)], [(3, 1), (122, 4)], [(4, 4), (126, 2)], [(8, 1), (128, 7)]]):
+        meta = step(spans, pages=PAGES)
+        tokens = len(meta.positions)
+        rows = meta.swa_table[meta.segment.long(), meta.positions // 256].long() * 256 + meta.positions % 256
+        # As a product of several matrices gives them: columns of their own, one behind the other.
+        kv, kv_norm = there(randn(tokens, 512, seed=n)), there(randn(512, seed=n + 1))
+        projected = [
+            [there(randn(*shape, seed=50 + 10 * n + m)) for m, shape in enumerate(
+                ((tokens, wide * dim), (tokens, wide * dim), (ratio, wide * dim), (dim,)))]
+            for _, dim in kinds
+        ]  # fmt: skip
+        moved, at, turned = there(meta), there(rows), layout == "v4"
+        device_rows.write_latents(single[0], at, kv, kv_norm, moved.positions, freqs, eps)
+        for m, parts in enumerate(projected):
+            out, ring = single[1 + m], single[1 + len(kinds) + m]
+            if ratio == 4:
+                device_compress.compress_c4(*parts, ring, moved, freqs, eps, out, turned and m == 1)
+            else:
+                device_compress.compress_c128(*parts, ring, moved, freqs, eps, out)
+        latents = compress.Latents(together[0], at, kv, kv_norm)
+        poolings = [
+            compress.Pooling(*parts, together[1 + len(kinds) + m], together[1 + m]) for m, parts in enumerate(projected)
+        ]
+        if ratio == 4:
+            device_compress.write_c4(latents, *poolings, moved, freqs, eps, rotate_keys=turned)
+        else:
+            device_compress.write_c128(latents, *poolings, moved, freqs, eps)
+        for one, other in zip(single, together, strict=True):
+            bytes_of = [(t if isinstance(t, torch.Tensor) else t.data).view(torch.uint8).cpu() for t in (one, other)]
+            if not ON_GPU:
+                assert torch.equal(*bytes_of)
+            elif layout == "exact" or isinstance(one, torch.Tensor):  # where sums over other warps may round otherwise
+                assert torch.allclose(*(b.view(torch.float32) for b in bytes_of), rtol=1e-5, atol=1e-5, equal_nan=True)
+            else:
+                assert (bytes_of[0] != bytes_of[1]).double().mean() < 1e-4
+    assert all((pool.data.cpu() != 0xFF).any() for pool in together[: 1 + len(kinds)]), "rows were written"
+
+
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("layout", ["v4", "exact"])
 @pytest.mark.parametrize("ratio", [0, 4, 128])
@@ -350,9 +400,92 @@ def test_hyper_connections(size):
     assert torch.allclose(normed.cpu(), norm_rope.rms_norm(x, norm, 1e-6), rtol=0, atol=1e-4)
     out = device_hyper.mix_out(*map(there, (y, streams, post, comb)))
     assert torch.allclose(out.cpu(), hyper_connections.mix_out(y, streams, post, comb), rtol=0, atol=1e-5)
+    parts, beside = randn(5, 6, size, seed=9), randn(5, size, seed=10)
+    summed = device_experts.sum_picks(there(parts), there(beside))
+    given = [there(t) for t in (streams, post, comb)]
+    of_parts = device_hyper.mix_out(there(parts), *given, there(beside))
+    assert torch.equal(of_parts, device_hyper.mix_out(summed, *given))
     head = randn(4, 4 * size, seed=6) * 0.1, randn(4, seed=7), randn(1, seed=8)
     got = device_hyper.collapse(there(streams), *map(there, head), 1e-6, 1e-6)
-    assert torch.allclose(got.cpu(), hyper_connections.collapse(streams, *head, 1e-6, 1e-6), rtol=0, atol=1e-5)
+    collapsed = hyper_connections.collapse(streams, *head, 1e-6, 1e-6)
+    assert torch.allclose(got.cpu(), collapsed, rtol=0, atol=1e-5)
+    got = device_hyper.collapse(there(streams), *map(there, head), 1e-6, 1e-6, there(norm))
+    assert torch.allclose(got.cpu(), norm_rope.rms_norm(collapsed, norm, 1e-6), rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="CUDA C++; test_mix_few.py runs its source on the CPU")
+@pytest.mark.parametrize("size", [256, 1536])
+@pytest.mark.parametrize("count", [1, 6])
+def test_hyper_connections_between_sublayers(size, count):
+    """In one go what is otherwise done by kernel after kernel, bit for bit where it is the same sum."""
+    made, beside, streams = randn(5, count, size), randn(5, size, seed=1), randn(5, 4, size, seed=2)
+    post, comb = torch.rand(5, 4), torch.rand(5, 4, 4)
+    fn, base, scale = randn(24, 4 * size, seed=2) * 0.1, randn(24, seed=3) * 0.5, randn(3, seed=4) * 0.2 + 1
+    given = [there(t) for t in (streams, post, comb)]
+    how = (*map(there, (fn, base, scale, randn(size, seed=5))), 1e-6, 1e-6, 20)
+    summed = device_experts.sum_picks(there(made), there(beside))
+    after = device_hyper.mix_out(summed, *given)
+    use_cuda_products(True)  # these kernels there are in CUDA C++ alone
+    x, *mixing = device_hyper.mix_in(after, *how)
+    found = device_hyper.mix_between(there(made), there(beside), *given, *how)
+    for got, expected in zip(found, (x, after, *mixing), strict=True):
+        assert torch.allclose(got, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_streams_begin_with_a_tokens_row(dtype):
+    table, ids = randn(50, 96).to(dtype), torch.tensor([3, 49, 0, 3])
+    expected = hyper_connections.embedded(table, ids)
+    assert expected.dtype == torch.float32
+    assert torch.equal(device_hyper.embedded(there(table), there(ids)).cpu(), expected)
+
+
+def test_the_draft_layer_resumes_from_states_and_keeps_them(step):
+    """Steps behind each other: drafts that do not stay, a page that ends, a segment that begins, one without tokens,
+    and one whose pages are nobody's.
+    """
+    width = 4 * 320
+    states = torch.zeros(16 * PAGES + 1, 4 + width)
+    ours = there(states)
+    steps = [
+        ([(0, 3), (253, 5), (700, 1), (5, 1)], [2, 4, 1, 1]),
+        ([(2, 2), (257, 1), (702, 4), (6, 2)], [1, 1, 4, 2]),
+        ([(3, 4), (258, 3), (706, 0), (8, 1)], [4, 1, 0, 1]),
+    ]
+    for n, (spans, kept) in enumerate(steps):
+        meta = step(spans, pages=PAGES)
+        meta.swa_table[3] = 0
+        streams, kept = randn(len(meta.positions), 4, 320, seed=n), torch.tensor(kept)
+        before, oldest = draft_state.resume(streams, states, meta)
+        rows, behind = draft_state.keep(streams, states, meta, kept, oldest)
+        moved = there(streams), ours, there(meta)
+        got_before, got_oldest = device_draft.resume(*moved)
+        got_rows, got_behind = device_draft.keep(*moved, there(kept), got_oldest)
+        assert torch.equal(got_before.cpu(), before)
+        assert torch.equal(got_oldest.cpu(), oldest)
+        assert torch.equal(got_rows.cpu(), rows)
+        assert torch.equal(got_behind.cpu()[kept > 0], behind[kept > 0])
+        assert torch.equal(ours.cpu()[1:], states[1:])
+        assert ours[0, 0] == states[0, 0] == 0, "the sink's is a state of no time"
+    assert (oldest[:2] < torch.tensor([4, 259])).all(), "states were found"
+    assert oldest[3] == 9, "nobody's page has no state"
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("counts", [[1], [3, 0, 5], [0, 0, 7, 1, 0], [200, 1, 130, 0, 300], [1] * 65])
+def test_addresses_of_a_step(counts, dtype):
+    """Segments without tokens, more tokens than a program takes, contexts of a million."""
+    starts = torch.arange(len(counts)) * 1_000_003 % 1_000_000
+    given = starts.to(dtype), torch.tensor(counts, dtype=dtype), sum(counts)
+    expected = addresses.token_addresses(*given)
+    got = device_addresses.token_addresses(*(there(t) if isinstance(t, torch.Tensor) else t for t in given))
+    for one, wanted in zip(got, expected, strict=True):
+        assert one.dtype == wanted.dtype
+        assert torch.equal(one.cpu(), wanted)
+    positions, segment, *_ = expected
+    table = torch.randint(9, (len(counts), 3910), dtype=torch.int32)
+    rows = device_addresses.window_rows(*map(there, (positions, segment, table)))
+    assert torch.equal(rows.cpu(), addresses.window_rows(positions, segment, table))
 
 
 def test_routes_by_score_and_by_table():
@@ -448,6 +581,11 @@ def test_experts(kind, tokens, hidden, inner):
         tuple(None if s is None else there(s) for s in scales), (124, 124), limit, there(beside),
     )  # fmt: skip
     assert torch.allclose(more.cpu(), got.cpu() + beside, rtol=1e-6, atol=1e-6)
+    parts = device_experts.routed_parts(
+        there(x), there(picks), there(weights), tuple(map(there, stacks)),
+        tuple(None if s is None else there(s) for s in scales), (124, 124), limit,
+    )  # fmt: skip
+    assert torch.equal(experts.Parts(parts.view(tokens, 3, hidden), there(beside)).sum(), more)
 
 
 def test_swiglu():
@@ -468,6 +606,34 @@ def test_a_matrix_on_the_device_gives_what_it_gives_on_the_cpu():
     weight, x = randn(64, 128).bfloat16(), randn(3, 128).bfloat16().float()
     got = device_linear.product(there(x), there(weight), None, 1)
     assert math.isclose(apart(got, linear(x, Matrix.prepare(weight))), 0, abs_tol=1e-10)
+
+
+@pytest.mark.parametrize("inputs", [256, 384])
+@pytest.mark.parametrize("tokens", [1, 5, 20])
+def test_products_of_normed_tokens_are_those_of_tokens_that_were_normed_before(tokens, inputs):
+    """On a GPU few tokens of 256 inputs are normed on their way, which may round an operand to its neighbour."""
+    matrices = [(there(randn(n, inputs, seed=n).bfloat16()), None) for n in (64, 16)]
+    x, norm = randn(tokens, inputs) * 30, randn(inputs, seed=1)
+    normed = device_norm.norm_rotate(there(x), there(norm), 1e-6, None, None, False)
+    got = device_linear.products(there(x), matrices, there(norm), 1e-6)
+    for one, expected in zip(got, device_linear.products(normed, matrices), strict=True):
+        assert apart(one, expected) < 1e-7
+
+
+@pytest.mark.skipif(not ON_GPU, reason="CUDA C++; test_few_tokens.py runs its source on the CPU")
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_both_products_of_a_gate_give_what_each_gives_alone(tokens, kind):
+    both = [(there(randn(48, 256, seed=n).bfloat16()), None) for n in range(2)]
+    if kind == "fp8":
+        both = [
+            (there(torch.randint(0x70, (48, 256), dtype=torch.uint8)), there(torch.rand(1, 2) / 99)) for _ in range(2)
+        ]
+    x = there(randn(tokens, 256))
+    use_cuda_products(True)  # this kernel there is in CUDA C++ alone
+    assert few_tokens.takes_gated(tokens, both[0][0], both[1][0])
+    expected = device_experts.swiglu(*device_linear.products(x, both), 10.0)
+    assert torch.allclose(few_tokens.gated(x, *both, 10.0), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 20])

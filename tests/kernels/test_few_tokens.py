@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from engine.kernels.device import few_tokens
+from engine.kernels.experts import swiglu
+from engine.kernels.norm_rope import rms_norm
 from tests.kernels.cuda_on_cpu import compiled
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
@@ -38,21 +40,25 @@ class Described(ctypes.Structure):
     _fields_ = (("weights", P), ("scales", P), ("rows", N), ("columns", N))
 
 
-def products(
-    library: ctypes.CDLL, x: Tensor, matrices: list[tuple[Tensor, Tensor | None]], groups: int, warps: int,
-    span: int = 1,
-) -> list[Tensor]:  # fmt: skip
-    inputs = matrices[0][0].shape[1]
-    rows = [len(weight) for weight, _ in matrices]
-    table = (Described * 8)(*(
+def described(matrices: list[tuple[Tensor, Tensor | None]], count: int) -> ctypes.Array[Described]:
+    return (Described * count)(*(
         Described(w.data_ptr(), None if s is None else s.data_ptr(), len(w), 0 if s is None else s.shape[1])
         for w, s in matrices
     ))  # fmt: skip
+
+
+def products(
+    library: ctypes.CDLL, x: Tensor, matrices: list[tuple[Tensor, Tensor | None]], groups: int, warps: int,
+    span: int = 1, norm: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
+    inputs = matrices[0][0].shape[1]
+    rows = [len(weight) for weight, _ in matrices]
+    table = described(matrices, 8)
     y = torch.full((len(x) * sum(rows),), torch.nan)
     call(
         library.run_linears,
-        [(P, x), (P, y), (P, ctypes.addressof(table)), (L, x.stride(0)), (N, len(x)), (N, inputs),
-         (N, sum(rows) // groups), (N, span)],
+        [(P, x), (P, norm), (P, y), (P, ctypes.addressof(table)), (L, x.stride(0)), (N, len(x)), (N, inputs),
+         (N, sum(rows) // groups), (N, span), (F, 1e-6)],
         32 * warps,
     )  # fmt: skip
     return [part.view(len(x), -1) for part in y.split([len(x) * n for n in rows])]
@@ -116,6 +122,59 @@ def test_a_tokens_product_depends_on_no_other_token(library) -> None:
     together = product(library, x, weight, scales, 1, 4)
     for token in range(8):
         assert torch.equal(product(library, x[token : token + 1], weight, scales, 1, 4)[0], together[token])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "warps"), [(1, 256, 1), (3, 768, 2), (8, 1024, 4), (5, 1536, 6), (7, 512, 3)]
+)
+def test_tokens_are_normed_on_their_way_to_a_product(library, tokens: int, inputs: int, warps: int) -> None:
+    """In columns of a wider matrix, of very different lengths, several pieces for a thread and threads without one."""
+    g = generator(inputs)
+    lengths = torch.exp2(torch.arange(tokens).float() * 5 - 12)
+    x = (torch.randn(tokens, inputs + 8, generator=g) * lengths[:, None])[:, 4 : inputs + 4]
+    norm = 1 + 0.3 * torch.randn(inputs, generator=g)
+    fp8 = torch.randint(0x70, (48, inputs), dtype=torch.uint8, generator=g), torch.rand(1, inputs // 128, generator=g)
+    bf16 = torch.randn(16, inputs, generator=g).bfloat16()
+    matrices = [fp8, (bf16, None)]
+    found = products(library, x, matrices, 1, warps, 2, norm)
+    normed = rms_norm(x, norm, 1e-6)
+    # An operand may be rounded to the neighbour of what the reference's is rounded to.
+    for got, plain in zip(found, products(library, normed, matrices, 1, warps, 2), strict=True):
+        assert torch.allclose(got, plain, rtol=0, atol=float(2e-4 * plain.norm() / tokens**0.5))
+    for token in range(tokens):
+        alone = products(library, x[token : token + 1], matrices, 1, warps, 1, norm)
+        for one, together in zip(alone, found, strict=True):
+            assert torch.equal(one[0], together[token]), "a token's norm depends on no other token"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "inputs", "warps", "span"), [(1, 16, 128, 1, 1), (3, 160, 640, 2, 4), (8, 48, 1024, 4, 2)]
+)
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_a_gate_is_applied_to_the_sums_it_is_made_of(library, kind, tokens, outputs, inputs, warps, span) -> None:
+    g = generator(outputs)
+    x = torch.randn(tokens, inputs + 4, generator=g)[:, :inputs]
+    if kind == "bf16":
+        both = [(torch.randn(outputs, inputs, generator=g).bfloat16(), None) for _ in range(2)]
+    else:
+        scales = (-(-outputs // 128), inputs // 128)
+        both = [
+            (torch.randint(256, (outputs, inputs), dtype=torch.uint8, generator=g) & 0xBF,
+             torch.rand(scales, generator=g) * 0.5)
+            for _ in range(2)
+        ]  # fmt: skip
+    y, limit = torch.full((tokens, outputs), torch.nan), 3.0
+    table = described(both, 2)
+    call(
+        library.run_gated,
+        [(P, x), (P, y), (P, ctypes.addressof(table)), (L, x.stride(0)), (N, tokens), (N, inputs), (N, span),
+         (F, limit)],
+        32 * warps,
+    )  # fmt: skip
+    gate, up = products(library, x, both, 1, warps)
+    assert (gate > limit).any()
+    assert (up.abs() > limit).any()
+    assert torch.allclose(y, swiglu(gate, up, limit), rtol=1e-6, atol=1e-6)
 
 
 def fp4(shape: tuple[int, int, int], g: torch.Generator, low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,6 +246,16 @@ def test_every_matrix_of_the_official_models_is_taken_and_fits_a_block(monkeypat
             assert 4 <= warps <= 16
             assert shared <= 227 << 10
             assert span in (1, 2, 4, 8)
+    for inner, hidden in ((2048, 4096), (3072, 7168)):
+        shared = torch.empty(inner, hidden, dtype=kind, device="meta")
+        assert few_tokens.takes_gated(8, shared, shared)
+        for tokens in (1, 8):
+            warps, memory, _ = few_tokens.plan((inner,), hidden, 1, tokens, name, tiles=2)
+            assert 4 <= warps <= 16
+            assert memory <= 227 << 10
+    for low in (1024, 1536):
+        assert few_tokens.takes_normed(8, torch.empty(32_768, low, dtype=kind, device="meta"))
+    assert not few_tokens.takes_normed(8, torch.empty(64, 384, dtype=kind, device="meta")), "sums are of 256 inputs"
     for hidden, inner in ((4096, 2048), (7168, 3072)):
         gate, down = (torch.empty(8, *shape, device="meta") for shape in ((inner, hidden // 2), (hidden, inner // 2)))
         assert few_tokens.takes_experts(gate, down, 24)

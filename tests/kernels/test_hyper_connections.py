@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels.hyper_connections import HyperSite, collapse, mix_in, mix_out
+from engine.kernels.hyper_connections import Behind, HyperSite, collapse, mix_in, mix_on, mix_out, streams_of
+from engine.kernels.norm_rope import rms_norm
 
 EPS = 1e-6
 SIZES = [256, 24]  # the second is no multiple of 16
@@ -66,6 +67,28 @@ def test_the_head_collapses_the_streams_to_one(engine: str, size: int) -> None:
     weights = torch.sigmoid(mix * scale.double() + base) + EPS
     exact = (weights[:, :, None] * streams.double()).sum(1)
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_behind_a_sublayer_streams_are_spread_and_mixed_as_one_after_the_other(engine: str, size: int) -> None:
+    y, streams, post, comb = draw(5, size), draw(5, 4, size, seed=1), draw(5, 4, seed=2), draw(5, 4, 4, seed=3)
+    site, norm = HyperSite(*parameters(size)), draw(size, seed=4)
+    behind = Behind(y, streams, post, comb)
+    after = mix_out(y, streams, post, comb)
+    assert torch.equal(streams_of(behind), after)
+    assert streams_of(after) is after
+    x, *mixing = mix_in(after, site, EPS, EPS, 20, norm)
+    for before in (behind, after):
+        for got, want in zip(mix_on(before, site, EPS, EPS, 20, norm), (x, after, *mixing), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_collapsed_stream_is_normed_where_a_norm_is_given(engine: str, size: int) -> None:
+    head, streams = (draw(4, 4 * size, scale=0.1), draw(4), draw(1, seed=6)), draw(5, 4, size, seed=7)
+    norm = draw(size, seed=8)
+    alone = collapse(streams, *head, EPS, EPS)
+    assert torch.equal(collapse(streams, *head, EPS, EPS, norm), rms_norm(alone, norm, EPS))
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -22,7 +22,9 @@ if not ON_GPU:
 pytest.importorskip("triton", reason="triton comes with the gpu extra")
 
 from engine.config import C4_RATIO, C128_RATIO
+from engine.kernels import experts
 from engine.kernels.device import backends, libraries
+from engine.kernels.device import experts as device_experts
 from engine.kernels.device import index_topk as device_index
 from engine.kernels.device import linear as device_linear
 from engine.kernels.device import sparse_attention as device_attention
@@ -93,7 +95,47 @@ def fp8_gemm_nt(a, b, y):
     y.copy_(x @ wide.T)
 
 
+class HummingLayer:
+    def __init__(self, shape_n, shape_k, weight_config, num_experts, torch_dtype):
+        assert (weight_config, torch_dtype) == ({"quant_method": "mxfp4"}, torch.bfloat16)
+        self.shape, self.humming_config = (num_experts, shape_n, shape_k), {"shape_k": shape_k}
+
+    def to(self, device):
+        return self
+
+    def load_from_tensors(self, tensors):
+        self.dense = fp4_values(tensors["weight"], tensors["weight_scale"])
+
+    def transform(self):
+        assert tuple(self.dense.shape) == self.shape
+
+    def __call__(self, x, sorted_ids, expert_ids, num_tokens_padded, top_k, compute_config, tuning_config):
+        assert compute_config == {"gemm_type": "indexed"}
+        assert num_tokens_padded.dtype == sorted_ids.dtype == expert_ids.dtype == torch.int32
+        pairs, block = len(x) * top_k, tuning_config["block_shape"][0]
+        y = torch.full((pairs, self.shape[1]), torch.nan, dtype=torch.bfloat16)
+        for number, ids in enumerate(sorted_ids[: int(num_tokens_padded)].split(block)):
+            ids = ids[ids < pairs].long()
+            y[ids] = (x[ids // top_k].float() @ self.dense[expert_ids[number]].T).bfloat16()
+        return y
+
+
+def fp4_values(codes, scales):
+    """codes [E, N, K / 2] and scales [E, N, K / 32] -> [E, N, K] fp32."""
+    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    code = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).long()
+    values = magnitudes[code & 7] * torch.where(code > 7, -1.0, 1.0)
+    return values * torch.exp2(scales.float() - 127).repeat_interleave(32, -1)
+
+
 TWINS = {
+    "humming.layer": SimpleNamespace(HummingLayer=HummingLayer),
+    "humming.tune": SimpleNamespace(
+        # Products with fewer inputs take more pairs at once.
+        get_heuristics_config=lambda config, shape_m, gemm_type: {
+            "block_shape": [16 if config["shape_k"] > 128 else 32]
+        }
+    ),
     "flash_mla": SimpleNamespace(get_mla_metadata=lambda: (None, None), flash_mla_with_kvcache=flash_mla_with_kvcache),
     "deep_gemm": SimpleNamespace(
         get_paged_mqa_logits_metadata=lambda lengths, rows, processors: None,
@@ -165,6 +207,26 @@ def test_deep_gemm_scores_the_keys_as_our_kernel_does(step, choose):
                 assert apart(scores[t - first, :seen], expected[t, :seen]) < 1e-6
                 pages = -(-seen // 64)
                 assert apart(maxima[t - first, :pages], expected_maxima[t, :pages]) < 1e-6
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_humming_computes_the_experts_that_were_picked(choose, tokens):
+    choose("experts=humming", "humming")
+    count, hidden, inner, k, limit = 6, 256, 128, 3, 10.0
+    g = torch.Generator().manual_seed(0)
+
+    def stack(outputs, inputs):
+        codes = torch.randint(256, (count, outputs, inputs // 2), dtype=torch.uint8, generator=g)
+        return codes, torch.randint(117, 122, (count, outputs, inputs // 32), dtype=torch.uint8, generator=g)
+
+    stacks = stack(inner, hidden), stack(inner, hidden), stack(hidden, inner)
+    w1, w3, w2 = (fp4_values(*one) for one in stacks)
+    held = libraries.HummingExperts(tuple(there(c) for c, _ in stacks), tuple(there(s) for _, s in stacks))
+    x, weights = randn(tokens, hidden).bfloat16().float(), torch.rand(tokens, k, generator=g)
+    picks = torch.rand(tokens, count, generator=g).topk(k).indices.int()
+    expected = experts.routed_experts(x, picks, weights, experts.Experts.prepare(w1, w3, w2), limit)
+    parts = device_experts.library_parts(there(x), there(picks), there(weights), held, limit)
+    assert apart(parts.cpu().view(tokens, k, hidden).sum(1), expected) < 1e-4
 
 
 def test_deep_gemm_multiplies_by_the_matrix_and_scales_that_we_hold(choose):

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.kernels.linear import Matrix, linear
 from engine.kernels.norm_rope import (
     hadamard,
     head_norm,
     latent,
+    linears_of_normed,
     query,
     rms_norm,
     rope_frequencies,
@@ -33,6 +35,14 @@ def test_a_norm_scales_a_row_to_unit_mean_square(engine: str, size: int) -> None
     torch.testing.assert_close(rms_norm(x, weight, EPS).double(), unit * weight, rtol=1e-5, atol=1e-6)
     heads = x.view(3, 3, size)
     torch.testing.assert_close(head_norm(heads, EPS).double(), unit.view(3, 3, size), rtol=1e-5, atol=1e-6)
+
+
+def test_products_of_normed_rows_are_those_of_rows_that_were_normed_before(engine: str) -> None:
+    x, weight = draw(9, 48, scale=5.0), draw(48, seed=1)
+    matrices = [Matrix.prepare(draw(n, 48, seed=n)) for n in (20, 32)]
+    normed = rms_norm(x, weight, EPS)
+    for got, matrix in zip(linears_of_normed(x, weight, EPS, matrices), matrices, strict=True):
+        assert torch.equal(got, linear(normed, matrix))
 
 
 def test_a_row_of_zeros_stays_zero(engine: str) -> None:

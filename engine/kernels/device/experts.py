@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.kernels.device import experts_few, few_tokens
 from engine.kernels.device.codec import exact, operand
 from engine.kernels.device.early import await_previous, early
+from engine.kernels.device.libraries import HummingExperts
 
 FP32, BF16, FP4, PANELS = (tl.constexpr(kind) for kind in (0, 1, 2, 3))
 FP4_GROUP = 32
@@ -322,7 +323,28 @@ def routed_experts(
     scales: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None], most: tuple[int, int], limit: float,
     beside: Tensor | None = None, work: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """As `engine.kernels.experts.routed_experts`; stacks are gate, up [E, I, D] and down [E, D, I].
+    """As `engine.kernels.experts.routed_experts`, the rest as `routed_parts`."""
+    parts = routed_parts(x, picks, weights, stacks, scales, most, limit, work)
+    return sum_picks(parts.view(*picks.shape, -1), beside)
+
+
+def sum_picks(parts: Tensor, beside: Tensor | None) -> Tensor:
+    """parts [T, k, D], beside [T, D] or None -> [T, D], added in that order."""
+    tokens, k, hidden = parts.shape
+    y = torch.empty(tokens, hidden, dtype=torch.float32, device=parts.device)
+    if tokens:
+        _sum_picks[(tokens, triton.cdiv(hidden, 1024))](
+            parts, beside, y, hidden, K=k, BLOCK=1024, BESIDE=beside is not None, **early()
+        )
+    return y
+
+
+def routed_parts(
+    x: Tensor, picks: Tensor, weights: Tensor, stacks: tuple[Tensor, ...],
+    scales: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None], most: tuple[int, int], limit: float,
+    work: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """[P, D]: what each pair's expert made of its token, weighted; stacks are gate, up [E, I, D] and down [E, D, I].
 
     fp32 or bf16 without scales; with UE8M0 scales [E, ., . / 32] uint8, FP4 codes of two to a byte. most: the largest
     scale code of gate and up, and of down. Of two stacks, these are the panels of gate and up, and of down.
@@ -335,9 +357,9 @@ def routed_experts(
     kind = 3 if panels else 2 if scales[0] is not None else 1 if gate.dtype == torch.bfloat16 else 0
     if kind == 2 and (hidden % 64 or inner % 64):
         raise ValueError(f"FP4 experts of {hidden} x {inner}: the GPU kernel takes multiples of 64 inputs.")
-    if not tokens:
-        return torch.empty_like(x)
     pairs = tokens * k
+    if not tokens:
+        return torch.empty(pairs, hidden, dtype=torch.float32, device=x.device)
     x = x.contiguous()
     h = torch.empty(pairs, inner, dtype=torch.float32, device=x.device)
     parts = torch.empty(pairs, hidden, dtype=torch.float32, device=x.device)
@@ -367,18 +389,21 @@ def routed_experts(
             h, down, scales[2], weights, members, owners, parts, pairs, hidden, inner,
             KIND=kind, OUT=out, TOK=tok, STEP=_step(inner, kind), num_warps=4, num_stages=3,
         )  # fmt: skip
-    y = torch.empty_like(x)
-    _sum_picks[(tokens, triton.cdiv(hidden, 1024))](
-        parts,
-        beside,
-        y,
-        hidden,
-        K=k,
-        BLOCK=1024,
-        BESIDE=beside is not None,
-        **early(),
-    )
-    return y
+    return parts
+
+
+def library_parts(x: Tensor, picks: Tensor, weights: Tensor, library: HummingExperts, limit: float) -> Tensor:
+    """As `routed_parts`, by a library's products."""
+    pairs = picks.numel()
+    if not pairs:
+        return torch.empty(0, x.shape[1], dtype=torch.float32, device=x.device)
+    first, second = library.blocks(pairs)
+    members, owners = work_list(picks, library.count, first)
+    gate, up = library.gate_up(x, members, owners, picks.shape[1], pairs)
+    h = swiglu(gate, up, limit)
+    if second != first:
+        members, owners = work_list(picks, library.count, second)
+    return library.down(h, members, owners, pairs) * weights.reshape(-1, 1)
 
 
 def _step(inputs: int, kind: int) -> int:

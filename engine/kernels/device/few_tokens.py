@@ -18,6 +18,7 @@ TOKENS = 8
 MATRICES = 8
 """Of one launch."""
 _STEP = 128
+_NORM_STEP = 256
 _PAD_BYTES = 16
 _SHARED_BYTES = 227 << 10
 """What a block may have on Hopper."""
@@ -28,8 +29,8 @@ _ROW_BYTES = {"bf16": 256, "fp8": 128, "fp4": 64}
 _LEAST_WARPS, _MOST_WARPS = 4, 16
 """Of a block, where a matrix has inputs enough for them and a block memory."""
 _EXPERT_WARPS = 8
-_REGISTERS = {1: 64, 2: 80}
-"""Of a thread that multiplies one tile of rows, or the two of an expert: the source bounds them."""
+_REGISTERS, _EXPERT_REGISTERS = {1: 64, 2: 128}, 80
+"""Of a thread that multiplies one tile of rows, or two, and of an expert's: the source bounds them."""
 _PROCESSORS = 132
 _LINEAR_SPAN, _GATE_SPAN, _DOWN_SPAN = 8, 2, 4
 """The most groups of rows that a block does one behind the other. Of experts, some are not there and some come late:
@@ -50,6 +51,21 @@ def takes(tokens: int, weight: Tensor, groups: int = 1) -> bool:
     )
 
 
+def takes_normed(tokens: int, weight: Tensor) -> bool:
+    """Whether `products` takes this matrix [N, K] with a norm."""
+    return takes(tokens, weight) and weight.shape[1] % _NORM_STEP == 0
+
+
+def takes_gated(tokens: int, gate: Tensor, up: Tensor) -> bool:
+    """Whether `gated` takes these matrices [N, K]."""
+    return (
+        takes(tokens, gate)
+        and gate.shape == up.shape
+        and gate.dtype == up.dtype
+        and _shared(2, _LEAST_WARPS, TOKENS, gate.shape[1], "bf16") <= _SHARED_BYTES
+    )
+
+
 def takes_experts(gate: Tensor, down: Tensor, pairs: int) -> bool:
     """Whether `gate_up` and `down` take FP4 experts of codes [E, I, D / 2] and [E, D, I / 2], and are worth it for so
     many pairs: an expert is read once for eight of its pairs.
@@ -64,19 +80,21 @@ def takes_experts(gate: Tensor, down: Tensor, pairs: int) -> bool:
     )
 
 
-def products(x: Tensor, matrices: Sequence[tuple[Tensor, Tensor | None]], groups: int = 1) -> list[Tensor]:
+def products(
+    x: Tensor, matrices: Sequence[tuple[Tensor, Tensor | None]], groups: int = 1, norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> list[Tensor]:  # fmt: skip
     """x [T, G * K] fp32 times each of up to eight (weight [G * N, K], its scales or None) -> fp32 [T, G * N] of each.
 
-    Each of them, alone, is as `engine.kernels.device.linear.product` says.
+    Each of them, alone, is as `engine.kernels.device.linear.product` says. norm [K], of one group: x goes through an
+    RMSNorm of these weights first.
     """
     from engine.kernels.device.cuda import kernel, run
 
     tokens, inputs = x.shape[0], matrices[0][0].shape[1]
     rows = tuple(len(weight) for weight, _ in matrices)
-    kind = "bf16" if any(scales is None for _, scales in matrices) else "fp8"
-    warps, shared, span = plan(rows, inputs, groups, tokens, kind)
-    if x.stride(0) % 4 or x.data_ptr() % 16:  # rows are read by 16 bytes
-        x = x.clone(memory_format=torch.contiguous_format)
+    warps, shared, span = plan(rows, inputs, groups, tokens, _kind(matrices))
+    x = _aligned(x)
     y = torch.empty(tokens * sum(rows), dtype=torch.float32, device=x.device)
     table: list[object] = []
     for weight, scales in matrices:
@@ -84,24 +102,60 @@ def products(x: Tensor, matrices: Sequence[tuple[Tensor, Tensor | None]], groups
         table += [weight, 0 if scales is None else scales, ctypes.c_int32(len(weight)), ctypes.c_int32(columns)]
     for _ in range(MATRICES - len(matrices)):
         table += [0, 0, ctypes.c_int32(0), ctypes.c_int32(0)]
+    name, normed = (
+        ("penumbra_linears", ()) if norm is None else ("penumbra_linears_normed", (norm, ctypes.c_float(eps)))
+    )
     run(
-        kernel("few_tokens.cu", "penumbra_linears", _SHARED_BYTES), sum(-(-n // (16 * span)) for n in rows), 32 * warps,
-        shared,
-        *table, x, ctypes.c_int64(x.stride(0)), y, *map(ctypes.c_int32, (tokens, inputs, sum(rows) // groups, span)),
-        waits=True,
+        kernel("few_tokens.cu", name, _SHARED_BYTES), sum(-(-n // (16 * span)) for n in rows), 32 * warps, shared,
+        *table, x, ctypes.c_int64(x.stride(0)), *normed, y,
+        *map(ctypes.c_int32, (tokens, inputs, sum(rows) // groups, span)), waits=True,
     )  # fmt: skip
     return [part.view(tokens, -1) for part in y.split([tokens * n for n in rows])]
 
 
+def gated(x: Tensor, gate: tuple[Tensor, Tensor | None], up: tuple[Tensor, Tensor | None], limit: float) -> Tensor:
+    """x [T, K] -> [T, N]: `engine.kernels.experts.swiglu` of its products with two matrices as of `products`, where
+    `takes_gated` says so.
+    """
+    from engine.kernels.device.cuda import kernel, run
+
+    (weight, scales), tokens = gate, x.shape[0]
+    rows, inputs = weight.shape
+    warps, shared, span = plan((rows,), inputs, 1, tokens, _kind((gate, up)), tiles=2)
+    x = _aligned(x)
+    y = torch.empty(tokens, rows, dtype=torch.float32, device=x.device)
+    run(
+        kernel("few_tokens.cu", "penumbra_gated", _SHARED_BYTES), -(-rows // (16 * span)), 32 * warps, shared,
+        *(0 if t is None else t for t in (*gate, *up)), ctypes.c_int32(rows),
+        ctypes.c_int32(0 if scales is None else scales.shape[1]), x, ctypes.c_int64(x.stride(0)), y,
+        *map(ctypes.c_int32, (tokens, inputs)), ctypes.c_float(limit), ctypes.c_int32(span), waits=True,
+    )  # fmt: skip
+    return y
+
+
+def _kind(matrices: Sequence[tuple[Tensor, Tensor | None]]) -> str:
+    return "bf16" if any(scales is None for _, scales in matrices) else "fp8"
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Rows are read by 16 bytes."""
+    return x.clone(memory_format=torch.contiguous_format) if x.stride(0) % 4 or x.data_ptr() % 16 else x
+
+
 @lru_cache(maxsize=1024)
-def plan(rows: tuple[int, ...], inputs: int, groups: int, tokens: int, kind: str) -> tuple[int, int, int]:
-    """(warps of a block, its bytes of shared memory, its span) for matrices of so many rows in `groups` groups each."""
-    warps = max(1, min(_MOST_WARPS, inputs // _STEP // _AHEAD))
-    while warps > _LEAST_WARPS and _shared(1, warps, TOKENS, inputs, kind) > _SHARED_BYTES:
-        warps = max(_LEAST_WARPS, warps // 2)
-    shared = _shared(1, warps, tokens, inputs, kind)
+def plan(
+    rows: tuple[int, ...], inputs: int, groups: int, tokens: int, kind: str, tiles: int = 1
+) -> tuple[int, int, int]:
+    """(warps of a block, its bytes of shared memory, its span) for matrices of so many rows in `groups` groups each, of
+    which a block multiplies so many tiles side by side.
+    """
     runs = [n // groups // 16 for n in rows for _ in range(groups)]
-    return warps, shared, _span(runs, groups > 1, _resident(1, warps, shared), _LINEAR_SPAN)
+    turns = 1 if sum(runs) <= _PROCESSORS else 2  # of the warps' sums: a block with one group of rows adds up once
+    warps = max(1, min(_MOST_WARPS, inputs // _STEP // _AHEAD))
+    while warps > _LEAST_WARPS and _shared(tiles, warps, TOKENS, inputs, kind, turns) > _SHARED_BYTES:
+        warps = max(_LEAST_WARPS, warps // 2)
+    shared = _shared(tiles, warps, tokens, inputs, kind, turns)
+    return warps, shared, _span(runs, groups > 1, _resident(_REGISTERS[tiles], warps, shared), _LINEAR_SPAN)
 
 
 @lru_cache(maxsize=1024)
@@ -109,12 +163,12 @@ def expert_plan(inputs: int, tokens: int, groups: int, blocks: int, most_span: i
     """(warps of a block, its bytes of shared memory, its span) for up to `blocks` experts of so many groups of rows."""
     warps = max(1, min(_EXPERT_WARPS, inputs // _STEP // _AHEAD))
     shared = _shared(2, warps, min(tokens, TOKENS), inputs, "fp4")
-    return warps, shared, _span([groups] * blocks, True, _resident(2, warps, shared), most_span)
+    return warps, shared, _span([groups] * blocks, True, _resident(_EXPERT_REGISTERS, warps, shared), most_span)
 
 
-def _resident(tiles: int, warps: int, shared: int) -> int:
+def _resident(registers: int, warps: int, shared: int) -> int:
     """Blocks that the GPU runs at once."""
-    return _PROCESSORS * max(1, min(_SHARED_BYTES // (shared + 1024), 65536 // (_REGISTERS[tiles] * 32 * warps)))
+    return _PROCESSORS * max(1, min(_SHARED_BYTES // (shared + 1024), 65536 // (registers * 32 * warps)))
 
 
 def _span(runs: list[int], whole: bool, resident: int, most: int) -> int:
@@ -131,10 +185,10 @@ def _span(runs: list[int], whole: bool, resident: int, most: int) -> int:
     return span
 
 
-def _shared(tiles: int, warps: int, tokens: int, inputs: int, kind: str) -> int:
-    """Bytes of shared memory: each warp's ring of steps, the tokens, and the warps' sums twice."""
+def _shared(tiles: int, warps: int, tokens: int, inputs: int, kind: str, turns: int = 2) -> int:
+    """Bytes of shared memory: each warp's ring of steps, the tokens, and the warps' sums for so many turns."""
     ring = warps * _AHEAD * (tiles * 16 * _ROW_BYTES[kind] + 128)
-    return ring + tokens * (2 * inputs + _PAD_BYTES) + 2 * warps * tiles * tokens * 64
+    return ring + tokens * (2 * inputs + _PAD_BYTES) + turns * warps * tiles * tokens * 64
 
 
 def gate_up(

@@ -100,7 +100,10 @@ def _finish(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _collapse(parts, streams, base, scale, x, tokens, size, rms_eps, hc_eps, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def _collapse(
+    parts, streams, base, scale, norm, x, tokens, size, rms_eps, hc_eps, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    NORM: tl.constexpr,
+):  # fmt: skip
     await_previous()
     token = tl.program_id(0).to(tl.int64)
     row = tl.arange(0, _ROWS)
@@ -111,22 +114,52 @@ def _collapse(parts, streams, base, scale, x, tokens, size, rms_eps, hc_eps, SPL
     mixed = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(4):
         mixed += _pick(opened, k) * tl.load(streams + (token * 4 + k) * size + at, mask=inside, other=0.0)
+    if NORM:
+        mixed = mixed * tl.rsqrt(tl.sum(mixed * mixed, axis=0) / size + rms_eps)
+        mixed = tl.load(norm + at, mask=inside, other=0.0) * mixed
     tl.store(x + token * size + at, mixed, mask=inside)
 
 
 @triton.jit
-def _spread(y, streams, post, comb, out, size, BLOCK: tl.constexpr):
+def _spread(
+    made, beside, streams, post, comb, out, size, COUNT: tl.constexpr, BESIDE: tl.constexpr, BLOCK: tl.constexpr
+):
     await_previous()
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
-    result = tl.load(y + token * size + at, mask=inside, other=0.0)
+    result = tl.load(made + token * COUNT * size + at, mask=inside, other=0.0)
+    for i in tl.static_range(1, COUNT):
+        result += tl.load(made + (token * COUNT + i) * size + at, mask=inside, other=0.0)
+    if BESIDE:
+        result += tl.load(beside + token * size + at, mask=inside, other=0.0)
     for k in tl.static_range(4):
         total = tl.load(post + token * 4 + k) * result
         for j in tl.static_range(4):
             stream = tl.load(streams + (token * 4 + j) * size + at, mask=inside, other=0.0)
             total += tl.load(comb + token * 16 + 4 * j + k) * stream
         tl.store(out + (token * 4 + k) * size + at, total, mask=inside)
+
+
+@triton.jit
+def _embed(embedding, token_ids, streams, size, BLOCK: tl.constexpr):
+    await_previous()
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    values = tl.load(embedding + tl.load(token_ids + token) * size + at, mask=inside, other=0.0).to(tl.float32)
+    for k in tl.static_range(4):
+        tl.store(streams + (token * 4 + k) * size + at, values, mask=inside)
+
+
+def embedded(embedding: Tensor, token_ids: Tensor) -> Tensor:
+    """As `engine.kernels.hyper_connections.embedded`."""
+    tokens, size = len(token_ids), embedding.shape[1]
+    streams = torch.empty(tokens, 4, size, dtype=torch.float32, device=embedding.device)
+    if tokens:
+        block = min(1024, triton.next_power_of_2(size))
+        _embed[(tokens, triton.cdiv(size, block))](embedding, token_ids, streams, size, BLOCK=block, **early())
+    return streams
 
 
 def _partials(streams: Tensor, fn: Tensor) -> tuple[Tensor, int]:
@@ -163,27 +196,53 @@ def mix_in(
     return x, post, comb
 
 
-def collapse(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rms_eps: float, hc_eps: float) -> Tensor:
+def takes_between(tokens: int, size: int) -> bool:
+    """Whether `mix_between` takes so many tokens of this size."""
+    return mix_few.takes(tokens, size)
+
+
+def mix_between(
+    made: Tensor, beside: Tensor | None, streams: Tensor, post: Tensor, comb: Tensor, fn: Tensor, base: Tensor,
+    scale: Tensor, norm: Tensor | None, rms_eps: float, hc_eps: float, iters: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `engine.kernels.hyper_connections.mix_on` of what a sublayer left, its parts made [T, k, D] and beside [T, D];
+    where `takes_between` says so.
+    """
+    made, streams, post, comb = (t.contiguous() for t in (made, streams, post, comb))
+    after, new_post, new_comb = (torch.empty_like(t) for t in (streams, post, comb))
+    x = torch.empty(made.shape[0], made.shape[2], dtype=torch.float32, device=made.device)
+    mix_few.mix_between(
+        made, beside, streams, post, comb, fn, base, scale, norm, rms_eps, hc_eps, iters, after, x, new_post, new_comb
+    )
+    return x, after, new_post, new_comb
+
+
+def collapse(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rms_eps: float, hc_eps: float, norm: Tensor | None = None
+) -> Tensor:
     """As `engine.kernels.hyper_connections.collapse`."""
     streams = streams.contiguous()
     tokens, _, size = streams.shape
     x = torch.empty(tokens, size, dtype=torch.float32, device=streams.device)
-    if tokens:
+    if mix_few.takes(tokens, size):
+        mix_few.collapse(streams, fn, base, scale, norm, rms_eps, hc_eps, x)
+    elif tokens:
         parts, splits = _partials(streams, fn)
         _collapse[(tokens,)](
-            parts, streams, base, scale, x, tokens, size, rms_eps, hc_eps, SPLITS=splits,
-            BLOCK=triton.next_power_of_2(size), num_warps=8 if size > 1024 else 4, **early(),
+            parts, streams, base, scale, norm, x, tokens, size, rms_eps, hc_eps, SPLITS=splits,
+            BLOCK=triton.next_power_of_2(size), NORM=norm is not None, num_warps=8 if size > 1024 else 4, **early(),
         )  # fmt: skip
     return x
 
 
-def mix_out(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-    """As `engine.kernels.hyper_connections.mix_out`."""
+def mix_out(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor, beside: Tensor | None = None) -> Tensor:
+    """As `engine.kernels.hyper_connections.mix_out`; y [T, k, D] and beside [T, D] are parts of what was made."""
     tokens, _, size = streams.shape
     out = torch.empty_like(streams)
     if tokens:
         block = min(1024, triton.next_power_of_2(size))
         _spread[(tokens, triton.cdiv(size, block))](
-            y.contiguous(), streams, post, comb, out, size, BLOCK=block, **early()
-        )
+            y.contiguous(), beside, streams, post, comb, out, size, COUNT=1 if y.dim() == 2 else y.shape[1],
+            BESIDE=beside is not None, BLOCK=block, **early(),
+        )  # fmt: skip
     return out

@@ -165,7 +165,7 @@ class HummingExperts:
     def __init__(self, codes: tuple[Tensor, Tensor, Tensor], scales: tuple[Tensor, Tensor, Tensor]) -> None:
         """codes: gate, up [E, I, D / 2] and down [E, D, I / 2]; scales likewise, / 16."""
         (gate, up, down), (gate_scales, up_scales, down_scales) = codes, scales
-        self.inner = gate.shape[1]
+        self.count, self.inner = gate.shape[:2]
         self._first = self._layer(torch.cat([gate, up], 1), torch.cat([gate_scales, up_scales], 1))
         self._second = self._layer(down, down_scales)
 
@@ -180,9 +180,10 @@ class HummingExperts:
         made.transform()
         return made
 
-    def block(self, pairs: int) -> tuple[int, int]:
-        """Pairs of one expert that each of the two products takes at once."""
-        return tuple(self._config(layer, pairs)["block_shape"][0] for layer in (self._first, self._second))  # type: ignore[return-value]
+    def blocks(self, pairs: int) -> tuple[int, int]:
+        """Pairs of one expert that `gate_up` and `down` take at once."""
+        first, second = (self._config(layer, pairs)["block_shape"][0] for layer in (self._first, self._second))
+        return first, second
 
     @staticmethod
     def _config(layer: Any, pairs: int) -> Any:
@@ -190,7 +191,7 @@ class HummingExperts:
         return heuristics(layer.humming_config, shape_m=pairs, gemm_type="indexed")
 
     def gate_up(self, x: Tensor, members: Tensor, owners: Tensor, picks: int, pairs: int) -> tuple[Tensor, Tensor]:
-        """x [T, D] -> gate and up [P, I] fp32; members and owners as `experts.work_list` makes them of `block`."""
+        """x [T, D] -> gate and up [P, I] fp32; members and owners as `experts.work_list` makes them."""
         both = self._call(self._first, x, members, owners, picks, pairs).float()
         return both[:, : self.inner].contiguous(), both[:, self.inner :].contiguous()
 

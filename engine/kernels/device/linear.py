@@ -21,6 +21,7 @@ from torch import Tensor
 from engine.kernels.device import INTERPRETED, few_tokens, libraries
 from engine.kernels.device.backends import backend
 from engine.kernels.device.codec import e4m3_value, exact, operand
+from engine.kernels.device.norm_rope import norm_rotate
 
 FP8_BLOCK = 128
 _DECODE_TOKENS = 16
@@ -180,10 +181,18 @@ def product(x: Tensor, weight: Tensor, scales: Tensor | None, groups: int) -> Te
     return y
 
 
-def products(x: Tensor, matrices: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
-    """x [T, K] times each (weight, scales): in one launch, where it is few tokens and matrices that allow it."""
-    own = backend("linears") is None
-    if own and len(matrices) <= few_tokens.MATRICES and all(few_tokens.takes(len(x), weight) for weight, _ in matrices):
+def products(
+    x: Tensor, matrices: Sequence[tuple[Tensor, Tensor | None]], norm: Tensor | None = None, eps: float = 0.0
+) -> list[Tensor]:
+    """x [T, K], normed by `norm` [K] if given, times each (weight, scales): in one launch, where it is few tokens and
+    matrices that allow it.
+    """
+    own = backend("linears") is None and len(matrices) <= few_tokens.MATRICES
+    if norm is not None:
+        if own and all(few_tokens.takes_normed(len(x), weight) for weight, _ in matrices):
+            return few_tokens.products(x if x.stride(1) == 1 else x.contiguous(), matrices, norm=norm, eps=eps)
+        x = norm_rotate(x, norm, eps, None, None, False)
+    if own and all(few_tokens.takes(len(x), weight) for weight, _ in matrices):
         x = x if x.stride(1) == 1 else x.contiguous()
         return few_tokens.products(x, matrices)
     return [product(x, weight, scales, 1) for weight, scales in matrices]

@@ -62,17 +62,26 @@ def _write(pool, item_stride, n, row_ids, values, SIZE: tl.constexpr, CODEC: tl.
 
 
 @triton.jit
+def store_latent(
+    pool, item_stride, n, row_ids, kv, kv_row, weight, positions, freqs, eps, row,
+    SIZE: tl.constexpr, PAIRS: tl.constexpr, CODEC: tl.constexpr,
+):  # fmt: skip
+    """Encode row `row`, an int64, of raw projections kv: normed and turned."""
+    at = tl.arange(0, SIZE)
+    values = tl.load(kv + row * kv_row + at)
+    values = values * tl.rsqrt(tl.sum(values * values, axis=0) / SIZE + eps)
+    values = rotated(tl.load(weight + at) * values, tl.load(positions + row), freqs, SIZE, PAIRS, 1.0)
+    store_row(pool, item_stride, tl.load(row_ids + row), values, n, SIZE, CODEC)
+
+
+@triton.jit
 def _write_latents(
     pool, item_stride, n, row_ids, kv, kv_row, weight, positions, freqs, eps,
     SIZE: tl.constexpr, PAIRS: tl.constexpr, CODEC: tl.constexpr,
 ):  # fmt: skip
     await_previous()
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, SIZE)
-    values = tl.load(kv + row * kv_row + at)
-    values = values * tl.rsqrt(tl.sum(values * values, axis=0) / SIZE + eps)
-    values = rotated(tl.load(weight + at) * values, tl.load(positions + row), freqs, SIZE, PAIRS, 1.0)
-    store_row(pool, item_stride, tl.load(row_ids + row), values, n, SIZE, CODEC)
+    store_latent(pool, item_stride, n, row_ids, kv, kv_row, weight, positions, freqs, eps, row, SIZE, PAIRS, CODEC)
 
 
 def check_dim(pool: RowPool) -> None:
