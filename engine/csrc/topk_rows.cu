@@ -526,7 +526,8 @@ __device__ __forceinline__ void topk(
                 groups = 4;
 #pragma unroll
                 for (int i = 0; i < 4; i++) keys[i] = key_of(top[i]);
-                least = key_of(left < right ? left : right);
+                u32 lefts = key_of(left), rights = key_of(right);  // by keys, for a NaN is the largest
+                least = lefts < rights ? lefts : rights;
             }
         }
         low = bound<THREADS>(s, keys, groups, least, k, high);

@@ -15,7 +15,7 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __align__(n)
+#define __align__(n) __attribute__((aligned(n)))
 
 struct Index { unsigned x; };
 static Index threadIdx, blockIdx, blockDim;

@@ -1,7 +1,7 @@
 // One row after another of engine/csrc/topk_rows.cu, on the CPU.
 #include "cuda_on_cpu.h"
 
-unsigned char memory[1 << 17];
+unsigned char memory[1 << 17] __attribute__((aligned(16)));
 #define __shared__
 inline float larger(float x, float y) { return x != x || y != y ? __uint_as_float(0x7fffffffu) : x > y ? x : y; }
 inline float plain(float x) { return x != x ? __uint_as_float(0x7fffffffu) : x + 0.0f; }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.kernels.topk_rows import TILE
 
-SHARED_BYTES = 90_912
+SHARED_BYTES = 90_928
 """`struct Shared` of the source."""
 MAX_PICKS = 2048
 WHOLE = 65_536
@@ -69,7 +69,8 @@ def choose(
 
     if not 1 <= k <= MAX_PICKS:
         raise ValueError(f"k = {k}; the GPU kernel picks 1 to {MAX_PICKS} of a row")
-    if scores.shape[1] % TILE or scores.stride(0) % 4 or scores.data_ptr() % 16 or ratio < 1 or ratio & (ratio - 1):
+    row = scores.stride(0) if len(scores) > 1 else scores.shape[1]
+    if scores.shape[1] % TILE or row % 4 or scores.data_ptr() % 16 or ratio < 1 or ratio & (ratio - 1):
         raise ValueError(
             f"scores {list(scores.shape)} at {scores.data_ptr():#x}, {ratio} positions each: the GPU kernel reads rows "
             f"of whole tiles of {TILE} that begin at multiples of 16 bytes, and divides positions by a power of two"
@@ -79,7 +80,7 @@ def choose(
         threads = threads or plan(k)
         run(
             kernel("topk_rows.cu", f"penumbra_topk_rows_{threads}", SHARED_BYTES), len(scores), threads, SHARED_BYTES,
-            scores, ctypes.c_int32(scores.stride(0)), 0 if maxima is None else maxima,
+            scores, ctypes.c_int32(row), 0 if maxima is None else maxima,
             ctypes.c_int32(0 if maxima is None else maxima.stride(0)), positions,
             ctypes.c_int32(ratio.bit_length() - 1), ctypes.c_int32(k), out, waits=True,
         )  # fmt: skip
