@@ -201,9 +201,12 @@ class HummingExperts:
 
     def _call(self, layer: Any, x: Tensor, members: Tensor, owners: Tensor, picks: int, pairs: int) -> Tensor:
         config = self._config(layer, pairs)
+        experts = owners.clamp(min=0)
+        padded = ((owners >= 0).sum() * config["block_shape"][0]).int()
+        # Its kernel reads these lists before it waits for the one in front, which must be none that writes them.
+        inputs = x.to(torch.bfloat16)
         made: Tensor = layer(
-            x.to(torch.bfloat16), sorted_ids=members, expert_ids=owners.clamp(min=0),
-            num_tokens_padded=((owners >= 0).sum() * config["block_shape"][0]).int(), top_k=picks,
+            inputs, sorted_ids=members, expert_ids=experts, num_tokens_padded=padded, top_k=picks,
             compute_config={"gemm_type": "indexed"}, tuning_config=config,
         )  # fmt: skip
         return made
