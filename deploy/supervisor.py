@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -180,16 +181,12 @@ class Child:
         try:
             for raw in self._process.stdout:
                 try:
+                    if log.tell() >= LOG_BYTES:
+                        log = self._put_aside(log)
                     if lost:
                         log.write(b"... %d lines are missing: they could not be written\n" % lost)
                         lost = 0
                     log.write(raw)
-                    if log.tell() >= LOG_BYTES:
-                        # Whoever succeeds a child writes to the same log, and may have put it aside already.
-                        if os.path.samestat(os.fstat(log.fileno()), self.log.stat()):
-                            self.log.replace(_before(self.log))
-                        log.close()
-                        log = self.log.open("ab", buffering=0)
                 except OSError:  # the disk is full
                     lost += 1
                 line = raw.decode("utf-8", "replace").rstrip("\r\n")
@@ -197,6 +194,18 @@ class Child:
                 self._echo(self.name, line)
         finally:
             log.close()
+
+    def _put_aside(self, full: FileIO) -> FileIO:
+        """A log to go on with where one has grown long: the same where no other can be opened."""
+        try:
+            # Whoever succeeds a child writes to the same log, and may have put it aside already.
+            if os.path.samestat(os.fstat(full.fileno()), self.log.stat()):
+                self.log.replace(_before(self.log))
+            new = self.log.open("ab", buffering=0)
+        except OSError:
+            return full
+        full.close()
+        return new
 
 
 def _before(log: Path) -> Path:

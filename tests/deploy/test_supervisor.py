@@ -196,6 +196,39 @@ def test_a_log_that_grows_long_makes_room_for_another_and_two_of_them_are_kept(t
     assert heard == [("chatty", f"{i:09}") for i in range(345)]
 
 
+def test_a_long_log_that_can_not_be_put_aside_goes_on_and_loses_nothing(tmp_path, heard, monkeypatch):
+    monkeypatch.setattr("deploy.supervisor.LOG_BYTES", 1_000)
+    log = tmp_path / "chatty.log"
+    (tmp_path / "chatty.log.1").mkdir()
+    child = Child(spec("chatty", "for i in range(345): print(f'{i:09}')"), log=log, echo=heard)
+    assert child.wait(60)
+    child.close()
+    assert log.read_text().split() == [f"{i:09}" for i in range(345)]
+    assert heard == [("chatty", f"{i:09}") for i in range(345)]
+
+
+def test_a_log_that_another_has_put_aside_is_left_for_the_new_one(tmp_path, heard, monkeypatch, eventually):
+    """As where one life of a child succeeds another, and both still write."""
+    monkeypatch.setattr("deploy.supervisor.LOG_BYTES", 1_000)
+    log, aside = tmp_path / "chatty.log", tmp_path / "chatty.log.1"
+    script = f"""
+import pathlib, time
+print("x" * 999, flush=True)
+while not pathlib.Path({str(tmp_path / "go")!r}).exists():
+    time.sleep(0.01)
+print("y", flush=True)
+"""
+    child = Child(spec("chatty", script), log=log, echo=heard)
+    eventually(lambda: len(heard) == 1)
+    log.replace(aside)
+    log.write_text("of the other\n")
+    (tmp_path / "go").touch()
+    assert child.wait(60)
+    child.close()
+    assert aside.read_text() == "x" * 999 + "\n"
+    assert log.read_text() == "of the other\ny\n"
+
+
 def test_a_child_whose_log_can_not_be_written_goes_on(heard):
     child = Child(spec("chatty", "for i in range(2_000): print('x' * 100)"), log=Path("/dev/full"), echo=heard)
     assert child.wait(60)
