@@ -119,16 +119,12 @@ WorkList = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What experts made of tokens, to be added up by whoever takes it: parts [T, k, D] in order, then beside [T, D]."""
+    """What experts made of a few tokens on a GPU, to be added up by whoever takes it: parts [T, k, D] in order, then
+    beside [T, D].
+    """
 
     parts: Tensor
     beside: Tensor | None
-
-    def sum(self) -> Tensor:
-        """[T, D]."""
-        from engine.kernels.device import experts as device
-
-        return device.sum_picks(self.parts, self.beside)
 
 
 def routed_parts(
@@ -140,6 +136,7 @@ def routed_parts(
         from engine.kernels.device import hyper_connections as taker
 
         if taker.takes_between(*x.shape):
+            _check(x, picks, weights, experts)
             return Parts(_parts(x, picks, weights, experts, limit, work), beside)
     return routed_experts(x, picks, weights, experts, limit, beside, work)
 
@@ -195,7 +192,6 @@ def _parts(x: Tensor, picks: Tensor, weights: Tensor, experts: Experts, limit: f
     """[T, k, D] on a GPU."""
     from engine.kernels.device import experts as device
 
-    _check(x, picks, weights, experts)
     if experts.library is not None:
         parts = device.library_parts(x, picks, weights, experts.library, limit)
     else:

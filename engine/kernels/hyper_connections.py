@@ -145,11 +145,10 @@ def mix_out(y: Tensor | Parts, streams: Tensor, post: Tensor, comb: Tensor) -> T
 
     Stream k becomes post[k] * y + sum over j of comb[j, k] * streams[j]: comb is summed over its FIRST index.
     """
-    if isinstance(y, Parts) and y.parts.is_cuda:
+    if isinstance(y, Parts):
         from engine.kernels.device import hyper_connections as device
 
         return device.mix_out(y.parts, streams, post, comb, y.beside)
-    y = y.sum() if isinstance(y, Parts) else y
     tokens, size = _shape(streams)
     if y.shape != (tokens, size) or post.shape != (tokens, STREAMS) or comb.shape != (tokens, STREAMS, STREAMS):
         raise ValueError(

@@ -14,23 +14,14 @@ from engine.kernels.device import attend_long, use_long_attention
 from engine.kernels.norm_rope import query, rotate
 from engine.kernels.rows import RowPool, read_rows, write_rows
 from tests.kernels.cuda_on_cpu import compiled
+from tests.kernels.latent_pools import ROWS, WINDOW, empty_pool
 
 SCALE = 512**-0.5
-WINDOW = 256
-ROWS = {0: 64, 4: 64, 128: 2}
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return compiled("attend_long", tmp_path_factory.mktemp("attend"))
-
-
-def empty_pool(rows: int, items: int) -> RowPool:
-    """Full of 0xff, codes and scales of NaN."""
-    size = RowPool.item_bytes_for(rows, "latent", "v4", 512, 64)
-    # A gap behind each item: their stride is not their size.
-    memory = torch.full((items, size + 64), 0xFF, dtype=torch.uint8)
-    return RowPool(memory[:, :size], rows, "latent", "v4", 512, 64)
 
 
 @dataclass

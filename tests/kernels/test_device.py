@@ -585,7 +585,7 @@ def test_experts(kind, tokens, hidden, inner):
         there(x), there(picks), there(weights), tuple(map(there, stacks)),
         tuple(None if s is None else there(s) for s in scales), (124, 124), limit,
     )  # fmt: skip
-    assert torch.equal(experts.Parts(parts.view(tokens, 3, hidden), there(beside)).sum(), more)
+    assert torch.equal(device_experts.sum_picks(parts.view(tokens, 3, hidden), there(beside)), more)
 
 
 def test_swiglu():

@@ -85,21 +85,32 @@ def partial(
     from engine.kernels.device.cuda import kernel, run
 
     tokens, splits, heads, _ = parts.shape
+    int32 = ctypes.c_int32
+    run(
+        kernel("attend_few.cu", f"penumbra_attend_few_{tiles}", SHARED_BYTES[tiles]),
+        tokens * splits * (heads // (_HEADS * tiles)), _THREADS, SHARED_BYTES[tiles],
+        *inputs(q, meta, window, compressed, selected, eps, freqs), parts, tops, totals,
+        int32(heads), int32(splits), ctypes.c_float(scale), waits=True,
+    )  # fmt: skip
+
+
+def inputs(
+    q: Tensor, meta: StepMeta, window: RowPool, compressed: RowPool | None, selected: Tensor | None, eps: float | None,
+    freqs: Tensor | None,
+) -> list[object]:  # fmt: skip
+    """What the kernels that make parts take first, those of `attend_long` too: the queries and where their keys lie."""
     int32, int64 = ctypes.c_int32, ctypes.c_int64
     pool: tuple[object, ...] = (0, int64(0), int32(0))
     if compressed is not None:
         bits = compressed.rows_per_item.bit_length() - 1
         pool = (compressed.data, int64(compressed.data.stride(0)), int32(bits))
-    run(
-        kernel("attend_few.cu", f"penumbra_attend_few_{tiles}", SHARED_BYTES[tiles]),
-        tokens * splits * (heads // (_HEADS * tiles)), _THREADS, SHARED_BYTES[tiles],
+    return [
         q, meta.positions, meta.segment, meta.page_table, meta.swa_table, 0 if meta.oldest is None else meta.oldest,
         int32(meta.page_table.shape[1]), window.data, int64(window.data.stride(0)), *pool,
         0 if selected is None else selected, int32(0 if selected is None else selected.shape[1]),
         ctypes.c_float(-1.0 if eps is None else eps), 0 if freqs is None else freqs,
-        int32(0 if freqs is None else freqs.shape[0]), parts, tops, totals,
-        int32(heads), int32(splits), ctypes.c_float(scale), waits=True,
-    )  # fmt: skip
+        int32(0 if freqs is None else freqs.shape[0]),
+    ]  # fmt: skip
 
 
 def merge(

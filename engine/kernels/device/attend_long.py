@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.batch import StepMeta
 from engine.kernels.device import long_attention
+from engine.kernels.device.attend_few import inputs
 from engine.kernels.rows import RowPool
 
 HEADS = 64
@@ -29,8 +30,6 @@ TILE_COSTS = {32: 17, 64: 27}
 """What a tile of so many keys takes of a block, and what a block more takes of all for its part to be written, read and
 added: in hundreds of cycles, estimated."""
 PART_COST = 0.4
-
-
 LEAST_KEYS = 512
 """With fewer of them `attend_few` is done sooner."""
 
@@ -78,19 +77,11 @@ def partial(
     from engine.kernels.device.cuda import kernel, run
 
     tokens, splits, heads, _ = parts.shape
-    int32, int64 = ctypes.c_int32, ctypes.c_int64
-    pool: tuple[object, ...] = (0, int64(0), int32(0))
-    if compressed is not None:
-        bits = compressed.rows_per_item.bit_length() - 1
-        pool = (compressed.data, int64(compressed.data.stride(0)), int32(bits))
+    int32 = ctypes.c_int32
     run(
         kernel("attend_long.cu", f"penumbra_attend_long_{tile}", SHARED_BYTES[tile]),
         tokens * splits * (heads // HEADS), _THREADS, SHARED_BYTES[tile],
-        q, meta.positions, meta.segment, meta.page_table, meta.swa_table, 0 if meta.oldest is None else meta.oldest,
-        int32(meta.page_table.shape[1]), window.data, int64(window.data.stride(0)), *pool,
-        0 if selected is None else selected, int32(0 if selected is None else selected.shape[1]),
-        ctypes.c_float(-1.0 if eps is None else eps), 0 if freqs is None else freqs,
-        int32(0 if freqs is None else freqs.shape[0]), parts, stats, int32(heads), int32(splits),
+        *inputs(q, meta, window, compressed, selected, eps, freqs), parts, stats, int32(heads), int32(splits),
         ctypes.c_float(scale), waits=True,
     )  # fmt: skip
 
