@@ -214,7 +214,9 @@ def test_a_log_that_another_has_put_aside_is_left_for_the_new_one(tmp_path, hear
     script = f"""
 import pathlib, time
 print("x" * 999, flush=True)
-while not pathlib.Path({str(tmp_path / "go")!r}).exists():
+for _ in range(3_000):
+    if pathlib.Path({str(tmp_path / "go")!r}).exists():
+        break
     time.sleep(0.01)
 print("y", flush=True)
 """
