@@ -23,7 +23,6 @@
 #define TILE 32
 #define LISTED 512   // keys whose rows are looked up at once
 #define AHEAD 2      // tiles on their way at once
-#define MOST_PAIRS 64
 #define MERGERS 128  // threads of a block that merges, four channels each
 #define MERGED 8     // parts that are on their way at once
 
@@ -53,7 +52,6 @@ template <int R> struct Shared {
     u32 weights[16 * R][TILE / 2 + 4];      // bf16 pairs
     float shrink[16 * R];
     u32 there[LISTED / TILE];  // a bit for each key of a tile
-    float squares[WARPS][16 * R], cosines[MOST_PAIRS], sines[MOST_PAIRS];
 };
 
 // Sends for the warp's part of a tile. -> the scale of key lane_id().
@@ -108,11 +106,7 @@ template <int R> struct Queries {
     u32 a[R][4][4];
 };
 
-// With eps >= 0 they are as projected: each is scaled to unit mean square, then its last `pairs` pairs of channels are
-// turned by the position.
-template <int R>
-__device__ __forceinline__ void read_queries(
-    Queries<R>& to, Shared<R>& s, const float* q, float eps, float position, const float* freqs, int pairs) {
+template <int R> __device__ __forceinline__ void read_queries(Queries<R>& to, const float* q) {
     int row = lane_id() / 4, first = warp_id() * CHANNELS + (lane_id() & 3) * 8;
     Floats<4> fours[R][2][4];  // channels first + i / 2 * 32 + i % 2 * 4
 #pragma unroll
@@ -123,54 +117,6 @@ __device__ __forceinline__ void read_queries(
             for (int i = 0; i < 4; i++)
                 fours[r][h][i] = *reinterpret_cast<const Floats<4>*>(
                     q + (16 * r + 8 * h + row) * DIM + first + i / 2 * 32 + i % 2 * 4);
-    if (eps >= 0.0f) {
-        if ((int)threadIdx.x < pairs) sincosf(position * freqs[threadIdx.x], &s.sines[threadIdx.x], &s.cosines[threadIdx.x]);
-#pragma unroll
-        for (int r = 0; r < R; r++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                float squares = 0.0f;
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-#pragma unroll
-                    for (int j = 0; j < 4; j++) squares += fours[r][h][i].f[j] * fours[r][h][i].f[j];
-#pragma unroll
-                for (int d = 1; d < 4; d *= 2) squares += __shfl_xor_sync(ALL, squares, d);
-                if ((lane_id() & 3) == 0) s.squares[warp_id()][16 * r + 8 * h + row] = squares;
-            }
-        __syncthreads();
-#pragma unroll
-        for (int r = 0; r < R; r++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                float squares = 0.0f;
-#pragma unroll
-                for (int w = 0; w < WARPS; w++) squares += s.squares[w][16 * r + 8 * h + row];
-                float scale = rsqrtf(squares / DIM + eps);
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-#pragma unroll
-                    for (int j = 0; j < 4; j++) fours[r][h][i].f[j] *= scale;
-            }
-        if (warp_id() * CHANNELS >= DIM - 2 * MOST_PAIRS)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    int pair = (first + i / 2 * 32 + i % 2 * 4) / 2 + j - (DIM / 2 - pairs);
-                    float cosine = pair >= 0 ? s.cosines[pair] : 1.0f, sine = pair >= 0 ? s.sines[pair] : 0.0f;
-#pragma unroll
-                    for (int r = 0; r < R; r++)
-#pragma unroll
-                        for (int h = 0; h < 2; h++) {
-                            float& even = fours[r][h][i].f[2 * j];
-                            float& odd = fours[r][h][i].f[2 * j + 1];
-                            float turned_even = even * cosine - odd * sine;
-                            odd = even * sine + odd * cosine;
-                            even = turned_even;
-                        }
-                }
-    }
 #pragma unroll
     for (int r = 0; r < R; r++)
 #pragma unroll
@@ -279,17 +225,17 @@ __device__ __forceinline__ void add_values(float (&sums)[R][8][4], const Shared<
 }
 
 // window: 256 rows an item; pool: null, or 2^pool_bits rows an item, each of 2^(8 - pool_bits) tokens.
-// q [tokens, heads, DIM], as projected if eps >= 0: then freqs [pairs], up to MOST_PAIRS; positions, segment [tokens];
-// tables [., pages]; oldest [.] or null; selected [tokens, picks], -1 for none -> parts [tokens, splits, heads, DIM], sums not yet divided; tops, totals [tokens, splits, heads]. A split
+// q [tokens, heads, DIM]; positions, segment [tokens]; tables [., pages]; oldest [.] or null; selected [tokens, picks],
+// -1 for none -> parts [tokens, splits, heads, DIM], sums not yet divided; tops, totals [tokens, splits, heads]. A split
 // without keys has a top of -inf and a total of 0, and its part is not written.
 #define PARAMETERS                                                                                                   \
     const float *q, const long long *positions, const int *segment, const int *page_table, const int *swa_table,     \
         const long long *oldest, int pages, const u8 *window, long long window_stride, const u8 *pool,               \
-        long long pool_stride, int pool_bits, const int *selected, int picks, float eps, const float *freqs,         \
-        int pairs, float *parts, float *tops, float *totals, int heads, int splits, float scale
+        long long pool_stride, int pool_bits, const int *selected, int picks, float *parts, float *tops,             \
+        float *totals, int heads, int splits, float scale
 #define PASSED                                                                                                       \
     q, positions, segment, page_table, swa_table, oldest, pages, window, window_stride, pool, pool_stride,           \
-        pool_bits, selected, picks, eps, freqs, pairs, parts, tops, totals, heads, splits, scale
+        pool_bits, selected, picks, parts, tops, totals, heads, splits, scale
 
 template <int R> __device__ __forceinline__ void attend(PARAMETERS) {
     Shared<R>& s = *reinterpret_cast<Shared<R>*>(memory);
@@ -299,7 +245,7 @@ template <int R> __device__ __forceinline__ void attend(PARAMETERS) {
     await_previous();
     long long position = positions[token], seg = segment[token];
     Queries<R> queries;
-    read_queries<R>(queries, s, q + (token * heads + first_head) * DIM, eps, (float)position, freqs, pairs);
+    read_queries<R>(queries, q + (token * heads + first_head) * DIM);
     int finished = 0;
     if (pool) finished = (int)((position + 1) >> (PAGE_BITS - pool_bits));
     if (selected && finished > picks) finished = picks;

@@ -78,52 +78,14 @@ __device__ __forceinline__ void send_for(Queries& to, const float* q, int batch)
         for (int i = 0; i < 4; i++) to.rows[b][i] = *reinterpret_cast<const Floats<4>*>(q + b * DIM + 128 * i);
 }
 
-// Queries of the block's heads, into shared memory; the first batch has been sent for. With eps >= 0 they are as projected:
-// each is scaled to unit mean square, then its last `pairs` pairs of channels are turned by the position. For the first
-// warpgroup.
-template <int KEYS>
-__device__ __forceinline__ void read_queries(
-    Shared<KEYS>& s, Queries& next, const float* q, float eps, float position, const float* freqs, int pairs) {
+// Queries of the block's heads, into shared memory; the first batch has been sent for. For the first warpgroup.
+template <int KEYS> __device__ __forceinline__ void read_queries(Shared<KEYS>& s, Queries& next, const float* q) {
     int lane = lane_id(), first = 16 * group_warp();
-    float cosine[2] = {1.0f, 1.0f}, sine[2] = {};
-    if (eps >= 0.0f)
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            int pair = (384 + 4 * lane) / 2 + j - (DIM / 2 - pairs);
-            if (pair >= 0) sincosf(position * freqs[pair], &sine[j], &cosine[j]);
-        }
 #pragma unroll
     for (int batch = 0; batch < 16 / BATCH; batch++) {
         Queries now = next;
         auto& rows = now.rows;
         if (batch + 1 < 16 / BATCH) send_for(next, q, batch + 1);
-        if (eps >= 0.0f) {
-            float squares[BATCH] = {};
-#pragma unroll
-            for (int b = 0; b < BATCH; b++)
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-#pragma unroll
-                    for (int j = 0; j < 4; j++) squares[b] += rows[b][i].f[j] * rows[b][i].f[j];
-#pragma unroll
-            for (int d = 1; d < 32; d *= 2)
-#pragma unroll
-                for (int b = 0; b < BATCH; b++) squares[b] += __shfl_xor_sync(ALL, squares[b], d);
-#pragma unroll
-            for (int b = 0; b < BATCH; b++) {
-                float scale = rsqrtf(squares[b] / DIM + eps);
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-#pragma unroll
-                    for (int j = 0; j < 4; j++) rows[b][i].f[j] *= scale;
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    float even = rows[b][3].f[2 * j], odd = rows[b][3].f[2 * j + 1];
-                    rows[b][3].f[2 * j] = even * cosine[j] - odd * sine[j];
-                    rows[b][3].f[2 * j + 1] = even * sine[j] + odd * cosine[j];
-                }
-            }
-        }
 #pragma unroll
         for (int b = 0; b < BATCH; b++)
 #pragma unroll
@@ -311,18 +273,17 @@ __device__ __forceinline__ void write_sums(const float (&sums)[HALF / 2], int ha
 }
 
 // window: 256 rows an item; pool: null, or 2^pool_bits rows an item, each of 2^(8 - pool_bits) tokens.
-// q [tokens, heads, DIM], as projected if eps >= 0: then freqs [pairs], up to 64; positions, segment [tokens]; tables
-// [., pages]; oldest [.] or null; selected [tokens, picks], -1 for none -> parts [tokens, splits, heads, DIM], halves of
-// sums not yet divided; stats [tokens, splits, heads, 4]: the highest logit, the sum of weights relative to it, the powers
+// q [tokens, heads, DIM]; positions, segment [tokens]; tables [., pages]; oldest [.] or null; selected [tokens, picks],
+// -1 for none -> parts [tokens, splits, heads, DIM], halves of sums not yet divided; stats [tokens, splits, heads, 4]: the highest logit, the sum of weights relative to it, the powers
 // of two of the part's halves. A split without keys has a highest logit of -inf and a sum of 0; its part is not written.
 #define PARAMETERS                                                                                                   \
     const float *q, const long long *positions, const int *segment, const int *page_table, const int *swa_table,     \
         const long long *oldest, int pages, const u8 *window, long long window_stride, const u8 *pool,               \
-        long long pool_stride, int pool_bits, const int *selected, int picks, float eps, const float *freqs,         \
-        int pairs, unsigned short *parts, float *stats, int heads, int splits, float scale
+        long long pool_stride, int pool_bits, const int *selected, int picks, unsigned short *parts, float *stats,   \
+        int heads, int splits, float scale
 #define PASSED                                                                                                       \
     q, positions, segment, page_table, swa_table, oldest, pages, window, window_stride, pool, pool_stride,           \
-        pool_bits, selected, picks, eps, freqs, pairs, parts, stats, heads, splits, scale
+        pool_bits, selected, picks, parts, stats, heads, splits, scale
 
 template <int KEYS> __device__ __forceinline__ void attend(PARAMETERS) {
     Shared<KEYS>& s = *reinterpret_cast<Shared<KEYS>*>(memory);
@@ -351,7 +312,7 @@ template <int KEYS> __device__ __forceinline__ void attend(PARAMETERS) {
     }
     float sums[HALF / 2] = {};
     if (weighs) {
-        read_queries<KEYS>(s, queries, q, eps, (float)position, freqs, pairs);
+        read_queries<KEYS>(s, queries, q);
         publish();
         meet(1, THREADS);
         float logits[KEYS / 2] = {}, shrink[2];

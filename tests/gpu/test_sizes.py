@@ -21,17 +21,15 @@ from engine.kernels.device import (
     experts,
     experts_few,
     few_tokens,
+    index_scores,
     index_topk,
     linear,
     mix_few,
     route_few,
     sparse_attention,
     use_cuda_products,
-    use_cuda_scores,
     use_early_launches,
     use_expert_panels,
-    use_long_attention,
-    use_norms_in_attention,
 )
 from engine.kernels.device import hyper_connections as device_hyper
 from engine.kernels.linear import Matrix
@@ -49,9 +47,6 @@ def in_cuda() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     use_cuda_products(False)
-    use_long_attention(False)
-    use_norms_in_attention(False)
-    use_cuda_scores(False)
     use_expert_panels(False)
     torch.cuda.empty_cache()
 
@@ -171,15 +166,13 @@ def test_fp4_experts_of_few_tokens(panels: bool, hidden: int, inner: int) -> Non
                                ours()[:1])  # fmt: skip
 
 
-@pytest.mark.parametrize("new", [False, True])
+@pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("heads", [64, 128])
 @pytest.mark.parametrize(("ratio", "length"), [(0, 4096), (4, 65_536), (128, 4096), (128, 131_072), (128, 901_120)])
-def test_attention_of_few_tokens(heads: int, ratio: int, length: int, new: bool) -> None:
-    """new: by `attend_long` where it is better, and of queries as projected."""
-    use_long_attention(new)
-    use_norms_in_attention(new)
-    freqs = 10_000 ** -(torch.arange(32, device="cuda") / 32) if new else None
-    eps = 1e-6 if new else None
+def test_attention_of_few_tokens(heads: int, ratio: int, length: int, projected: bool) -> None:
+    """projected: of queries that are still to be normed and turned."""
+    freqs = 10_000 ** -(torch.arange(32, device="cuda") / 32) if projected else None
+    eps = 1e-6 if projected else None
     for tokens in (1, 4, 8):
         meta = step([length], tokens)
         pages = meta.page_table.shape[1] + 1
@@ -216,7 +209,6 @@ def test_attention_of_few_tokens(heads: int, ratio: int, length: int, new: bool)
 @pytest.mark.parametrize("ratio", [4, 128])
 def test_attention_of_any_plan(ratio: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of both sizes, splits that have one tile or many, and some without any."""
-    use_long_attention(True)
     meta = step([131_072], tokens)
     pages = meta.page_table.shape[1] + 1
     window, pool = random_pool(pages, 256, "latent"), random_pool(pages, {4: 64, 128: 2}[ratio], "latent")
@@ -238,10 +230,11 @@ def on_cpu(pool: RowPool) -> RowPool:
     return replace(pool, data=pool.data.cpu())
 
 
-@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("least_pages", [1, 1 << 20])
 @pytest.mark.parametrize("length", [4096, 901_120])
-def test_indexer_scores_of_few_tokens(length: int, cuda: bool) -> None:
-    use_cuda_scores(cuda)
+def test_indexer_scores_of_few_tokens(length: int, least_pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In CUDA C++ and by Triton."""
+    monkeypatch.setattr(index_scores, "LEAST_PAGES", least_pages)
     for tokens in (1, 2, 3, 4):
         meta = step([length], tokens)
         pool = random_pool(meta.page_table.shape[1] + 1, 64, "index")
@@ -252,10 +245,10 @@ def test_indexer_scores_of_few_tokens(length: int, cuda: bool) -> None:
         check_scores(codes, weights, pool, meta, got, scored()[1])
 
 
-@pytest.mark.parametrize("cuda", [False, True])
-def test_indexer_scores_of_several_requests(cuda: bool) -> None:
+@pytest.mark.parametrize("least_pages", [1, 1 << 20])
+def test_indexer_scores_of_several_requests(least_pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one token, of several and of more than share a read; and alone, where the bits are the same."""
-    use_cuda_scores(cuda)
+    monkeypatch.setattr(index_scores, "LEAST_PAGES", least_pages)
     lengths, counts = [9000, 40, 70_000, 257, 30_001], [1, 3, 6, 2, 4]
     one = step(lengths, 1)
     starts = torch.tensor(lengths) - torch.tensor(counts)

@@ -33,17 +33,16 @@ struct Call {
     const long long* oldest;
     const u8 *window, *pool;
     const int* selected;
-    const float* freqs;
     float *parts, *tops, *totals;
     long long window_stride, pool_stride;
-    int pages, pool_bits, picks, pairs, heads, splits;
-    float eps, scale;
+    int pages, pool_bits, picks, heads, splits;
+    float scale;
 };
 static Call c;
 
 template <void (*KERNEL)(PARAMETERS)> static void block_of() {
     KERNEL(c.q, c.positions, c.segment, c.page_table, c.swa_table, c.oldest, c.pages, c.window, c.window_stride,
-           c.pool, c.pool_stride, c.pool_bits, c.selected, c.picks, c.eps, c.freqs, c.pairs, c.parts, c.tops, c.totals,
+           c.pool, c.pool_stride, c.pool_bits, c.selected, c.picks, c.parts, c.tops, c.totals,
            c.heads, c.splits, c.scale);
 }
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.device import attend_few
-from engine.kernels.norm_rope import query, rotate
+from engine.kernels.norm_rope import rotate
 from engine.kernels.rows import RowPool, read_rows, write_rows
 from tests.kernels.cuda_on_cpu import compiled
 from tests.kernels.latent_pools import ROWS, WINDOW, empty_pool
@@ -62,17 +62,15 @@ class Step:
 class Call(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (
-            "q", "positions", "segment", "page_table", "swa_table", "oldest", "window", "pool", "selected", "freqs",
+            "q", "positions", "segment", "page_table", "swa_table", "oldest", "window", "pool", "selected",
             "parts", "tops", "totals")),
         *((name, ctypes.c_longlong) for name in ("window_stride", "pool_stride")),
-        *((name, ctypes.c_int) for name in ("pages", "pool_bits", "picks", "pairs", "heads", "splits")),
-        *((name, ctypes.c_float) for name in ("eps", "scale")),
+        *((name, ctypes.c_int) for name in ("pages", "pool_bits", "picks", "heads", "splits")),
+        ("scale", ctypes.c_float),
     )  # fmt: skip
 
 
-def partial(
-    library: ctypes.CDLL, step: Step, splits: int, tiles: int = 1, eps: float = -1.0, freqs: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def partial(library: ctypes.CDLL, step: Step, splits: int, tiles: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """The step's parts, tops and totals; what was not written is NaN."""
     count, heads = len(step.positions), step.heads
     parts, tops, totals = (torch.full((count, splits, heads, *more), torch.nan) for more in ((512,), (), ()))
@@ -82,9 +80,9 @@ def partial(
         step.q.data_ptr(), positions.data_ptr(), segment.data_ptr(), step.tables[1].data_ptr(),
         step.tables[0].data_ptr(), None if oldest is None else oldest.data_ptr(), step.window.data.data_ptr(),
         step.pool.data.data_ptr() if step.ratio else None, step.selected.data_ptr() if step.ratio == 4 else None,
-        None if freqs is None else freqs.data_ptr(), parts.data_ptr(), tops.data_ptr(), totals.data_ptr(),
+        parts.data_ptr(), tops.data_ptr(), totals.data_ptr(),
         step.window.data.stride(0), step.pool.data.stride(0), PAGES, ROWS[step.ratio].bit_length() - 1,
-        step.selected.shape[1], 0 if freqs is None else len(freqs), heads, splits, eps, SCALE,
+        step.selected.shape[1], heads, splits, SCALE,
     )  # fmt: skip
     library.run_attend(ctypes.byref(call), ctypes.c_uint(count), ctypes.c_uint(tiles))
     return parts, tops, totals
@@ -97,9 +95,9 @@ def merged(parts: Tensor, tops: Tensor, totals: Tensor) -> Tensor:
     return (values * shrink[..., None]).sum(1) / (totals.double() * shrink).sum(1)[..., None]
 
 
-def meant(step: Step, q: Tensor | None = None) -> Tensor:
+def meant(step: Step) -> Tensor:
     """The softmax of bf16 queries in fp64."""
-    q = step.q if q is None else q
+    q = step.q
     out = torch.empty(q.shape, dtype=torch.float64)
     for token, keys in enumerate(step.keys):
         logits = q[token].bfloat16().double() @ keys.double().T * SCALE
@@ -146,18 +144,6 @@ def test_every_split_sums_its_own_keys(library, tiles: int) -> None:
         assert torch.allclose(totals[0, split].double(), total, rtol=1e-5)
         apart = (parts[0, split] - sums).norm() / sums.norm()
         assert apart < 2e-5  # a weight within an fp32 rounding of half a bf16 step may fall to either side
-
-
-@pytest.mark.parametrize("tiles", [1, 2])
-def test_queries_as_projected_are_normed_and_turned_first(library, tiles: int) -> None:
-    step = Step([700, 1000], 128, heads=32)
-    step.q *= 37 * torch.rand(2, 32, 1)
-    freqs = 10_000 ** -(torch.arange(32) / 32)
-    ready = query(step.q, torch.tensor(step.positions), freqs, 1e-6)
-    got = merged(*partial(library, step, 3, tiles, 1e-6, freqs))
-    check(got, meant(step, ready))
-    step.q = ready
-    assert (got - merged(*partial(library, step, 3, tiles))).norm() / got.norm() < 1e-3  # some fall to the other bf16
 
 
 def test_keys_before_the_oldest_are_not_read(library) -> None:

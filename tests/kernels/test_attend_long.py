@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels.device import attend_long, use_long_attention
-from engine.kernels.norm_rope import query, rotate
+from engine.kernels.device import attend_long
+from engine.kernels.norm_rope import rotate
 from engine.kernels.rows import RowPool, read_rows, write_rows
 from tests.kernels.cuda_on_cpu import compiled
 from tests.kernels.latent_pools import ROWS, WINDOW, empty_pool
@@ -83,18 +83,15 @@ class Step:
 class Call(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (
-            "q", "positions", "segment", "page_table", "swa_table", "oldest", "window", "pool", "selected", "freqs",
+            "q", "positions", "segment", "page_table", "swa_table", "oldest", "window", "pool", "selected",
             "parts", "stats")),
         *((name, ctypes.c_longlong) for name in ("window_stride", "pool_stride")),
-        *((name, ctypes.c_int) for name in ("pages", "pool_bits", "picks", "pairs", "heads", "splits")),
-        *((name, ctypes.c_float) for name in ("eps", "scale")),
+        *((name, ctypes.c_int) for name in ("pages", "pool_bits", "picks", "heads", "splits")),
+        ("scale", ctypes.c_float),
     )  # fmt: skip
 
 
-def partial(
-    library: ctypes.CDLL, step: Step, splits: int, tile: int = 64, late: bool = False,
-    eps: float = -1.0, freqs: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def partial(library: ctypes.CDLL, step: Step, splits: int, tile: int = 64, late: bool = False) -> tuple[Tensor, Tensor]:
     """The step's parts and stats; what was not written is NaN."""
     count, heads = len(step.positions), step.heads
     parts = torch.full((count, splits, heads, 512), torch.nan, dtype=torch.float16)
@@ -105,9 +102,9 @@ def partial(
         step.q.data_ptr(), positions.data_ptr(), segment.data_ptr(), step.pool_tables.data_ptr(),
         step.tables.data_ptr(), None if oldest is None else oldest.data_ptr(), step.window.data.data_ptr(),
         step.pool.data.data_ptr() if step.ratio else None, step.selected.data_ptr() if step.ratio == 4 else None,
-        None if freqs is None else freqs.data_ptr(), parts.data_ptr(), stats.data_ptr(), step.window.data.stride(0),
+        parts.data_ptr(), stats.data_ptr(), step.window.data.stride(0),
         step.pool.data.stride(0), step.tables.shape[1], ROWS[step.ratio].bit_length() - 1, step.selected.shape[1],
-        0 if freqs is None else len(freqs), heads, splits, eps, SCALE,
+        heads, splits, SCALE,
     )  # fmt: skip
     library.run_attend(ctypes.byref(call), ctypes.c_uint(count), ctypes.c_uint(tile), ctypes.c_bool(late))
     return parts, stats
@@ -198,17 +195,6 @@ def test_every_split_sums_its_own_keys(library, tile: int) -> None:
         assert torch.allclose(stats[0, split, :, 1].double(), total, rtol=1e-5)
         apart = (values[0, split] - summed).norm() / summed.norm()
         assert apart < 3e-4  # halves
-
-
-def test_queries_as_projected_are_normed_and_turned_first(library) -> None:
-    step = Step([70_000, 70_001], [0, 0], 128)
-    step.q *= 37 * torch.rand(2, 64, 1)
-    freqs = 10_000 ** -(torch.arange(32) / 32)
-    ready = query(step.q, torch.tensor(step.positions), freqs, 1e-6)
-    got = merged(*partial(library, step, 3, eps=1e-6, freqs=freqs))
-    check(got, meant(step, ready))
-    step.q = ready
-    assert (got - merged(*partial(library, step, 3))).norm() / got.norm() < 1e-3  # some fall to the other bf16
 
 
 def test_keys_before_the_oldest_are_not_read(library) -> None:
@@ -352,16 +338,11 @@ def test_splits_are_chosen_by_shapes_and_leave_none_without_a_tile() -> None:
                 assert (splits - 1) * share < tiles <= splits * share
 
 
-def test_it_is_asked_for_whole_blocks_of_heads_and_many_keys_once_switched_on() -> None:
-    assert not attend_long.better(64, 8192)
-    use_long_attention(True)
-    try:
-        assert attend_long.better(64, 8192)
-        assert attend_long.better(128, 640)
-        assert not attend_long.better(32, 8192)
-        assert not attend_long.better(64, 160)
-    finally:
-        use_long_attention(False)
+def test_it_is_asked_for_whole_blocks_of_heads_and_many_keys() -> None:
+    assert attend_long.better(64, 8192)
+    assert attend_long.better(128, 640)
+    assert not attend_long.better(32, 8192)
+    assert not attend_long.better(64, 160)
 
 
 def test_shared_memory_is_as_the_binding_says(library) -> None:

@@ -25,7 +25,7 @@ from engine.kernels.device import checksum as device_checksum
 from engine.kernels.device import compress as device_compress
 from engine.kernels.device import draft_state as device_draft
 from engine.kernels.device import experts as device_experts
-from engine.kernels.device import experts_few, few_tokens, use_cuda_products, use_cuda_scores
+from engine.kernels.device import experts_few, few_tokens, use_cuda_products
 from engine.kernels.device import hyper_connections as device_hyper
 from engine.kernels.device import index_topk as device_index
 from engine.kernels.device import linear as device_linear
@@ -45,10 +45,8 @@ pytestmark = [pytest.mark.gpu] if ON_GPU else []
 def kernels(request):
     """On a GPU everything runs twice: products of few tokens in Triton, and in CUDA C++."""
     use_cuda_products(request.param == "cuda")
-    use_cuda_scores(request.param == "cuda")
     yield request.param
     use_cuda_products(False)
-    use_cuda_scores(False)
 
 
 PAGES = 5

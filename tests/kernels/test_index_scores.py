@@ -236,7 +236,8 @@ def test_plans_fit_a_multiprocessor_and_have_a_stage_for_every_sender() -> None:
             assert 1 <= found.blocks <= min(132, tokens * pages)
             assert found.together == {1: 1, 2: 2}.get(tokens, 4)
             assert found.threads == 640
-    assert index_scores.plan(4, 3520).stages == 16
+    assert index_scores.plan(4, 3520).stages == 8
+    assert index_scores.plan(1, 3520).stages == 12
     assert index_scores.plan(1, 1).stages == 4
 
 
@@ -247,14 +248,16 @@ def test_shared_memory_is_as_the_binding_says(library) -> None:
 
 def test_it_takes_v4_keys_64_heads_and_steps_of_few_tokens(monkeypatch) -> None:
     pool = Step([3], [0]).pool
-    assert not index_scores.takes(1, 64, 10, pool)  # but where it is asked for
-    monkeypatch.setattr(index_scores, "cuda_scores", lambda: True)
-    assert index_scores.takes(1, 64, 10, pool)
+    assert not index_scores.takes(1, 64, 300, pool)  # but where products of few tokens are in CUDA C++
+    monkeypatch.setattr(index_scores, "cuda_products", lambda: True)
+    assert index_scores.takes(1, 64, 300, pool)
+    assert not index_scores.takes(4, 64, 63, pool)  # Triton is sooner done with so few
+    assert index_scores.takes(4, 64, 64, pool)
     assert index_scores.takes(64, 64, 3520, pool)
-    assert not index_scores.takes(65, 64, 10, pool)
-    assert not index_scores.takes(0, 64, 10, pool)
-    assert not index_scores.takes(1, 32, 10, pool)
+    assert not index_scores.takes(65, 64, 300, pool)
+    assert not index_scores.takes(0, 64, 300, pool)
+    assert not index_scores.takes(1, 32, 300, pool)
     exact = RowPool(torch.zeros(2, 64 * 512, dtype=torch.uint8), 64, "index", "exact", 128, 64)
-    assert not index_scores.takes(1, 64, 10, exact)
+    assert not index_scores.takes(1, 64, 300, exact)
     askew = torch.zeros(2, pool.data.shape[1] + 8, dtype=torch.uint8)[:, 8:]
-    assert not index_scores.takes(1, 64, 10, RowPool(askew, 64, "index", "v4", 128, 64))
+    assert not index_scores.takes(1, 64, 300, RowPool(askew, 64, "index", "v4", 128, 64))

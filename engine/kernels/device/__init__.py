@@ -29,11 +29,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 to bf16 do so by integer arithmetic there, and hand products fp32 operands that hold bf16 values."""
 
 _cuda_products = False
-_cuda_scores = False
 _expert_panels = False
 _early_launches = True
-_long_attention = False
-_norms_in_attention = False
 
 
 def use_cuda_products(on: bool) -> None:
@@ -46,18 +43,6 @@ def use_cuda_products(on: bool) -> None:
 
 def cuda_products() -> bool:
     return _cuda_products and not INTERPRETED
-
-
-def use_cuda_scores(on: bool) -> None:
-    """Whether the indexer's scores of a decode step are computed by CUDA C++, where other products are. Off until it
-    has been measured. For the whole process, before its first step.
-    """
-    global _cuda_scores
-    _cuda_scores = on
-
-
-def cuda_scores() -> bool:
-    return _cuda_scores and cuda_products()
 
 
 def use_expert_panels(on: bool) -> None:
@@ -79,26 +64,6 @@ def use_early_launches(on: bool) -> None:
 
 def early_launches() -> bool:
     return _early_launches
-
-
-def use_long_attention(on: bool) -> None:
-    """Whether few tokens attend to many keys by `attend_long.py`. Off: it has not been measured on a GPU."""
-    global _long_attention
-    _long_attention = on
-
-
-def long_attention() -> bool:
-    return _long_attention
-
-
-def use_norms_in_attention(on: bool) -> None:
-    """Whether CUDA C++ attention norms and rotates its queries itself. Off: it has not been measured on a GPU."""
-    global _norms_in_attention
-    _norms_in_attention = on
-
-
-def norms_in_attention() -> bool:
-    return _norms_in_attention
 
 
 COMPUTE_CAPABILITY = (9, 0)

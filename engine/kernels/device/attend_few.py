@@ -21,15 +21,13 @@ from wire.types import PAGE_TOKENS
 TOKENS = 8
 _THREADS, _MERGERS, _TILE, _HEADS = 256, 128, 32, 16
 """As in the source; heads of a tile."""
-SHARED_BYTES = {1: 96_640, 2: 118_976}
+SHARED_BYTES = {1: 95_616, 2: 117_440}
 """Of a block that takes one tile of heads, or two."""
 _BLOCKS = {1: 264, 2: 132}
 """At once on a Hopper GPU, likewise."""
 _MANY = 32
 """From so many tiles of heads on, of all tokens, a block takes two, for which it reads and decodes a key once."""
 _ALIGNED = 16
-MOST_PAIRS = 64
-"""Of channels, that queries are rotated in."""
 
 
 def takes(tokens: int, heads: int, dim: int, half: bool, window: RowPool, compressed: RowPool | None) -> bool:
@@ -62,25 +60,25 @@ def plan(tokens: int, heads: int, keys: int) -> tuple[int, int]:
 
 def attend(
     q: Tensor, sink: Tensor, meta: StepMeta, window: RowPool, compressed: RowPool | None, selected: Tensor | None,
-    keys: int, scale: float, eps: float | None, freqs: Tensor | None, out: Tensor,
+    keys: int, scale: float, freqs: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
     """As `engine.kernels.sparse_attention.sparse_attention`, into out [T, H, D]; q contiguous, keys as for `plan`."""
     tokens, heads, dim = q.shape
     tiles, splits = plan(tokens, heads, keys)
     parts = torch.empty(tokens, splits, heads, dim, dtype=torch.float32, device=q.device)
     tops, totals = (torch.empty(tokens, splits, heads, dtype=torch.float32, device=q.device) for _ in range(2))
-    partial(q, meta, window, compressed, selected, scale, eps, freqs, tiles, parts, tops, totals)
+    partial(q, meta, window, compressed, selected, scale, tiles, parts, tops, totals)
     merge(parts, tops, totals, sink, meta.positions, freqs, out)
 
 
 def partial(
     q: Tensor, meta: StepMeta, window: RowPool, compressed: RowPool | None, selected: Tensor | None, scale: float,
-    eps: float | None, freqs: Tensor | None, tiles: int, parts: Tensor, tops: Tensor, totals: Tensor,
+    tiles: int, parts: Tensor, tops: Tensor, totals: Tensor,
 ) -> None:  # fmt: skip
     """Into parts [T, S, H, D], not yet divided, and tops and totals [T, S, H]: the highest logit of each split's keys,
     and the sum of their weights relative to it; -inf and 0, and nothing in parts, where a split has no keys.
 
-    q [T, H, D] fp32, contiguous, with eps as projected, then rotated by freqs; tiles and S as `plan` says.
+    q [T, H, D] fp32, contiguous; tiles and S as `plan` says.
     """
     from engine.kernels.device.cuda import kernel, run
 
@@ -89,15 +87,14 @@ def partial(
     run(
         kernel("attend_few.cu", f"penumbra_attend_few_{tiles}", SHARED_BYTES[tiles]),
         tokens * splits * (heads // (_HEADS * tiles)), _THREADS, SHARED_BYTES[tiles],
-        *inputs(q, meta, window, compressed, selected, eps, freqs), parts, tops, totals,
+        *inputs(q, meta, window, compressed, selected), parts, tops, totals,
         int32(heads), int32(splits), ctypes.c_float(scale), waits=True,
     )  # fmt: skip
 
 
 def inputs(
-    q: Tensor, meta: StepMeta, window: RowPool, compressed: RowPool | None, selected: Tensor | None, eps: float | None,
-    freqs: Tensor | None,
-) -> list[object]:  # fmt: skip
+    q: Tensor, meta: StepMeta, window: RowPool, compressed: RowPool | None, selected: Tensor | None
+) -> list[object]:
     """What the kernels that make parts take first, those of `attend_long` too: the queries and where their keys lie."""
     int32, int64 = ctypes.c_int32, ctypes.c_int64
     pool: tuple[object, ...] = (0, int64(0), int32(0))
@@ -108,8 +105,6 @@ def inputs(
         q, meta.positions, meta.segment, meta.page_table, meta.swa_table, 0 if meta.oldest is None else meta.oldest,
         int32(meta.page_table.shape[1]), window.data, int64(window.data.stride(0)), *pool,
         0 if selected is None else selected, int32(0 if selected is None else selected.shape[1]),
-        ctypes.c_float(-1.0 if eps is None else eps), 0 if freqs is None else freqs,
-        int32(0 if freqs is None else freqs.shape[0]),
     ]  # fmt: skip
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from engine.batch import StepMeta
-from engine.kernels.device import long_attention
 from engine.kernels.device.attend_few import inputs
 from engine.kernels.rows import RowPool
 
@@ -36,7 +35,7 @@ LEAST_KEYS = 512
 
 def better(heads: int, keys: int) -> bool:
     """Whether `attend` is to take what `attend_few.takes` says that its own does."""
-    return long_attention() and heads % HEADS == 0 and keys >= LEAST_KEYS
+    return heads % HEADS == 0 and keys >= LEAST_KEYS
 
 
 @lru_cache(maxsize=1024)
@@ -55,24 +54,24 @@ def plan(tokens: int, heads: int, keys: int) -> tuple[int, int]:
 
 def attend(
     q: Tensor, sink: Tensor, meta: StepMeta, window: RowPool, compressed: RowPool | None, selected: Tensor | None,
-    keys: int, scale: float, eps: float | None, freqs: Tensor | None, out: Tensor,
+    keys: int, scale: float, freqs: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
     """As `attend_few.attend`, for heads that are a multiple of HEADS."""
     tokens, heads, dim = q.shape
     tile, splits = plan(tokens, heads, keys)
     parts = torch.empty(tokens, splits, heads, dim, dtype=torch.float16, device=q.device)
     stats = torch.empty(tokens, splits, heads, 4, dtype=torch.float32, device=q.device)
-    partial(q, meta, window, compressed, selected, scale, eps, freqs, tile, parts, stats)
+    partial(q, meta, window, compressed, selected, scale, tile, parts, stats)
     merge(parts, stats, sink, meta.positions, freqs, out)
 
 
 def partial(
     q: Tensor, meta: StepMeta, window: RowPool, compressed: RowPool | None, selected: Tensor | None, scale: float,
-    eps: float | None, freqs: Tensor | None, tile: int, parts: Tensor, stats: Tensor,
+    tile: int, parts: Tensor, stats: Tensor,
 ) -> None:  # fmt: skip
     """Into parts [T, S, H, D] fp16 and stats [T, S, H, 4], as the source says; tile and S as `plan` says.
 
-    q [T, H, D] fp32, contiguous: with eps as projected, and freqs what it is rotated by.
+    q [T, H, D] fp32, contiguous.
     """
     from engine.kernels.device.cuda import kernel, run
 
@@ -81,7 +80,7 @@ def partial(
     run(
         kernel("attend_long.cu", f"penumbra_attend_long_{tile}", SHARED_BYTES[tile]),
         tokens * splits * (heads // HEADS), _THREADS, SHARED_BYTES[tile],
-        *inputs(q, meta, window, compressed, selected, eps, freqs), parts, stats, int32(heads), int32(splits),
+        *inputs(q, meta, window, compressed, selected), parts, stats, int32(heads), int32(splits),
         ctypes.c_float(scale), waits=True,
     )  # fmt: skip
 

@@ -8,13 +8,15 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from engine.kernels.device import cuda_scores
+from engine.kernels.device import cuda_products
 from engine.kernels.rows import INDEX_DIM, RowPool
 
 TOKENS = 64
 """Of a step, at most."""
 TOGETHER = 4
 """Neighbouring tokens that share a read of the keys, at most."""
+LEAST_PAGES = 256
+"""Of keys for each token, all tokens' together: fewer are scored sooner by Triton's kernel, a block for each page."""
 _HEADS, _PAGE = 64, 64
 _TILE, _SCALES, _FIXED = 8192, 256, 1960
 """Bytes, as in the source: a page's keys or a token's queries; their scales or weights; `struct Fixed`."""
@@ -31,7 +33,7 @@ class Plan:
     blocks: int
     together: int  # tokens of a request that read its keys at once: 1, 2 or 4
     warpgroups: int = 4  # that multiply: 2 or 4
-    stages: int = 16  # pages on their way, or being multiplied: 4 to 24, a multiple of 4
+    stages: int = 12  # pages on their way, or being multiplied: 4 to 24, a multiple of 4
 
     @property
     def threads(self) -> int:
@@ -46,8 +48,8 @@ def takes(tokens: int, heads: int, pages: int, pool: RowPool) -> bool:
     """Whether `score` takes so many tokens and heads, a table of so many pages, and this pool."""
     return (
         0 < tokens <= TOKENS
-        and pages > 0
-        and cuda_scores()
+        and tokens * pages >= LEAST_PAGES
+        and cuda_products()
         and heads == _HEADS
         and (pool.layout, pool.dim, pool.rows_per_item) == ("v4", INDEX_DIM, _PAGE)
         and pool.data.data_ptr() % _ALIGNED == 0
@@ -64,7 +66,9 @@ def plan(tokens: int, pages: int) -> Plan:
     each = -(-tokens * pages // blocks)
     room = (_SHARED_BYTES - _FIXED) // (_TILE + _SCALES) - 2 * together
     rounded = -(-each // _SENDERS) * _SENDERS
-    return Plan(blocks, together, stages=min(16, rounded, room // _SENDERS * _SENDERS))
+    # Measured: more on their way would only be in each other's, the more so where each is multiplied for longer.
+    most = 12 if together == 1 else 8
+    return Plan(blocks, together, stages=min(most, rounded, room // _SENDERS * _SENDERS))
 
 
 def score(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.batch import StepMeta
 from engine.config import C4_RATIO, C128_RATIO, WINDOW
-from engine.kernels.device import attend_few, attend_long, libraries, norms_in_attention
+from engine.kernels.device import attend_few, attend_long, libraries
 from engine.kernels.device.backends import backend
 from engine.kernels.device.codec import e4m3_value, exact, operand, rotated
 from engine.kernels.device.norm_rope import norm_rotate
@@ -215,16 +215,14 @@ def sparse_attention(
     pages = meta.page_table.shape[1]
     keys = WINDOW + {0: 0, C4_RATIO: picks, C128_RATIO: pages * (256 // C128_RATIO)}[ratio]
     library = half and backend("attention") is not None
-    few = not library and attend_few.takes(tokens, heads, dim, half, window, compressed)
-    within = few and norms_in_attention() and freqs is not None and freqs.shape[0] <= attend_few.MOST_PAIRS
-    if eps is not None and not within:
-        q, eps = norm_rotate(q, None, eps, meta.positions, freqs, inverse=False), None
+    if eps is not None:
+        q = norm_rotate(q, None, eps, meta.positions, freqs, inverse=False)
     if library:
         out = libraries.attention(q, sink, meta, window, compressed, ratio, selected, scale)
         return out if freqs is None else norm_rotate(out, None, None, meta.positions, freqs, inverse=True)
-    if few:
+    if attend_few.takes(tokens, heads, dim, half, window, compressed):
         kernels = attend_long if attend_long.better(heads, keys) else attend_few
-        kernels.attend(q.contiguous(), sink, meta, window, compressed, selected, keys, scale, eps, freqs, out)
+        kernels.attend(q.contiguous(), sink, meta, window, compressed, selected, keys, scale, freqs, out)
         return out
     block, tile, warps = shape(tokens, heads, half, v4)
     splits = num_splits(tokens, -(-heads // block), -(-keys // tile))

@@ -17,6 +17,8 @@ MAX_PICKS = 2048
 WHOLE = 65_536
 """Scores of a row that can be read whole, so that it needs no maxima."""
 _TILE = tl.constexpr(TILE)
+_MULTIPROCESSORS = 132
+"""Of a Hopper GPU."""
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -30,12 +32,13 @@ def _maxima(scores, lengths, maxima, score_row, tiles, TILES: tl.constexpr):
     tl.store(maxima + row * tiles + tile, tl.max(values, axis=1), mask=tile < tiles)
 
 
-def plan(k: int) -> int:
+def plan(rows: int, k: int) -> int:
     """Threads of a block, which takes a row: 256, 512 or 1,024.
 
-    More wait for memory together, fewer for one another; and so many make up groups of scores enough for so many picks.
+    More wait for memory together, fewer for one another: measured, more are better until two blocks want to share a
+    multiprocessor. And so many make up groups of scores enough for so many picks.
     """
-    return 512 if k <= 1024 else 1024
+    return 512 if k <= 1024 and rows > _MULTIPROCESSORS else 1024
 
 
 def topk_rows(scores: Tensor, lengths: Tensor, k: int) -> Tensor:
@@ -77,7 +80,7 @@ def choose(
         )
     out = torch.empty(scores.shape[0], k, dtype=torch.int32, device=scores.device)
     if scores.shape[0]:
-        threads = threads or plan(k)
+        threads = threads or plan(len(scores), k)
         run(
             kernel("topk_rows.cu", f"penumbra_topk_rows_{threads}", SHARED_BYTES), len(scores), threads, SHARED_BYTES,
             scores, ctypes.c_int32(row), 0 if maxima is None else maxima,
