@@ -9,9 +9,6 @@
 //   bf16  16 bytes are 8 inputs of a row; operands are bf16
 //   FP8   16 bytes are 16 inputs; e4m3 bits moved into fp16's places are its value over 2^8, subnormals included; a
 //         scale for 128 x 128 weights multiplies the sum over its inputs
-//   FP4   16 bytes are 32 inputs, which share a scale; e2m1 bits moved into fp16's places are its value over 2^14. The
-//         scale multiplies the weights: relative to the largest of the matrix, so that fp16 holds it. A group whose
-//         scale is 2^23 times smaller than that loses bits, one 2^29 times smaller counts as zero.
 //
 // What comes right before a product, or right behind it, is done on the way: the norm of its tokens where they are staged,
 // and the gate of a shared expert where the sums of both its matrices are at hand.
@@ -27,7 +24,7 @@
 
 #define TOKENS 8
 #define MATRICES 8  // of one launch
-#define STEP 128  // inputs: a scale of FP8, four of FP4
+#define STEP 128  // inputs: a scale of FP8
 #define AHEAD 2   // steps whose weights a warp has on their way at once
 #define PAD 4     // words behind a token in shared memory: neighbours start in other banks
 
@@ -45,32 +42,20 @@ __device__ __forceinline__ u32 halves(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
 }
-__device__ __forceinline__ u32 times(u32 a, u32 b) {  // halves
-    u32 both;
-    asm("mul.f16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
-    return both;
-}
 __device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
-// Past the L1, which may hold what was there before.
-__device__ __forceinline__ int fresh(const int* at) {
-    int value;
-    asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
-    return value;
-}
 #endif
 
-enum Format { BF16, FP8, FP4 };
+enum Format { BF16, FP8 };
 
 // LOADS of 16 bytes for a row and step, of BYTES in memory.
 template <Format F> struct Shape;
 template <> struct Shape<BF16> { static const int LOADS = 4, BYTES = 256; };
 template <> struct Shape<FP8> { static const int LOADS = 2, BYTES = 128; };
-template <> struct Shape<FP4> { static const int LOADS = 1, BYTES = 64; };
 
 // What a warp keeps of one step of R tiles. A lane's own weights; scales are shared.
 template <Format F, int R> struct __align__(16) Stage {
     Words weights[R][2][Shape<F>::LOADS][32];
-    u32 scales[32];  // FP4: four codes of each row; FP8: one float of each tile
+    u32 scales[4];  // FP8: one float of each tile
 };
 
 extern __shared__ __align__(16) unsigned char memory[];
@@ -196,28 +181,13 @@ __device__ __forceinline__ void stage_normed(
 template <int R> struct Rows {
     const u8* weights[R];  // at the lane's first 16 bytes of the upper row
     int row_bytes, step_rows;  // step_rows: from a group's rows to the next one's
-    const u8* codes;      // FP4: of the one of the quad's rows that this lane sends for, a scale for 32 inputs
     const float* blocks[R];  // FP8: each tile's matrix's scales, one for 128 x 128 weights
     int first_row, columns;
-    u32 least;            // FP4: codes up to this one count as a scale of zero
 };
 
 // e4m3 bytes 0 and 2, 1 and 3 of a word -> halves of 2^-8 their value.
 __device__ __forceinline__ u32 e4m3_even(u32 v) { return (v & 0x007f007fu) << 7 | (v & 0x00800080u) << 8; }
 __device__ __forceinline__ u32 e4m3_odd(u32 v) { return (v & 0x7f007f00u) >> 1 | (v & 0x80008000u); }
-
-// The even e2m1 codes of a word, and its odd ones -> the upper bytes of halves of 2^-14 their value.
-__device__ __forceinline__ u32 e2m1_even(u32 v) { return (v << 1 & 0x0e0e0e0eu) | (v << 4 & 0x80808080u); }
-__device__ __forceinline__ u32 e2m1_odd(u32 v) { return (v >> 3 & 0x0e0e0e0eu) | (v & 0x80808080u); }
-
-// Bytes 0 and 1, or 2 and 3, as the upper bytes of two halves.
-__device__ __forceinline__ u32 spread_low(u32 bytes) { return __byte_perm(bytes, 0, 0x1404); }
-__device__ __forceinline__ u32 spread_high(u32 bytes) { return __byte_perm(bytes, 0, 0x3424); }
-
-// 2^(code - least - 15) in both halves, 0 for codes up to `least`.
-__device__ __forceinline__ u32 factor(u32 code, u32 least) {
-    return code > least ? (code - least) * 0x04000400u : 0u;
-}
 
 // Each warp's part of the inputs, in steps.
 struct Part {
@@ -247,7 +217,6 @@ template <Format F, int R> struct Pipe {
         in = out = 0;
 #pragma unroll
         for (int r = 0; r < R; r++) rows.weights[r] += part.first * S::BYTES;
-        if (F == FP4) rows.codes += 4 * part.first;
 #pragma unroll
         for (int u = 0; u < AHEAD; u++) send();
     }
@@ -264,22 +233,19 @@ template <Format F, int R> struct Pipe {
 #pragma unroll
                     for (int l = 0; l < S::LOADS; l++)
                         fetch16(&stage.weights[r][h][l][lane], rows.weights[r] + h * 8 * rows.row_bytes + l * 64);
-            if (F == FP4) fetch4(&stage.scales[quad * 8 + lane / 4], rows.codes);
             if (F == FP8)
 #pragma unroll
                 for (int r = 0; r < R; r++)
                     if (lane == 0) fetch4(&stage.scales[r], rows.blocks[r] + rows.first_row / 128 * rows.columns + step);
-            int weights = S::BYTES, codes = 4;
+            int weights = S::BYTES;
             if (++step == part.last) {
                 step = part.first;
                 groups--;
                 rows.first_row += rows.step_rows;
                 weights += rows.step_rows * rows.row_bytes - (part.last - part.first) * S::BYTES;
-                codes += rows.step_rows * rows.row_bytes / 16 - (part.last - part.first) * 4;
             }
 #pragma unroll
             for (int r = 0; r < R; r++) rows.weights[r] += weights;
-            if (F == FP4) rows.codes += codes;
         }
         close_group();
         in = in + 1 == AHEAD ? 0 : in + 1;
@@ -295,7 +261,7 @@ template <Format F, int R> struct Pipe {
             float parts[R][4] = {};
 #pragma unroll
             for (int l = 0; l < S::LOADS; l++) {
-                const int words = F == BF16 ? 1 : F == FP8 ? 2 : 4;  // of the token, for one of weights
+                const int words = F == BF16 ? 1 : 2;  // of the token, for one of weights
                 Words b[words];
 #pragma unroll
                 for (int j = 0; j < words; j++)
@@ -303,28 +269,15 @@ template <Format F, int R> struct Pipe {
 #pragma unroll
                 for (int r = 0; r < R; r++) {
                     Words upper = stage.weights[r][0][l][lane], lower = stage.weights[r][1][l][lane];
-                    u32 high = 0, low = 0;
-                    if constexpr (F == FP4) {
-                        high = factor(stage.scales[16 * r + lane / 4] >> 8 * quad & 255, rows.least);
-                        low = factor(stage.scales[16 * r + 8 + lane / 4] >> 8 * quad & 255, rows.least);
-                    }
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
                         u32 v = upper.w[i], w = lower.w[i];
                         if constexpr (F == BF16) {
                             if (i % 2 == 0)  // two words of weights make one product
                                 mma_bf16(sum[r], {v, w, upper.w[i + 1], lower.w[i + 1]}, b[0].w[i], b[0].w[i + 1]);
-                        } else if constexpr (F == FP8) {
+                        } else {
                             mma_half(parts[r], e4m3_even(v), e4m3_even(w), e4m3_odd(v), e4m3_odd(w),
                                      b[i / 2].w[i % 2 * 2], b[i / 2].w[i % 2 * 2 + 1]);
-                        } else {
-                            u32 even = e2m1_even(v), odd = e2m1_odd(v), other_even = e2m1_even(w), other_odd = e2m1_odd(w);
-                            mma_half(sum[r], times(spread_low(even), high), times(spread_low(other_even), low),
-                                     times(spread_high(even), high), times(spread_high(other_even), low), b[i].w[0],
-                                     b[i].w[1]);
-                            mma_half(sum[r], times(spread_low(odd), high), times(spread_low(other_odd), low),
-                                     times(spread_high(odd), high), times(spread_high(other_odd), low), b[i].w[2],
-                                     b[i].w[3]);
                         }
                     }
                 }
@@ -479,93 +432,4 @@ extern "C" __global__ void __launch_bounds__(512, 1) penumbra_gated(
     Norm none = {nullptr, 0.0f};
     if (gate_scales) for_tokens<FP8, 2, false>(x, x_row, none, both, first, groups, tokens, inputs, take);
     else for_tokens<BF16, 2, false>(x, x_row, none, both, first, groups, tokens, inputs, take);
-}
-
-// The rows of tile r of an FP4 expert. A quad's lanes have the same ones, and each sends for the codes of one of them.
-__device__ __forceinline__ void fp4_rows(
-    Rows<2>& rows, int r, const u8* codes, const u8* scales, long long expert, int row, int outputs, int inputs) {
-    int quad = lane_id() & 3;
-    long long at = expert * outputs + row + lane_id() / 4;
-    rows.weights[r] = codes + at * (inputs / 2) + quad * 16;
-    if (quad / 2 == r) rows.codes = scales + (at + quad % 2 * 8) * (inputs / 32);
-}
-
-__device__ __forceinline__ float scale_of(int code) { return __uint_as_float((u32)code << 23); }  // 2^(code - 127)
-
-// `groups` times the rows, which come by `step_rows`, times the tokens of one block of work: members [8] are its pairs,
-// `pairs` where there is none, no more of them than there are tokens. x(pair) is a token's inputs; take(group, row, pair, sums of both
-// tiles) gets each product.
-template <typename X, typename Take>
-__device__ __forceinline__ void for_pairs(
-    Rows<2>& rows, int step_rows, int groups, int most, int inputs, const int* members, int pairs, X x, Take take) {
-    rows.least = (u32)(most > 29 ? most - 29 : 0);
-    rows.row_bytes = inputs / 2;
-    rows.step_rows = step_rows;
-    rows.first_row = 0;
-    Stage<FP4, 2>* ring = reinterpret_cast<Stage<FP4, 2>*>(memory);
-    u32* words = reinterpret_cast<u32*>(ring + (int)blockDim.x / 32 * AHEAD);
-    Pipe<FP4, 2> pipe;
-    pipe.begin(ring, rows, inputs, groups);
-    await_previous();
-    int count = 0, mine[TOKENS];
-#pragma unroll
-    for (int t = 0; t < TOKENS; t++) {
-        mine[t] = members[t];
-        count += mine[t] < pairs;
-    }
-    int stride = inputs / 2 + PAD, token = lane_id() / 4;
-    stage<FP4>(words, stride, count, inputs, [&](u32 t) {
-        int pair = mine[0];
-#pragma unroll
-        for (int i = 1; i < TOKENS; i++) pair = (int)t == i ? mine[i] : pair;  // registers can not be indexed
-        return x(pair);
-    });
-    __syncthreads();
-    float* sums = reinterpret_cast<float*>(words + count * stride);
-    float scale = scale_of((int)rows.least + 29);
-    for (int g = 0; g < groups; g++) {
-        float sum[2][4] = {};
-        pipe.multiply(sum, token < count ? words + token * stride : nullptr);
-        add_up<2>(sum, sums, g, count, [&](int row, int of, const float (&total)[2]) {
-            take(g, row, members[of], total[0] * scale, total[1] * scale);
-        });
-    }
-}
-
-// y [pairs, inner]: swiglu(gate x, up x) of pairs (token * picks + pick) that go to the expert owners[block]; `span`
-// tiles of 16 to a block. most: the largest scale code of the two stacks.
-extern "C" __global__ void __launch_bounds__(256, 3) penumbra_gate_up(
-    const float* x, const u8* gate, const u8* gate_scales, const u8* up, const u8* up_scales, int most,
-    const int* members, const int* owners, float* y, int pairs, int picks, int hidden, int inner, float limit, int span) {
-    int parts = inner / (16 * span), block = blockIdx.x / parts, first = blockIdx.x % parts * 16 * span;
-    await_previous();
-    int expert = owners[block];
-    if (expert < 0) return;
-    Rows<2> rows;
-    fp4_rows(rows, 0, gate, gate_scales, expert, first, inner, hidden);
-    fp4_rows(rows, 1, up, up_scales, expert, first, inner, hidden);
-    auto of_token = [&](int pair) { return x + (long long)(pair / picks) * hidden; };
-    for_pairs(rows, 16, span, most, hidden, members + block * TOKENS, pairs, of_token,
-              [&](int group, int row, int pair, float g, float u) {
-        y[(long long)pair * inner + first + 16 * group + row] = gated(g, u, limit);
-    });
-}
-
-// y [pairs, hidden]: weights[pair] * down(x[pair]), x [pairs, inner]; `span` times 32 rows to a block. Comes right
-// behind penumbra_gate_up, which began when the work list was there: so it is, whether that has ended or not.
-extern "C" __global__ void __launch_bounds__(256, 3) penumbra_down(
-    const float* x, const u8* down, const u8* scales, int most, const float* weights, const int* members,
-    const int* owners, float* y, int pairs, int hidden, int inner, int span) {
-    int parts = hidden / (32 * span), block = blockIdx.x / parts, first = blockIdx.x % parts * 32 * span;
-    int expert = fresh(owners + block);
-    if (expert < 0) return;
-    Rows<2> rows;
-    for (int r = 0; r < 2; r++) fp4_rows(rows, r, down, scales, expert, first + 16 * r, hidden, inner);
-    auto of_pair = [&](int pair) { return x + (long long)pair * inner; };
-    for_pairs(rows, 32, span, most, inner, members + block * TOKENS, pairs, of_pair,
-              [&](int group, int row, int pair, float a, float b) {
-        float* at = y + (long long)pair * hidden + first + 32 * group + row;
-        at[0] = a * weights[pair];
-        at[16] = b * weights[pair];
-    });
 }

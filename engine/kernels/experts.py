@@ -70,14 +70,14 @@ class Experts:
             if not w1.codes.is_cuda:
                 raise ValueError("FP4 experts are multiplied by on a GPU alone. Dequantise them first.")
             count, inner, hidden = *w1.codes.shape[:2], w2.codes.shape[1]
-            from engine.kernels.device import backends, expert_panels, experts_few, libraries
+            from engine.kernels.device import backends, cuda_products, experts_few, libraries
 
             if backends.backend("experts") is not None:
                 nothing = w1.codes.new_empty(0)
                 codes, scales = zip(*((w.codes, w.scales) for w in (w1, w3, w2)), strict=True)
                 held = libraries.HummingExperts(codes, scales)
                 return cls(count, hidden, inner, nothing, nothing, nothing, False, library=held)
-            if expert_panels() and experts_few.arranges(hidden, inner):
+            if cuda_products() and experts_few.arranges(hidden, inner):
                 gate = experts_few.gate_up_panels(w1.codes, w3.codes, (w1.scales, w3.scales))
                 down = experts_few.down_panels(w2.codes, w2.scales)
                 return cls(count, hidden, inner, gate, gate, down, False, panels=True)

@@ -29,7 +29,6 @@ from engine.kernels.device import (
     sparse_attention,
     use_cuda_products,
     use_early_launches,
-    use_expert_panels,
 )
 from engine.kernels.device import hyper_connections as device_hyper
 from engine.kernels.linear import Matrix
@@ -47,7 +46,6 @@ def in_cuda() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     use_cuda_products(False)
-    use_expert_panels(False)
     torch.cuda.empty_cache()
 
 
@@ -124,8 +122,7 @@ def test_a_shared_expert_of_few_tokens(hidden: int, inner: int) -> None:
 
 
 @pytest.mark.parametrize(("hidden", "inner"), [(4096, 2048), (7168, 3072)])
-@pytest.mark.parametrize("panels", [False, True])
-def test_fp4_experts_of_few_tokens(panels: bool, hidden: int, inner: int) -> None:
+def test_fp4_experts_of_few_tokens(hidden: int, inner: int) -> None:
     count, k, limit = 12, 6, 10.0
 
     def stack(outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,34 +133,27 @@ def test_fp4_experts_of_few_tokens(panels: bool, hidden: int, inner: int) -> Non
         return codes, scales, table[nibbles] * torch.exp2(scales.float() - 127).repeat_interleave(32, 2)
 
     gate, up, down = stack(inner, hidden), stack(inner, hidden), stack(hidden, inner)
-    stacks: tuple[Tensor, ...] = (gate[0], up[0], down[0])
-    scales: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (gate[1], up[1], down[1])
-    if panels:
-        stacks = experts_few.gate_up_panels(gate[0], up[0], (gate[1], up[1])), experts_few.down_panels(down[0], down[1])
-        scales = (None, None, None)
+    stacks = experts_few.gate_up_panels(gate[0], up[0], (gate[1], up[1])), experts_few.down_panels(down[0], down[1])
+    nothing = (None, None, None), (0, 0)
     for tokens in (1, 3, 8):
         x = torch.randn(tokens, hidden, device="cuda")
         picks = torch.rand(tokens, count, device="cuda").topk(k).indices.int()
         picks[0, 1] = picks[0, 0]  # as a row of a hash table may
         weights = torch.rand(tokens, k, device="cuda")
-        most = (int(max(gate[1].max(), up[1].max())), int(down[1].max()))
 
-        def ours(
-            x: Tensor = x, picks: Tensor = picks, weights: Tensor = weights, most: tuple[int, int] = most
-        ) -> Tensor:
-            return experts.routed_experts(x, picks, weights, stacks, scales, most, limit)
+        def ours(x: Tensor = x, picks: Tensor = picks, weights: Tensor = weights) -> Tensor:
+            return experts.routed_experts(x, picks, weights, stacks, *nothing, limit)
 
         expected = torch.zeros(tokens, hidden, dtype=torch.float64, device="cuda")
         for token in range(tokens):
             for expert, weight in zip(picks[token].tolist(), weights[token].double(), strict=True):
-                row = (x[token] if panels else x[token].half()).double()
+                row = x[token].double()
                 a = (gate[2][expert].double() @ row).clamp(max=limit)
                 h = a * torch.sigmoid(a) * (up[2][expert].double() @ row).clamp(-limit, limit)
-                expected[token] += weight * (down[2][expert].double() @ (h if panels else h.float().half().double()))
+                expected[token] += weight * (down[2][expert].double() @ h)
         assert apart(ten_times(ours), expected) < 1e-7
-        if panels:  # in two blocks of work or more an expert's tokens are what they are alone
-            assert torch.equal(experts.routed_experts(x[:1], picks[:1], weights[:1], stacks, scales, most, limit),
-                               ours()[:1])  # fmt: skip
+        # In two blocks of work or more an expert's tokens are what they are alone.
+        assert torch.equal(ours(x[:1], picks[:1], weights[:1]), ours()[:1])
 
 
 @pytest.mark.parametrize("projected", [False, True])
@@ -325,7 +315,7 @@ def test_routing_of_few_tokens(count: int, hidden: int, k: int) -> None:
         assert sorted(set(owners[owners >= 0].tolist())) == sorted(set(wanted.flatten().tolist()))
 
 
-def test_experts_lie_in_panels_where_asked() -> None:
+def test_experts_lie_in_panels_where_products_are_in_cuda() -> None:
     """Prepared of what a checkpoint holds: few pairs and many give what they give out of the checkpoint's rows."""
     count, hidden, inner, limit = 8, 1024, 512, 10.0
 
@@ -335,9 +325,10 @@ def test_experts_lie_in_panels_where_asked() -> None:
         return experts_door.Fp4Stack(codes, scales)
 
     stacks = stack(inner, hidden), stack(inner, hidden), stack(hidden, inner)
-    plain = experts_door.Experts.prepare(*stacks)
-    use_expert_panels(True)
     arranged = experts_door.Experts.prepare(*stacks)
+    use_cuda_products(False)
+    plain = experts_door.Experts.prepare(*stacks)
+    assert not plain.panels
     assert arranged.panels
     for tokens in (4, 300):
         x, weights = torch.randn(tokens, hidden, device="cuda"), torch.rand(tokens, 3, device="cuda")
@@ -345,15 +336,10 @@ def test_experts_lie_in_panels_where_asked() -> None:
         use_cuda_products(True)
         got = experts_door.routed_experts(x, picks, weights, arranged, limit)
         assert apart(got, experts_door.routed_experts(x, picks, weights, plain, limit)) < 3e-5
-        use_cuda_products(False)  # Triton reads both
-        triton = experts_door.routed_experts(x, picks, weights, arranged, limit)
-        assert apart(triton, experts_door.routed_experts(x, picks, weights, plain, limit)) < 1e-10
 
 
-@pytest.mark.parametrize("panels", [False, True])
-def test_kernels_that_begin_early_give_the_same_bits_as_kernels_that_do_not(panels: bool) -> None:
+def test_kernels_that_begin_early_give_the_same_bits_as_kernels_that_do_not() -> None:
     """Whole decode steps as graphs, each kernel begun while the one in front ends, or after it."""
-    use_expert_panels(panels)
     try:
         assert digest(early=True) == digest(early=False)
     finally:

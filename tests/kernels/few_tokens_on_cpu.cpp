@@ -6,13 +6,9 @@
 unsigned char memory[1 << 18] __attribute__((aligned(16)));
 static void fetch4(void* to, const void* from) { std::memcpy(to, from, 4); }
 static float inverse_root(float x) { return 1.0f / std::sqrt(x); }
-static int fresh(const int* at) { return *at; }
 static _Float16 half_of(uint32_t bits) { uint16_t low = (uint16_t)bits; _Float16 x; std::memcpy(&x, &low, 2); return x; }
 static uint32_t bits_of(_Float16 x) { uint16_t bits; std::memcpy(&bits, &x, 2); return bits; }
 static uint32_t halves(float low, float high) { return bits_of((_Float16)low) | bits_of((_Float16)high) << 16; }
-static uint32_t times(uint32_t a, uint32_t b) {
-    return bits_of(half_of(a) * half_of(b)) | bits_of(half_of(a >> 16) * half_of(b >> 16)) << 16;
-}
 static void mma_half(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     mma(c, {a0, a1, a2, a3}, b0, b1, [](uint32_t bits) { return (float)half_of(bits); });
 }
@@ -29,12 +25,8 @@ static void blocks(unsigned count, unsigned threads, void (*kernel)()) {
 
 struct Linears { const float* x; const float* norm; float* y; const Matrix* matrices; long long x_row; int tokens, inputs, per_group, span; float eps; };
 struct Gated { const float* x; float* y; const Matrix* both; long long x_row; int tokens, inputs, span; float limit; };
-struct GateUp { const float* x; const u8 *gate, *gate_scales, *up, *up_scales; int most; const int *members, *owners; float* y; int pairs, picks, hidden, inner; float limit; int span; };
-struct Down { const float* x; const u8 *down, *scales; int most; const float* weights; const int *members, *owners; float* y; int pairs, hidden, inner, span; };
 static Linears l;
 static Gated s;
-static GateUp g;
-static Down d;
 
 #define PASSED(I) l.matrices[I].weights, l.matrices[I].scales, l.matrices[I].rows, l.matrices[I].columns,
 extern "C" void run_linears(const Linears* call, unsigned threads) {
@@ -54,19 +46,5 @@ extern "C" void run_gated(const Gated* call, unsigned threads) {
         const Matrix &gate = s.both[0], &up = s.both[1];
         penumbra_gated(gate.weights, gate.scales, up.weights, up.scales, gate.rows, gate.columns, s.x, s.x_row, s.y,
                        s.tokens, s.inputs, s.limit, s.span);
-    });
-}
-extern "C" void run_gate_up(const GateUp* call, unsigned blocks_of_work, unsigned threads) {
-    g = *call;
-    blocks(blocks_of_work * (g.inner / (16 * g.span)), threads, [] {
-        penumbra_gate_up(g.x, g.gate, g.gate_scales, g.up, g.up_scales, g.most, g.members, g.owners, g.y, g.pairs,
-                         g.picks, g.hidden, g.inner, g.limit, g.span);
-    });
-}
-extern "C" void run_down(const Down* call, unsigned blocks_of_work, unsigned threads) {
-    d = *call;
-    blocks(blocks_of_work * (d.hidden / (32 * d.span)), threads, [] {
-        penumbra_down(d.x, d.down, d.scales, d.most, d.weights, d.members, d.owners, d.y, d.pairs, d.hidden, d.inner,
-                      d.span);
     });
 }

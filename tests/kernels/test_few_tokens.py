@@ -13,8 +13,6 @@ from engine.kernels.experts import swiglu
 from engine.kernels.norm_rope import rms_norm
 from tests.kernels.cuda_on_cpu import compiled
 
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
-
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
@@ -177,61 +175,6 @@ def test_a_gate_is_applied_to_the_sums_it_is_made_of(library, kind, tokens, outp
     assert torch.allclose(y, swiglu(gate, up, limit), rtol=1e-6, atol=1e-6)
 
 
-def fp4(shape: tuple[int, int, int], g: torch.Generator, low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
-    """codes, scales, and what they mean [E, N, K] in fp64."""
-    count, outputs, inputs = shape
-    codes = torch.randint(256, (count, outputs, inputs // 2), dtype=torch.uint8, generator=g)
-    scales = torch.randint(low, high + 1, (count, outputs, inputs // 32), dtype=torch.uint8, generator=g)
-    nibbles = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(2).long()
-    return codes, scales, E2M1[nibbles] * torch.exp2(scales.double() - 127).repeat_interleave(32, 2)
-
-
-@pytest.mark.parametrize(("low", "high", "span"), [(110, 127, 1), (100, 110, 2), (117, 140, 4)])
-def test_experts_give_what_their_weights_mean(library, low: int, high: int, span: int) -> None:
-    """Every code and scales of a wide range; blocks that are empty, of one pair, and full."""
-    g = generator(low)
-    experts, hidden, inner, picks, limit = 3, 256, 128, 2, 10.0
-    gate, gate_scales, gate_meant = fp4((experts, inner, hidden), g, low, high)
-    up, up_scales, up_meant = fp4((experts, inner, hidden), g, low, high)
-    down, down_scales, down_meant = fp4((experts, hidden, inner), g, low, high)
-    tokens = 9
-    x = torch.randn(tokens, hidden, generator=g) * 2.0 ** min(10, 127 - high - 3)
-    weights = torch.rand(tokens * picks, generator=g)
-    pairs = tokens * picks
-    # Expert 2 takes every first pick, eight and one of them; expert 0 one pair; expert 1 none.
-    members = torch.full((4, 8), pairs, dtype=torch.int32)
-    members[0] = torch.arange(0, 16, 2)
-    members[1, 0], members[2, 0] = 16, 17
-    owners = torch.tensor([2, 2, 0, -1], dtype=torch.int32)
-    most = max(int(gate_scales.max()), int(up_scales.max()))
-    h = torch.full((pairs, inner), torch.nan)
-    call(
-        library.run_gate_up,
-        [(P, x), (P, gate), (P, gate_scales), (P, up), (P, up_scales), (N, most), (P, members), (P, owners), (P, h),
-         (N, pairs), (N, picks), (N, hidden), (N, inner), (F, limit), (N, span)],
-        4, 64,
-    )  # fmt: skip
-    owner = dict.fromkeys(range(0, 18, 2), 2) | {17: 0}
-    for pair, expert in owner.items():
-        row = x[pair // picks].half().double()
-        a = (gate_meant[expert] @ row).clamp(max=limit)
-        expected = a / (1 + torch.exp(-a)) * (up_meant[expert] @ row).clamp(-limit, limit)
-        assert torch.allclose(h[pair].double(), expected, rtol=1e-4, atol=1e-6)
-    assert h[[p for p in range(pairs) if p not in owner]].isnan().all(), "pairs of nobody are left alone"
-    h = torch.randn(pairs, inner, generator=g)
-    parts = torch.full((pairs, hidden), torch.nan)
-    call(
-        library.run_down,
-        [(P, h), (P, down), (P, down_scales), (N, int(down_scales.max())), (P, weights), (P, members), (P, owners),
-         (P, parts), (N, pairs), (N, hidden), (N, inner), (N, span)],
-        4, 32,
-    )  # fmt: skip
-    for pair, expert in owner.items():
-        expected = (down_meant[expert] @ h[pair].half().double()) * weights[pair].double()
-        size = (down_meant[expert].abs() @ h[pair].abs().double()) * weights[pair].double()
-        assert ((parts[pair] - expected).abs() <= 1e-6 * size).all()
-
-
 @pytest.mark.parametrize("kind", [torch.uint8, torch.bfloat16])
 def test_every_matrix_of_the_official_models_is_taken_and_fits_a_block(monkeypatch, kind) -> None:
     """Flash's and Pro's, eight tokens: the longest inputs leave the fewest warps."""
@@ -256,9 +199,6 @@ def test_every_matrix_of_the_official_models_is_taken_and_fits_a_block(monkeypat
     for low in (1024, 1536):
         assert few_tokens.takes_normed(8, torch.empty(32_768, low, dtype=kind, device="meta"))
     assert not few_tokens.takes_normed(8, torch.empty(64, 384, dtype=kind, device="meta")), "sums are of 256 inputs"
-    for hidden, inner in ((4096, 2048), (7168, 3072)):
-        gate, down = (torch.empty(8, *shape, device="meta") for shape in ((inner, hidden // 2), (hidden, inner // 2)))
-        assert few_tokens.takes_experts(gate, down, 24)
     assert not few_tokens.takes(9, torch.empty(64, 4096, dtype=kind, device="meta"))
     assert not few_tokens.takes(8, torch.empty(64, 1 << 14, dtype=kind, device="meta")), (
         "tokens alone would fill a block"

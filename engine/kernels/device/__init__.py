@@ -29,7 +29,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 to bf16 do so by integer arithmetic there, and hand products fp32 operands that hold bf16 values."""
 
 _cuda_products = False
-_expert_panels = False
 _early_launches = True
 
 
@@ -43,17 +42,6 @@ def use_cuda_products(on: bool) -> None:
 
 def cuda_products() -> bool:
     return _cuda_products and not INTERPRETED
-
-
-def use_expert_panels(on: bool) -> None:
-    """Whether FP4 experts that are prepared from now on lie in the panels of `experts_few`, where they can."""
-    global _expert_panels
-    _expert_panels = on
-
-
-def expert_panels() -> bool:
-    """Off until measured."""
-    return _expert_panels and cuda_products()
 
 
 def use_early_launches(on: bool) -> None:

@@ -12,14 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.device import experts_few, few_tokens
+from engine.kernels.device import experts_few, experts_many, few_tokens
 from engine.kernels.device.codec import exact, operand
 from engine.kernels.device.early import await_previous, early
 from engine.kernels.device.libraries import HummingExperts
 
-FP32, BF16, FP4, PANELS = (tl.constexpr(kind) for kind in (0, 1, 2, 3))
+FP32, BF16, FP4 = (tl.constexpr(kind) for kind in (0, 1, 2))
 FP4_GROUP = 32
-PANEL_STEP, PANEL_WORDS = (tl.constexpr(n) for n in (experts_few.STEP, experts_few.STEP_BYTES // 4))
 MAX_SCALE_CODE = 128
 """Largest UE8M0 code of an FP4 group that the kernels take: they fold 2^126 into the scale, which bf16 must hold."""
 
@@ -122,40 +121,6 @@ def _fp4_half(codes, scale):
 
 
 @triton.jit
-def _panel_places(row, panel_rows, warp_rows, lower, steps):
-    """Where the words and the scales of these rows of an expert begin in its panels: among a warp's upper eight or,
-    with `lower`, its lower ones.
-    """
-    warp = (row // panel_rows * steps * 4 + row % panel_rows // warp_rows) * PANEL_WORDS
-    return warp + row % 8 * 16 + lower, warp + 512 + row % 8 + 8 * lower
-
-
-@triton.jit
-def _panel_product(
-    total, x, x_rows, here, panels, words_at, scales_at, mine, start, STEP: tl.constexpr, OUT: tl.constexpr
-):
-    """As `_half_product`, of rows in panels; a word has eight of a row's weights, see engine/csrc/experts_few.cu."""
-    word = tl.arange(0, STEP // 8)
-    quad, group = word % 4, start // 32 + word // 4
-    at = group // 8 * 4 * PANEL_WORDS + group % 8 // 2 * 128 + quad * 4 + group % 2 * 2
-    w = tl.load(panels + words_at[:, None] + at[None, :], mask=mine[:, None], other=0).to(tl.uint32, bitcast=True)
-    at = group // 8 * 4 * PANEL_WORDS + group % 8 // 4 * 16
-    codes = tl.load(panels + scales_at[:, None] + at[None, :], mask=mine[:, None], other=0)
-    # 2^(code - 127) * 2^126, for codes up to MAX_SCALE_CODE.
-    scale = (((codes >> (group % 4 * 8)[None, :] & 255) + 126) << 23).to(tl.float32, bitcast=True)
-    inputs = 32 * group + 4 * quad
-    for half in tl.static_range(2):
-        four = (w if half == 0 else (w << 2) ^ (w >> 2)) & 0x9C9C9C9C
-        for byte in tl.static_range(4):
-            code = four >> (8 * byte)
-            value = ((code & 0x80) << 24 | (code & 0x1C) << 20).to(tl.float32, bitcast=True) * scale
-            k = inputs + (16 * half + byte)
-            xs = tl.load(x + x_rows[None, :] + k[:, None], mask=here[None, :], other=0.0)
-            total = tl.dot(exact(value, True), operand(xs, True), total)
-    return total
-
-
-@triton.jit
 def _half_product(
     total, x, x_rows, here, weight, scales, out, mine, start, inputs,
     STEP: tl.constexpr, OUT: tl.constexpr, KIND: tl.constexpr,
@@ -204,19 +169,10 @@ def _gate_up(
         row = tl.program_id(0) * OUT + tl.arange(0, OUT)
         mine = row < inner
         a, b = tl.zeros((OUT, TOK), tl.float32), tl.zeros((OUT, TOK), tl.float32)
-        if KIND == PANELS:
-            steps = hidden // PANEL_STEP
-            gate += expert * (inner // 32) * steps * 4 * PANEL_WORDS
-            gate_at, gate_scale_at = _panel_places(row, 32, 8, 0, steps)
-            up_at, up_scale_at = _panel_places(row, 32, 8, 1, steps)
-            for start in tl.range(0, hidden, STEP):
-                a = _panel_product(a, x, x_rows, here, gate, gate_at, gate_scale_at, mine, start, STEP, OUT)
-                b = _panel_product(b, x, x_rows, here, gate, up_at, up_scale_at, mine, start, STEP, OUT)
-        else:
-            out = row.to(tl.int64) + expert * inner
-            for start in tl.range(0, hidden, STEP):
-                a = _half_product(a, x, x_rows, here, gate, gate_scales, out, mine, start, hidden, STEP, OUT, KIND)
-                b = _half_product(b, x, x_rows, here, up, up_scales, out, mine, start, hidden, STEP, OUT, KIND)
+        out = row.to(tl.int64) + expert * inner
+        for start in tl.range(0, hidden, STEP):
+            a = _half_product(a, x, x_rows, here, gate, gate_scales, out, mine, start, hidden, STEP, OUT, KIND)
+            b = _half_product(b, x, x_rows, here, up, up_scales, out, mine, start, hidden, STEP, OUT, KIND)
         at = pair.to(tl.int64)[None, :] * inner + row[:, None]
         tl.store(y + at, _swiglu(a, b, limit), mask=here[None, :] & mine[:, None])
 
@@ -236,16 +192,9 @@ def _down(
         row = tl.program_id(0) * OUT + tl.arange(0, OUT)
         mine = row < hidden
         total = tl.zeros((OUT, TOK), tl.float32)
-        if KIND == PANELS:
-            steps = inner // PANEL_STEP
-            down += expert * (hidden // 64) * steps * 4 * PANEL_WORDS
-            words_at, scales_at = _panel_places(row, 64, 16, row % 16 // 8, steps)
-            for start in tl.range(0, inner, STEP):
-                total = _panel_product(total, x, x_rows, here, down, words_at, scales_at, mine, start, STEP, OUT)
-        else:
-            out = row.to(tl.int64) + expert * hidden
-            for start in tl.range(0, inner, STEP):
-                total = _half_product(total, x, x_rows, here, down, scales, out, mine, start, inner, STEP, OUT, KIND)
+        out = row.to(tl.int64) + expert * hidden
+        for start in tl.range(0, inner, STEP):
+            total = _half_product(total, x, x_rows, here, down, scales, out, mine, start, inner, STEP, OUT, KIND)
         total = total * tl.load(weights + pair, mask=here, other=0.0)[None, :]
         at = pair.to(tl.int64)[None, :] * hidden + row[:, None]
         tl.store(y + at, total, mask=here[None, :] & mine[:, None])
@@ -354,33 +303,28 @@ def routed_parts(
     panels = len(stacks) == 2
     gate, up, down = (stacks[0], stacks[0], stacks[1]) if panels else stacks
     count, inner = gate.shape[0], gate.shape[1] * (32 if panels else 1)
-    kind = 3 if panels else 2 if scales[0] is not None else 1 if gate.dtype == torch.bfloat16 else 0
+    kind = 2 if scales[0] is not None else 1 if gate.dtype == torch.bfloat16 else 0
     if kind == 2 and (hidden % 64 or inner % 64):
         raise ValueError(f"FP4 experts of {hidden} x {inner}: the GPU kernel takes multiples of 64 inputs.")
     pairs = tokens * k
     if not tokens:
         return torch.empty(pairs, hidden, dtype=torch.float32, device=x.device)
     x = x.contiguous()
-    h = torch.empty(pairs, inner, dtype=torch.float32, device=x.device)
     parts = torch.empty(pairs, hidden, dtype=torch.float32, device=x.device)
-    if panels and experts_few.takes(count, pairs):
+    if panels and not experts_few.takes(count, pairs):
+        experts_many.routed_parts(x, picks, weights, gate, down, limit, parts)
+        return parts
+    h = torch.empty(pairs, inner, dtype=torch.float32, device=x.device)
+    if panels:
         members, owners = work or work_list(picks, count, few_tokens.TOKENS, min(tokens, few_tokens.TOKENS))
         experts_few.gate_up(x, gate, members, owners, pairs, limit, h)
         experts_few.down(h, down, weights, members, owners, pairs, parts)
-    elif scales[0] is not None and few_tokens.takes_experts(gate, down, pairs):
-        # These have memory for as many pairs of an expert as there are tokens, too little where a row of a hash table
-        # names one twice: what has no room goes to another block.
-        members, owners = work or work_list(picks, count, few_tokens.TOKENS, min(tokens, few_tokens.TOKENS))
-        few_tokens.gate_up(x, gate, up, scales[:2], most[0], members, owners, pairs, limit, h)
-        few_tokens.down(h, down, scales[2], most[1], weights, members, owners, pairs, tokens, parts)
     else:
         few = pairs <= 16 * count
         tok = 16 if few else 64
         members, owners = work_list(picks, count, tok)
         out = 32 if few else 64
         blocks = owners.shape[0]
-        if panels:
-            gate, up, down = (t.view(torch.int32) for t in (gate, up, down))
         _gate_up[(triton.cdiv(inner, out), blocks)](
             x, gate, scales[0], up, scales[1], members, owners, h, pairs, k, hidden, inner, limit,
             KIND=kind, OUT=out, TOK=tok, STEP=_step(hidden, kind), num_warps=4, num_stages=3,

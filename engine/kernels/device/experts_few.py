@@ -105,7 +105,8 @@ def gate_up(
     x: Tensor, panels: Tensor, members: Tensor, owners: Tensor, pairs: int, limit: float, h: Tensor,
     ring: int | None = None, grid: int = _PROCESSORS,
 ) -> None:  # fmt: skip
-    """h [P, I] fp32: swiglu(gate x, up x) of every pair. x [T, D] fp32; members and owners as `few_tokens.gate_up`.
+    """h [P, I] fp32: swiglu(gate x, up x) of every pair. x [T, D] fp32; members [B * 8] and owners [B]
+    int32: pairs (token * k + pick) by expert, `pairs` and -1 where there is none.
 
     ring: steps of a warp on their way at once, as many as there is room for unless told. Bits do not depend on it.
     """

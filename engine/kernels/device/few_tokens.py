@@ -24,18 +24,15 @@ _SHARED_BYTES = 227 << 10
 """What a block may have on Hopper."""
 _AHEAD = 2
 """Steps whose weights a warp has on their way at once, as in the source."""
-_ROW_BYTES = {"bf16": 256, "fp8": 128, "fp4": 64}
+_ROW_BYTES = {"bf16": 256, "fp8": 128}
 """Of a row in one step."""
 _LEAST_WARPS, _MOST_WARPS = 4, 16
 """Of a block, where a matrix has inputs enough for them and a block memory."""
-_EXPERT_WARPS = 8
-_REGISTERS, _EXPERT_REGISTERS = {1: 64, 2: 128}, 80
-"""Of a thread that multiplies one tile of rows, or two, and of an expert's: the source bounds them."""
+_REGISTERS = {1: 64, 2: 128}
+"""Of a thread that multiplies one tile of rows, or two: the source bounds them."""
 _PROCESSORS = 132
-_LINEAR_SPAN, _GATE_SPAN, _DOWN_SPAN = 8, 2, 4
-"""The most groups of rows that a block does one behind the other. Of experts, some are not there and some come late:
-short runs share what there is among the multiprocessors.
-"""
+_MOST_SPAN = 8
+"""Groups of rows that a block does one behind the other."""
 
 
 def takes(tokens: int, weight: Tensor, groups: int = 1) -> bool:
@@ -63,20 +60,6 @@ def takes_gated(tokens: int, gate: Tensor, up: Tensor) -> bool:
         and gate.shape == up.shape
         and gate.dtype == up.dtype
         and _shared(2, _LEAST_WARPS, TOKENS, gate.shape[1], "bf16") <= _SHARED_BYTES
-    )
-
-
-def takes_experts(gate: Tensor, down: Tensor, pairs: int) -> bool:
-    """Whether `gate_up` and `down` take FP4 experts of codes [E, I, D / 2] and [E, D, I / 2], and are worth it for so
-    many pairs: an expert is read once for eight of its pairs.
-    """
-    count, inner, hidden = gate.shape[0], gate.shape[1], down.shape[1]
-    return (
-        cuda_products()
-        and inner % _STEP == 0
-        and hidden % _STEP == 0
-        and pairs <= TOKENS // 2 * count
-        and _shared(2, _EXPERT_WARPS, TOKENS, max(hidden, inner), "fp4") <= _SHARED_BYTES
     )
 
 
@@ -155,15 +138,7 @@ def plan(
     while warps > _LEAST_WARPS and _shared(tiles, warps, TOKENS, inputs, kind, turns) > _SHARED_BYTES:
         warps = max(_LEAST_WARPS, warps // 2)
     shared = _shared(tiles, warps, tokens, inputs, kind, turns)
-    return warps, shared, _span(runs, groups > 1, _resident(_REGISTERS[tiles], warps, shared), _LINEAR_SPAN)
-
-
-@lru_cache(maxsize=1024)
-def expert_plan(inputs: int, tokens: int, groups: int, blocks: int, most_span: int) -> tuple[int, int, int]:
-    """(warps of a block, its bytes of shared memory, its span) for up to `blocks` experts of so many groups of rows."""
-    warps = max(1, min(_EXPERT_WARPS, inputs // _STEP // _AHEAD))
-    shared = _shared(2, warps, min(tokens, TOKENS), inputs, "fp4")
-    return warps, shared, _span([groups] * blocks, True, _resident(_EXPERT_REGISTERS, warps, shared), most_span)
+    return warps, shared, _span(runs, groups > 1, _resident(_REGISTERS[tiles], warps, shared))
 
 
 def _resident(registers: int, warps: int, shared: int) -> int:
@@ -171,13 +146,13 @@ def _resident(registers: int, warps: int, shared: int) -> int:
     return _PROCESSORS * max(1, min(_SHARED_BYTES // (shared + 1024), 65536 // (registers * 32 * warps)))
 
 
-def _span(runs: list[int], whole: bool, resident: int, most: int) -> int:
+def _span(runs: list[int], whole: bool, resident: int) -> int:
     """Groups of rows for each block, so that all blocks run at once where they may: a second wave of few would leave
     the GPU idle. `whole`: the span divides every run.
     """
     span = 1
     while (
-        span < most
+        span < _MOST_SPAN
         and sum(-(-run // span) for run in runs) > resident
         and not (whole and any(run % (2 * span) for run in runs))
     ):
@@ -187,43 +162,5 @@ def _span(runs: list[int], whole: bool, resident: int, most: int) -> int:
 
 def _shared(tiles: int, warps: int, tokens: int, inputs: int, kind: str, turns: int = 2) -> int:
     """Bytes of shared memory: each warp's ring of steps, the tokens, and the warps' sums for so many turns."""
-    ring = warps * _AHEAD * (tiles * 16 * _ROW_BYTES[kind] + 128)
+    ring = warps * _AHEAD * (tiles * 16 * _ROW_BYTES[kind] + 16)
     return ring + tokens * (2 * inputs + _PAD_BYTES) + turns * warps * tiles * tokens * 64
-
-
-def gate_up(
-    x: Tensor, gate: Tensor, up: Tensor, scales: tuple[Tensor, Tensor], most: int, members: Tensor, owners: Tensor,
-    pairs: int, limit: float, h: Tensor,
-) -> None:  # fmt: skip
-    """h [P, I] fp32: swiglu(gate x, up x) of every pair.
-
-    x [T, D] fp32; gate, up [E, I, D / 2] uint8 with UE8M0 scales [E, I, D / 32], of which `most` is the largest;
-    members [B * 8] and owners [B] int32: pairs (token * k + pick) by expert, `pairs` and -1 where there is none.
-    """
-    from engine.kernels.device.cuda import kernel, run
-
-    tokens, hidden = x.shape
-    inner, blocks = gate.shape[1], owners.shape[0]
-    warps, shared, span = expert_plan(hidden, tokens, inner // 16, blocks, _GATE_SPAN)
-    run(
-        kernel("few_tokens.cu", "penumbra_gate_up", _SHARED_BYTES), blocks * (inner // (16 * span)), 32 * warps, shared,
-        x, gate, scales[0], up, scales[1], ctypes.c_int32(most), members, owners, h,
-        *map(ctypes.c_int32, (pairs, pairs // tokens, hidden, inner)), ctypes.c_float(limit),
-        ctypes.c_int32(span), waits=True,
-    )  # fmt: skip
-
-
-def down(
-    h: Tensor, weight: Tensor, scales: Tensor, most: int, weights: Tensor, members: Tensor, owners: Tensor, pairs: int,
-    tokens: int, parts: Tensor,
-) -> None:  # fmt: skip
-    """parts [P, D] fp32: weights[pair] * down(h[pair]); weight [E, D, I / 2] as in `gate_up`."""
-    from engine.kernels.device.cuda import kernel, run
-
-    inner, hidden, blocks = h.shape[1], weight.shape[1], owners.shape[0]
-    warps, shared, span = expert_plan(inner, tokens, hidden // 32, blocks, _DOWN_SPAN)
-    run(
-        kernel("few_tokens.cu", "penumbra_down", _SHARED_BYTES), blocks * (hidden // (32 * span)), 32 * warps, shared,
-        h, weight, scales, ctypes.c_int32(most), weights, members, owners, parts,
-        *map(ctypes.c_int32, (pairs, hidden, inner, span)), waits=True,
-    )  # fmt: skip
