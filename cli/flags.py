@@ -36,8 +36,9 @@ Backends = Annotated[
     str,
     flag(
         "backends",
-        "On a GPU, libraries that compute in place of our own kernels, such as attention=flash-mla.",
-        metavar="OP=LIBRARY[,...]",
+        "On a GPU, libraries that compute in place of our own kernels, such as attention=flash-mla; auto: those of the "
+        "`peers` extra that are faster at prompts, as far as they are installed; own: none.",
+        metavar="auto|own|OP=LIBRARY[,...]",
     ),
 ]
 Graphs = Annotated[bool, flag("graphs", "On a GPU, replay steps of few tokens as CUDA graphs.", switch=True)]

@@ -100,7 +100,7 @@ def up(
     device: Device = "cpu",
     dtype: Dtype = "auto",
     kernels: Kernels = "cuda",
-    backends: Backends = "",
+    backends: Backends = "auto",
     graphs: Graphs = True,
     kv_layout: KvLayout = "v4",
     kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]

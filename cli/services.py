@@ -157,7 +157,7 @@ def prefill(
     device: Device = "cpu",
     dtype: Dtype = "auto",
     kernels: Kernels = "cuda",
-    backends: Backends = "",
+    backends: Backends = "auto",
     graphs: Graphs = True,
     kv_layout: KvLayout = "v4",
     kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]
@@ -226,7 +226,7 @@ def decode(
     device: Device = "cpu",
     dtype: Dtype = "auto",
     kernels: Kernels = "cuda",
-    backends: Backends = "",
+    backends: Backends = "auto",
     graphs: Graphs = True,
     kv_layout: KvLayout = "v4",
     kv_memory: KvMemory = "1GiB",  # type: ignore[assignment]

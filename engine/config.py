@@ -298,7 +298,7 @@ class EngineConfig:
     float32 to compare with a CPU.
     kernels and graphs mean something on a GPU only: what computes steps of few tokens, CUDA C++ where it can or Triton
     alone, and whether such steps are replayed as CUDA graphs. backends likewise: "op=library,..." for what a library
-    computes in place of our own kernels, as `engine.kernels.device.backends` lists them.
+    computes in place of our own kernels, "auto" or "own", as `engine.kernels.device.backends` says.
     """
 
     model: Path
@@ -311,7 +311,7 @@ class EngineConfig:
     threads: int = 1
     draft: bool = True  # run the draft layer of a checkpoint that has one
     kernels: Literal["cuda", "triton"] = "cuda"
-    backends: str = ""
+    backends: str = "auto"
     graphs: bool = True
 
     @property

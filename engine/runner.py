@@ -69,7 +69,7 @@ class Runner:
             require(config.device)
             use_cuda_products(config.kernels == "cuda")
             backends.choose(config.backends, torch.cuda.get_device_capability())
-        elif config.backends:
+        elif config.backends not in (backends.AUTO, backends.OWN):
             raise ConfigError(
                 f"backends={config.backends!r} is for GPUs: on a CPU there are our own kernels alone. Leave it out."
             )

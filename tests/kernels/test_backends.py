@@ -39,6 +39,27 @@ def test_a_library_that_is_there_computes_its_op_and_no_other_until_another_choi
     assert backends.backend("attention") is None
 
 
+def test_auto_takes_what_is_faster_and_here_where_our_own_kernel_is_not_at_its_best(monkeypatch) -> None:
+    version = importlib.metadata.version("numpy")
+    known = (
+        Backend("attention", "numpy", "numpy", version, faster=True),
+        Backend("experts", "numpy", "numpy", version),
+        Backend("index-scores", "nobody", "a-package-of-nobody", "1.0", faster=True),
+    )
+    monkeypatch.setattr(backends, "BACKENDS", known)
+    backends.choose("auto", HOPPER)
+    assert backends.backend("attention") is known[0]
+    assert backends.backend("attention", rather_own=True) is None
+    assert backends.backend("experts") is None
+    assert backends.backend("index-scores") is None, "not installed, and nobody asked for it by name"
+    backends.choose("auto", BLACKWELL)
+    assert backends.backend("attention") is None
+    backends.choose("attention=numpy", HOPPER)
+    assert backends.backend("attention", rather_own=True) is known[0]
+    backends.choose("own", HOPPER)
+    assert backends.backend("attention") is None
+
+
 @pytest.mark.parametrize(
     ("text", "capability", "why"),
     [

@@ -157,6 +157,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], Non
             return
         (backend,) = backends.parse(text)
         monkeypatch.setattr(backends, "_chosen", {backend.op: backend})
+        monkeypatch.setattr(backends, "_named", True)
         monkeypatch.setattr(libraries, "_library", TWINS.__getitem__)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
 

@@ -21,6 +21,7 @@ class Backend:
     version: str
     capability: tuple[int, int] = (9, 0)
     unfit: str = ""  # why it can not be chosen on any chip
+    faster: bool = False  # than our own kernel where that is not at its best, and as exact: measured
 
 
 HOPPER, BLACKWELL = (9, 0), (10, 0)
@@ -28,8 +29,8 @@ _CHIPS = {HOPPER: "Hopper", BLACKWELL: "Blackwell"}
 _ELSEWHERE = "Penumbra's own kernels are Hopper's, so that no step of it runs on such a chip yet"
 
 BACKENDS = (
-    Backend("attention", "flash-mla", "sgl-flash-mla", "1.0.0"),
-    Backend("index-scores", "deep-gemm", "sgl-deep-gemm", "0.1.3"),
+    Backend("attention", "flash-mla", "sgl-flash-mla", "1.0.0", faster=True),
+    Backend("index-scores", "deep-gemm", "sgl-deep-gemm", "0.1.3", faster=True),
     Backend("linears", "deep-gemm", "sgl-deep-gemm", "0.1.3"),
     Backend("experts", "humming", "humming-kernels", "0.1.19"),
     Backend("experts", "trtllm-gen", "flashinfer-python", "", BLACKWELL, _ELSEWHERE),
@@ -40,12 +41,18 @@ BACKENDS = (
     ),
 )  # fmt: skip
 
+AUTO, OWN = "auto", "own"
+
 _chosen: dict[str, Backend] = {}
+_named = False
 
 
-def backend(op: str) -> Backend | None:
-    """The library that computes `op`, or None: our own kernels do."""
-    return _chosen.get(op)
+def backend(op: str, *, rather_own: bool = False) -> Backend | None:
+    """The library that computes `op`, or None: our own kernels do.
+
+    rather_own: they are at their best here, so that a library computes only if it was asked for by its name.
+    """
+    return None if rather_own and not _named else _chosen.get(op)
 
 
 def parse(text: str) -> list[Backend]:
@@ -55,7 +62,8 @@ def parse(text: str) -> list[Backend]:
     for part in filter(None, (part.strip() for part in text.split(","))):
         if part not in known:
             raise ConfigError(
-                f"no backend {part!r}; there are {', '.join(known)}. Without any our own kernels compute."
+                f"no backend {part!r}; there are {', '.join(known)}. {AUTO!r} takes those that are faster, as far as "
+                f"they are installed, {OWN!r} none."
             )
         if known[part].op in chosen:
             raise ConfigError(f"two backends for {known[part].op} in {text!r}; choose one.")
@@ -66,14 +74,30 @@ def parse(text: str) -> list[Backend]:
 def choose(text: str, capability: tuple[int, int]) -> None:
     """Have these backends compute from now on, and no others. capability: of the GPU.
 
-    Raises ConfigError, and changes nothing, where a library is not installed, is not the version that was run, or has
-    no kernels for this GPU.
+    AUTO stands for those that are `faster`, as far as they can be had here; OWN, or nothing, for none.
+    Raises ConfigError, and changes nothing, where a library that is named is not installed, is not the version that
+    was run, or has no kernels for this GPU.
     """
-    asked = parse(text)
+    global _named
+    named = text.strip() != AUTO
+    asked = (
+        parse("" if text.strip() == OWN else text)
+        if named
+        else [b for b in BACKENDS if b.faster and _here(b, capability)]
+    )
     for each in asked:
         _require(each, capability)
+    _named = named
     _chosen.clear()
     _chosen.update({each.op: each for each in asked})
+
+
+def _here(wanted: Backend, capability: tuple[int, int]) -> bool:
+    try:
+        _require(wanted, capability)
+    except ConfigError:
+        return False
+    return True
 
 
 def _require(wanted: Backend, capability: tuple[int, int]) -> None:

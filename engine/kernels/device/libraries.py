@@ -71,7 +71,7 @@ def attention(
     """
     library = _library("flash_mla")
     tokens, heads, dim = q.shape
-    if dim != LATENT_DIM or heads not in (64, 128) or window.layout != "v4":
+    if not takes_attention(heads, dim, window):
         raise ValueError(
             f"FlashMLA attends with 64 or 128 heads of {LATENT_DIM} values over pools of the v4 layout, not with "
             f"{heads} of {dim} over {window.layout}. Leave --backends attention=flash-mla out."
@@ -98,6 +98,10 @@ def attention(
         indices=near, attn_sink=sink.contiguous(), use_legacy=True, kv_format="V4", **more,
     )  # fmt: skip
     return out[:, 0].float()
+
+
+def takes_attention(heads: int, dim: int, window: RowPool) -> bool:
+    return dim == LATENT_DIM and heads in (64, 128) and window.layout == "v4"
 
 
 def _paged(pool: RowPool) -> Tensor:

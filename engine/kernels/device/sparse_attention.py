@@ -214,13 +214,15 @@ def sparse_attention(
     v4 = window.layout == "v4"
     pages = meta.page_table.shape[1]
     keys = WINDOW + {0: 0, C4_RATIO: picks, C128_RATIO: pages * (256 // C128_RATIO)}[ratio]
-    library = half and backend("attention") is not None
+    few = attend_few.takes(tokens, heads, dim, half, window, compressed)
+    own = few or not libraries.takes_attention(heads, dim, window)
+    library = half and backend("attention", rather_own=own) is not None
     if eps is not None:
         q = norm_rotate(q, None, eps, meta.positions, freqs, inverse=False)
     if library:
         out = libraries.attention(q, sink, meta, window, compressed, ratio, selected, scale)
         return out if freqs is None else norm_rotate(out, None, None, meta.positions, freqs, inverse=True)
-    if attend_few.takes(tokens, heads, dim, half, window, compressed):
+    if few:
         kernels = attend_long if attend_long.better(heads, keys) else attend_few
         kernels.attend(q.contiguous(), sink, meta, window, compressed, selected, keys, scale, freqs, out)
         return out
