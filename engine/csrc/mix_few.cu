@@ -43,7 +43,6 @@ __device__ __forceinline__ float fresh(const float* at) {
 #define COLUMNS 32
 #define TOGETHER 4    // tokens of a block that makes parts
 #define THREADS 512   // of it: a warp for each stream of each token, a lane for each column
-#define BALANCING 32  // more, where streams are made: a lane for each token's mixing matrix
 #define WIDE 256      // columns of a block that finishes
 #define FINISHING 192 // its threads: eight for each sum of the block that needs most
 #define PRODUCTS 24
@@ -88,6 +87,17 @@ __device__ __forceinline__ void make_doubly_stochastic(float (&value)[4][4], int
     }
 }
 
+// combs: the matrices of `count` tokens, each by a lane of a warp that has no weights.
+__device__ __forceinline__ void balance(float (*combs)[16], const Made& made, int first, int count) {
+    if (warp_id() < THREADS / 32 - 1 || lane_id() >= count) return;
+    float value[4][4];
+#pragma unroll
+    for (int i = 0; i < 16; i++) value[i / 4][i % 4] = fresh(made.comb + (first + lane_id()) * 16 + i);
+    if (made.rounds) make_doubly_stochastic(value, made.rounds, made.eps);
+#pragma unroll
+    for (int i = 0; i < 16; i++) combs[lane_id()][i] = value[i / 4][i % 4];
+}
+
 // values[i]: the i-th of `count` parts, which are `size` apart; zeros behind the last one. An address takes one
 // instruction.
 __device__ __forceinline__ void send_for(float (&values)[BATCH], const float* parts, int count, u32 size) {
@@ -97,12 +107,12 @@ __device__ __forceinline__ void send_for(float (&values)[BATCH], const float* pa
             reinterpret_cast<const u8*>(parts) + (unsigned long long)(4 * size) * i) : 0.0f;
 }
 
-// The value of a thread's stream of its token at its column, of the streams that `made` leaves; 0 where there is no such
-// token. Of the kernel in front only what it made is read, so what else it takes can be on its way before that ends,
+// The value of a thread's stream of its token at its column, of the streams that `made` leaves, given what balance()
+// wrote; 0 where there is no such token. Of the kernel in front only what it made is read, so what else it takes can be on its way before that ends,
 // unless the kernel has waited already (EARLY false).
 template <bool EARLY>
-__device__ __forceinline__ float spread(const Made& made, int first, int count, int size, int column) {
-    __shared__ float combs[TOGETHER][16];
+__device__ __forceinline__ float spread(
+    const float (*combs)[16], const Made& made, int first, int count, int size, int column) {
     int stream = warp_id() % 4, token = first + warp_id() / 4;
     bool here = warp_id() / 4 < count;
     float before[4], post, in[BATCH], beside = 0.0f;
@@ -110,14 +120,6 @@ __device__ __forceinline__ float spread(const Made& made, int first, int count, 
 #pragma unroll
         for (int j = 0; j < 4; j++) before[j] = fresh(made.streams + ((token * 4 + j) * size + column));
         post = fresh(made.post + token * 4 + stream);
-    }
-    if (warp_id() == THREADS / 32 && lane_id() < count) {
-        float value[4][4];
-#pragma unroll
-        for (int i = 0; i < 16; i++) value[i / 4][i % 4] = fresh(made.comb + (first + lane_id()) * 16 + i);
-        if (made.rounds) make_doubly_stochastic(value, made.rounds, made.eps);
-#pragma unroll
-        for (int i = 0; i < 16; i++) combs[lane_id()][i] = value[i / 4][i % 4];
     }
     const float* parts = made.parts + (token * made.count * size + column);
     if (EARLY) await_previous();
@@ -182,11 +184,12 @@ __device__ __forceinline__ void pairs(const Floats<4>* streams, float* parts, in
 template <int ROWS, bool MADE>
 __device__ __forceinline__ void partial(
     const Made& made, float* streams, const float* fn, float* parts, int tokens, int size) {
-    __shared__ __align__(16) float shared_streams[TOGETHER][4][COLUMNS];
+    __shared__ __align__(16) float shared_streams[TOGETHER][4][COLUMNS], combs[TOGETHER][16];
     int blocks = size / COLUMNS, block = blockIdx.x % blocks, first = blockIdx.x / blocks * TOGETHER;
     int count = tokens - first < TOGETHER ? tokens - first : TOGETHER;
     int warp = warp_id(), token = warp / 4, column = block * COLUMNS + lane_id();
     bool multiplies = warp < ROWS / 2;
+    if (MADE) balance(combs, made, first, count);
     Floats<4> weights[2];
     if (multiplies)
 #pragma unroll
@@ -196,7 +199,7 @@ __device__ __forceinline__ void partial(
     float* at = streams + ((first * 4 + warp) * size + column);
     float value;
     if constexpr (MADE) {
-        value = spread<true>(made, first, count, size, column);
+        value = spread<true>(combs, made, first, count, size, column);
         if (token < count) *at = value;
     } else {
         await_previous();
@@ -224,7 +227,7 @@ PARTIAL(penumbra_collapse_partial, 4)
 
 // Streams, post and comb are not from the kernel right in front: a sublayer lies between. A block is small enough to
 // begin beside the last blocks of that one.
-extern "C" __global__ void __launch_bounds__(THREADS + BALANCING, 2) penumbra_mix_between(
+extern "C" __global__ void __launch_bounds__(THREADS, 3) penumbra_mix_between(
     const float* made, int count, const float* beside, const float* before, const float* post, const float* comb,
     int rounds, float eps, float* streams, const float* fn, float* parts, int tokens, int size) {
     partial<PRODUCTS, true>(
@@ -232,13 +235,16 @@ extern "C" __global__ void __launch_bounds__(THREADS + BALANCING, 2) penumbra_mi
 }
 
 // Anything may be from the kernel right in front.
-extern "C" __global__ void __launch_bounds__(THREADS + BALANCING, 2) penumbra_mix_out(
+extern "C" __global__ void __launch_bounds__(THREADS, 3) penumbra_mix_out(
     const float* made, int count, const float* beside, const float* before, const float* post, const float* comb,
     int rounds, float eps, float* streams, int tokens, int size) {
+    __shared__ __align__(16) float combs[TOGETHER][16];
     await_previous();
     int blocks = size / COLUMNS, first = blockIdx.x / blocks * TOGETHER, column = blockIdx.x % blocks * COLUMNS + lane_id();
     int here = tokens - first < TOGETHER ? tokens - first : TOGETHER;
-    float value = spread<false>(Made{made, count, beside, before, post, comb, rounds, eps}, first, here, size, column);
+    Made all{made, count, beside, before, post, comb, rounds, eps};
+    balance(combs, all, first, here);
+    float value = spread<false>(combs, all, first, here, size, column);
     if (warp_id() < 4 * here) streams[(first * 4 + warp_id()) * size + column] = value;
 }
 

@@ -52,12 +52,12 @@ extern "C" void run_mix(const Call* call) {
     else comes_late(c.streams, of_streams);
     if (!c.fn) {
         comes_late(c.before, of_streams), comes_late(c.before_post, c.tokens * 4), comes_late(c.before_comb, c.tokens * 16);
-        return run_grid(groups * c.size / COLUMNS, THREADS + BALANCING, [] {
+        return run_grid(groups * c.size / COLUMNS, THREADS, [] {
             penumbra_mix_out(c.made, c.count, c.beside, c.before, c.before_post, c.before_comb, c.rounds, c.hc_eps, c.streams,
                              c.tokens, c.size);
         });
     }
-    run_grid(groups * c.size / COLUMNS, c.made ? THREADS + BALANCING : THREADS, [] {
+    run_grid(groups * c.size / COLUMNS, THREADS, [] {
         if (c.made)
             penumbra_mix_between(c.made, c.count, c.beside, c.before, c.before_post, c.before_comb, c.rounds, c.hc_eps,
                                  c.streams, c.fn, c.parts, c.tokens, c.size);

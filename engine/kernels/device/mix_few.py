@@ -13,7 +13,7 @@ TOKENS = 16
 """Blocks of four tokens each; more are better off with their products on tensor cores."""
 SIZE = 8192
 """At most: a thread that finishes has all its parts on their way at once."""
-_COLUMNS, _TOGETHER, _THREADS, _BALANCING, _WIDE, _FINISHING, _SLOTS = 32, 4, 512, 32, 256, 192, 34
+_COLUMNS, _TOGETHER, _THREADS, _WIDE, _FINISHING, _SLOTS = 32, 4, 512, 256, 192, 34
 """As in the source."""
 
 
@@ -46,7 +46,7 @@ def mix_between(
     tokens, count, size = made.shape
     parts = _parts(streams)
     run(
-        kernel("mix_few.cu", "penumbra_mix_between"), _blocks(streams), _THREADS + _BALANCING, 0,
+        kernel("mix_few.cu", "penumbra_mix_between"), _blocks(streams), _THREADS, 0,
         made, ctypes.c_int32(count), 0 if beside is None else beside, before, before_post, before_comb,
         ctypes.c_int32(before_rounds), ctypes.c_float(before_eps), streams, fn, parts, ctypes.c_int32(tokens),
         ctypes.c_int32(size), waits=True,
@@ -63,7 +63,7 @@ def mix_out(
 
     tokens, count, size = made.shape
     run(
-        kernel("mix_few.cu", "penumbra_mix_out"), _blocks(streams), _THREADS + _BALANCING, 0,
+        kernel("mix_few.cu", "penumbra_mix_out"), _blocks(streams), _THREADS, 0,
         made, ctypes.c_int32(count), 0 if beside is None else beside, before, post, comb, ctypes.c_int32(rounds),
         ctypes.c_float(eps), streams, ctypes.c_int32(tokens), ctypes.c_int32(size), waits=True,
     )  # fmt: skip
