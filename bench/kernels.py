@@ -36,6 +36,7 @@ from engine.kernels.device import (
 )
 from engine.kernels.device.norm_rope import norm_rotate
 from engine.kernels.device.topk_rows import choose, topk_rows
+from engine.kernels.hyper_connections import Unbalanced
 from engine.kernels.rows import RowPool
 from wire.types import PAGE_TOKENS
 
@@ -349,6 +350,7 @@ def mixing_cases(bandwidth: float) -> Cases:
         yield Figure("mHC out", f"{tokens} tokens", out, tokens * size * 36 / bandwidth * 1e6)
         if tokens <= mix_few.TOKENS:
             made, beside = torch.randn(tokens, 6, size, device="cuda"), torch.randn(tokens, size, device="cuda")
+            unbalanced = Unbalanced(torch.randn(tokens, 4, 4, device="cuda"), 20, 1e-6)
 
             def one_by_one(fn: Tensor) -> object:
                 after = hyper_connections.mix_out(experts.sum_picks(made, beside), streams, post, comb)
@@ -356,7 +358,7 @@ def mixing_cases(bandwidth: float) -> Cases:
 
             def between(fn: Tensor) -> object:
                 return hyper_connections.mix_between(
-                    made, beside, streams, post, comb, fn, base, scale, norm, 1e-6, 1e-6, 20
+                    made, beside, streams, post, unbalanced, fn, base, scale, norm, 1e-6, 1e-6, 20
                 )
 
             us, peer = in_cuda(between, fns), in_cuda(one_by_one, fns)

@@ -1,15 +1,18 @@
 // The hyper-connections between sublayers, for a few tokens: what one made goes into the four streams, and what of them
 // goes into the next one, and how they mix behind that.
 //
-//   partial  a block takes 32 columns of all streams: of each token its part of the 24 products with fn, and of the ten
-//            sums of products of two streams
+//   partial  a block takes 32 columns of all streams of four tokens: of each token its part of the 24 products with fn,
+//            and of the ten sums of products of two streams
 //   between  likewise, of the streams that it makes: it adds up the parts of what the sublayer made, spreads them over
 //            the streams, and stores those on its way
-//   finish   a block takes 512 columns of one token, adds up the parts, and has all it needs: the products say how much
+//   finish   a block takes 256 columns of one token, adds up the parts, and has all it needs: the products say how much
 //            of each stream goes in, and the ten sums how long the mixture is, so its norm needs no second look at it.
-//            One more block of each token makes the mixing matrix doubly stochastic meanwhile.
+//            One more block of each token finds how its streams mix behind the sublayer.
 //
-// Behind the last sublayer the streams become one: four products instead of 24, and no mixing matrix.
+// That is first needed when the sublayer is done, and making the matrix doubly stochastic takes longer than all else
+// that finish does. So it leaves logits, and whoever spreads makes a matrix of them: between, while the sublayer's last
+// kernel still runs. Behind the last sublayer of all, mix_out spreads alone; then the streams become one: four products
+// instead of 24, and no mixing matrix.
 //
 // Parts are added in a fixed order, each token's alone: the same bits every time, in any company. fp32 throughout.
 // Weights are read before a block waits for the kernel in front to end.
@@ -24,6 +27,11 @@ __device__ __forceinline__ float inverse(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // one unit in the last place
     return y;
 }
+__device__ __forceinline__ float inverse_root(float x) {
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // two units
+    return y;
+}
 // Past the L1, which may hold what was there before.
 __device__ __forceinline__ float fresh(const float* at) {
     float value;
@@ -33,144 +41,24 @@ __device__ __forceinline__ float fresh(const float* at) {
 #endif
 
 #define COLUMNS 32
-#define WIDE 512      // columns of a block that finishes
-#define THREADS 128   // a warp for each stream
-#define TOGETHER 4  // tokens that are on their way at once
+#define TOGETHER 4    // tokens of a block that makes parts
+#define THREADS 512   // of it: a warp for each stream of each token, a lane for each column
+#define WIDE 256      // columns of a block that finishes
+#define FINISHING 192 // its threads: eight for each sum of the block that needs most
 #define PRODUCTS 24
 #define SLOTS 34      // the products, then the sums of streams (0,0) (1,1) (2,2) (3,3) (0,1) (1,2) (2,3) (3,0) (0,2) (1,3)
+#define BATCH 8       // loads of a thread that are on their way at once
 
 // What a sublayer made of the tokens: the sum of `count` parts [tokens, count, size] in order, and then of `beside`
-// [tokens, size] unless that is null; and how it goes into the streams [tokens, 4, size] that it was made from.
+// [tokens, size] unless that is null; and how it goes into the streams [tokens, 4, size] that it was made from: post
+// [tokens, 4], and comb [tokens, 4, 4] after as many rounds of making it doubly stochastic, as it is with none.
 struct Made {
     const float* parts;
     int count;
     const float *beside, *streams, *post, *comb;
+    int rounds;
+    float eps;
 };
-
-// sums[t]: what `made` of token first + t comes to at `column`, of `tokens` tokens. All tokens' parts are on their way
-// at once, eight of each.
-__device__ __forceinline__ void add_up(
-    float (&sums)[TOGETHER], const Made& made, int first, int tokens, int size, int column) {
-    const int batch = 8;
-    float beside[TOGETHER];
-#pragma unroll
-    for (int t = 0; t < TOGETHER; t++)
-        beside[t] = made.beside && t < tokens ? made.beside[(long long)(first + t) * size + column] : 0.0f;
-#pragma unroll 1
-    for (int part = 0; part < made.count; part += batch) {
-        float in[TOGETHER][batch];
-#pragma unroll
-        for (int t = 0; t < TOGETHER; t++)
-#pragma unroll
-            for (int i = 0; i < batch; i++)
-                if (t < tokens && part + i < made.count)
-                    in[t][i] = made.parts[((long long)(first + t) * made.count + part + i) * size + column];
-#pragma unroll
-        for (int t = 0; t < TOGETHER; t++)
-#pragma unroll
-            for (int i = 0; i < batch; i++)
-                if (t < tokens && part + i < made.count) sums[t] = part + i ? sums[t] + in[t][i] : in[t][i];
-    }
-    if (made.beside)
-#pragma unroll
-        for (int t = 0; t < TOGETHER; t++) sums[t] += beside[t];
-}
-
-// streams [tokens, 4, size], fn [ROWS, 4 * size] -> parts [tokens, SLOTS, size / COLUMNS], with zeros for products that are
-// not there. MADE: the streams are those that `made` leaves, and are written.
-template <int ROWS, bool MADE>
-__device__ __forceinline__ void partial(
-    const Made& made, float* streams, const float* fn, float* parts, int tokens, int size) {
-    __shared__ float warps[TOGETHER][4][32], shared_streams[TOGETHER][4][32];
-    int stream = warp_id(), lane = lane_id(), column = blockIdx.x * COLUMNS + lane, blocks = size / COLUMNS;
-    float weights[ROWS];
-#pragma unroll
-    for (int j = 0; j < ROWS; j++) weights[j] = fn[(long long)(4 * j + stream) * size + column];
-    if (!MADE) await_previous();
-    for (int first = 0; first < tokens; first += TOGETHER) {
-        int count = tokens - first < TOGETHER ? tokens - first : TOGETHER;
-        float own[TOGETHER], next[TOGETHER], over[TOGETHER];
-        if constexpr (MADE) {
-            // Of the kernel in front only what it made is read, so what else it takes can be on its way before it ends.
-            float before[TOGETHER][4], sums[TOGETHER] = {};
-            float factors[TOGETHER];  // a warp's, spread over its lanes: comb [4, 4], then post [4]
-#pragma unroll
-            for (int t = 0; t < TOGETHER; t++)
-                if (t < count) {
-                    const float* at = made.streams + (long long)(first + t) * 4 * size + column;
-#pragma unroll
-                    for (int j = 0; j < 4; j++) before[t][j] = fresh(at + j * size);
-                    factors[t] = fresh(lane < 16 ? made.comb + (first + t) * 16 + lane
-                                                 : made.post + (first + t) * 4 + lane % 4);
-                }
-            if (first == 0) await_previous();
-            add_up(sums, made, first, count, size, column);
-#pragma unroll
-            for (int t = 0; t < TOGETHER; t++)
-                if (t < count) {
-                    own[t] = __shfl_sync(ALL, factors[t], 16 + stream) * sums[t];
-#pragma unroll
-                    for (int j = 0; j < 4; j++) own[t] += __shfl_sync(ALL, factors[t], 4 * j + stream) * before[t][j];
-                    shared_streams[t][stream][lane] = own[t];
-                    streams[((long long)(first + t) * 4 + stream) * size + column] = own[t];
-                }
-            __syncthreads();
-#pragma unroll
-            for (int t = 0; t < TOGETHER; t++)
-                if (t < count) {
-                    next[t] = shared_streams[t][(stream + 1) % 4][lane];
-                    over[t] = shared_streams[t][(stream + 2) % 4][lane];
-                }
-        } else {
-#pragma unroll
-            for (int t = 0; t < TOGETHER; t++)
-                if (t < count) {
-                    const float* at = streams + (long long)(first + t) * 4 * size + column;
-                    own[t] = at[stream * size];
-                    next[t] = at[(stream + 1) % 4 * size];
-                    over[t] = at[(stream + 2) % 4 * size];
-                }
-        }
-#pragma unroll
-        for (int t = 0; t < TOGETHER; t++)
-            if (t < count) {
-                float values[32] = {};
-#pragma unroll
-                for (int j = 0; j < ROWS; j++) values[j] = own[t] * weights[j];
-                values[24] = own[t] * own[t];
-                values[25] = own[t] * next[t];
-                values[26] = own[t] * over[t];  // of streams 0 and 1: the other two repeat them
-                warps[t][stream][lane] = sum_of_own<32>(values);
-            }
-        __syncthreads();
-        for (int n = threadIdx.x; n < count * SLOTS; n += THREADS) {
-            int t = n / SLOTS, slot = n % SLOTS;
-            const float(&of)[4][32] = warps[t];
-            float sum = slot < PRODUCTS ? of[0][slot] + of[1][slot] + of[2][slot] + of[3][slot]
-                                  : of[(slot - 24) % 4][24 + (slot - 24) / 4];
-            parts[((long long)(first + t) * SLOTS + slot) * blocks + blockIdx.x] = sum;
-        }
-        __syncthreads();
-    }
-}
-
-#define PARTIAL(NAME, ROWS)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(THREADS) NAME(                                                     \
-        const float* streams, const float* fn, float* parts, int tokens, int size) {                                \
-        partial<ROWS, false>(Made{}, const_cast<float*>(streams), fn, parts, tokens, size);                         \
-    }
-PARTIAL(penumbra_mix_partial, PRODUCTS)
-PARTIAL(penumbra_collapse_partial, 4)
-
-// Streams, post and comb are not from the kernel right in front: a sublayer lies between. A block is small enough to
-// begin beside the last blocks of that one.
-extern "C" __global__ void __launch_bounds__(THREADS, 4) penumbra_mix_between(
-    const float* made, int count, const float* beside, const float* before, const float* post, const float* comb,
-    float* streams, const float* fn, float* parts, int tokens, int size) {
-    partial<PRODUCTS, true>(Made{made, count, beside, before, post, comb}, streams, fn, parts, tokens, size);
-}
-
-__device__ __forceinline__ float opened(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 // value [4][4] -> softmax over rows, then rows and columns in turn divided by their sums. By one thread: all of it is a
 // chain, and a sum of four is shorter in registers than over lanes.
@@ -181,6 +69,7 @@ __device__ __forceinline__ void make_doubly_stochastic(float (&value)[4][4], int
 #pragma unroll
         for (int k = 0; k < 4; k++) value[j][k] = expf(value[j][k] - top);
     }
+#pragma unroll 1
     for (int round = 0; round < rounds; round++) {
         float first = round ? 0.0f : eps;  // the softmax itself is exact, and eps then added to it
 #pragma unroll
@@ -198,59 +87,218 @@ __device__ __forceinline__ void make_doubly_stochastic(float (&value)[4][4], int
     }
 }
 
-// x [tokens, size], normed by norm [size] unless that is null; post [tokens, 4], comb [tokens, 4, 4], unless that is null:
-// then a token has no block that makes these two.
-extern "C" __global__ void __launch_bounds__(THREADS) penumbra_mix_finish(
+// combs: the matrices of `count` tokens, each by a lane of a warp that has no weights.
+__device__ __forceinline__ void balance(float (*combs)[16], const Made& made, int first, int count) {
+    if (warp_id() < THREADS / 32 - 1 || lane_id() >= count) return;
+    float value[4][4];
+#pragma unroll
+    for (int i = 0; i < 16; i++) value[i / 4][i % 4] = fresh(made.comb + (first + lane_id()) * 16 + i);
+    if (made.rounds) make_doubly_stochastic(value, made.rounds, made.eps);
+#pragma unroll
+    for (int i = 0; i < 16; i++) combs[lane_id()][i] = value[i / 4][i % 4];
+}
+
+// values[i]: the i-th of `count` parts, which are `size` apart; zeros behind the last one. An address takes one
+// instruction.
+__device__ __forceinline__ void send_for(float (&values)[BATCH], const float* parts, int count, u32 size) {
+#pragma unroll
+    for (int i = 0; i < BATCH; i++)
+        values[i] = i < count ? *reinterpret_cast<const float*>(
+            reinterpret_cast<const u8*>(parts) + (unsigned long long)(4 * size) * i) : 0.0f;
+}
+
+// The value of a thread's stream of its token at its column, of the streams that `made` leaves, given what balance()
+// wrote; 0 where there is no such token. Of the kernel in front only what it made is read, so what else it takes can be on its way before that ends,
+// unless the kernel has waited already (EARLY false).
+template <bool EARLY>
+__device__ __forceinline__ float spread(
+    const float (*combs)[16], const Made& made, int first, int count, int size, int column) {
+    int stream = warp_id() % 4, token = first + warp_id() / 4;
+    bool here = warp_id() / 4 < count;
+    float before[4], post, in[BATCH], beside = 0.0f;
+    if (here) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) before[j] = fresh(made.streams + ((token * 4 + j) * size + column));
+        post = fresh(made.post + token * 4 + stream);
+    }
+    const float* parts = made.parts + (token * made.count * size + column);
+    if (EARLY) await_previous();
+    if (here) {
+        send_for(in, parts, made.count, size);
+        if (made.beside) beside = made.beside[token * size + column];
+    }
+    __syncthreads();  // while they are on their way
+    if (!here) return 0.0f;
+    float mixed = 0.0f, sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < 4; j++) mixed += combs[warp_id() / 4][4 * j + stream] * before[j];
+#pragma unroll 1
+    for (int part = 0; part < made.count; part += BATCH) {
+        if (part) send_for(in, parts + part * size, made.count - part, size);
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) sum += in[i];
+    }
+    return post * (sum + beside) + mixed;
+}
+
+// Of T tokens, of which `count` are there, the products of two rows with a block's columns: `weights` are a lane's four of
+// each row. parts: where those of the first token and row go.
+template <int T>
+__device__ __forceinline__ void products(
+    const Floats<4> (&weights)[2], const Floats<4> (*streams)[32], float* parts, int count, int blocks) {
+    float values[2 * T];
+#pragma unroll
+    for (int t = 0; t < T; t++) {
+        Floats<4> four = streams[t][lane_id()];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float& sum = values[i * T + t];
+            sum = four.f[0] * weights[i].f[0];
+#pragma unroll
+            for (int c = 1; c < 4; c++) sum += four.f[c] * weights[i].f[c];
+        }
+    }
+    float sum = sum_of_own(values);
+    int row = lane_id() / 16, t = lane_id() / (16 / T) % T;
+    if (lane_id() % (16 / T) == 0 && t < count) parts[(t * SLOTS + row) * blocks] = sum;
+}
+
+// One token's sums of products of two streams, of a block's columns: eight lanes have those of a stream with itself, the
+// next one and the one after.
+__device__ __forceinline__ void pairs(const Floats<4>* streams, float* parts, int blocks) {
+    Floats<4> own = streams[lane_id()];
+    float values[4] = {};
+#pragma unroll
+    for (int i = 0; i < 3; i++) {
+        Floats<4> other = streams[(lane_id() + 8 * i) % 32];
+#pragma unroll
+        for (int c = 0; c < 4; c++) values[i] += own.f[c] * other.f[c];
+    }
+    fold<4, 4>(values);
+    int pair = lane_id() % 8 / 2, slot = PRODUCTS + 4 * pair + lane_id() / 8;
+    if (lane_id() % 2 == 0 && slot < SLOTS) parts[slot * blocks] = values[0];
+}
+
+// streams [tokens, 4, size], fn [ROWS, 4 * size] -> parts [tokens, SLOTS, size / COLUMNS], without products that are not
+// there. MADE: the streams are those that `made` leaves, and are written.
+template <int ROWS, bool MADE>
+__device__ __forceinline__ void partial(
+    const Made& made, float* streams, const float* fn, float* parts, int tokens, int size) {
+    __shared__ __align__(16) float shared_streams[TOGETHER][4][COLUMNS], combs[TOGETHER][16];
+    int blocks = size / COLUMNS, block = blockIdx.x % blocks, first = blockIdx.x / blocks * TOGETHER;
+    int count = tokens - first < TOGETHER ? tokens - first : TOGETHER;
+    int warp = warp_id(), token = warp / 4, column = block * COLUMNS + lane_id();
+    bool multiplies = warp < ROWS / 2;
+    if (MADE) balance(combs, made, first, count);
+    Floats<4> weights[2];
+    if (multiplies)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            weights[i] = *reinterpret_cast<const Floats<4>*>(
+                fn + (((2 * warp + i) * 4 + lane_id() / 8) * size + block * COLUMNS + lane_id() % 8 * 4));
+    float* at = streams + ((first * 4 + warp) * size + column);
+    float value;
+    if constexpr (MADE) {
+        value = spread<true>(combs, made, first, count, size, column);
+        if (token < count) *at = value;
+    } else {
+        await_previous();
+        if (token < count) value = *at;
+    }
+    if (token < count) shared_streams[token][warp % 4][lane_id()] = value;
+    __syncthreads();
+    parts += first * SLOTS * blocks + block;
+    auto fours = reinterpret_cast<const Floats<4>(*)[32]>(shared_streams);
+    if (multiplies) {
+        if (count == 1) products<1>(weights, fours, parts + 2 * warp * blocks, count, blocks);
+        else products<TOGETHER>(weights, fours, parts + 2 * warp * blocks, count, blocks);
+    } else if (int t = warp - PRODUCTS / 2; t >= 0 && t < count) {
+        pairs(fours[t], parts + t * SLOTS * blocks, blocks);
+    }
+}
+
+#define PARTIAL(NAME, ROWS)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME(                                                  \
+        const float* streams, const float* fn, float* parts, int tokens, int size) {                                \
+        partial<ROWS, false>(Made{}, const_cast<float*>(streams), fn, parts, tokens, size);                         \
+    }
+PARTIAL(penumbra_mix_partial, PRODUCTS)
+PARTIAL(penumbra_collapse_partial, 4)
+
+// Streams, post and comb are not from the kernel right in front: a sublayer lies between. A block is small enough to
+// begin beside the last blocks of that one.
+extern "C" __global__ void __launch_bounds__(THREADS, 3) penumbra_mix_between(
+    const float* made, int count, const float* beside, const float* before, const float* post, const float* comb,
+    int rounds, float eps, float* streams, const float* fn, float* parts, int tokens, int size) {
+    partial<PRODUCTS, true>(
+        Made{made, count, beside, before, post, comb, rounds, eps}, streams, fn, parts, tokens, size);
+}
+
+// Anything may be from the kernel right in front.
+extern "C" __global__ void __launch_bounds__(THREADS, 3) penumbra_mix_out(
+    const float* made, int count, const float* beside, const float* before, const float* post, const float* comb,
+    int rounds, float eps, float* streams, int tokens, int size) {
+    __shared__ __align__(16) float combs[TOGETHER][16];
+    await_previous();
+    int blocks = size / COLUMNS, first = blockIdx.x / blocks * TOGETHER, column = blockIdx.x % blocks * COLUMNS + lane_id();
+    int here = tokens - first < TOGETHER ? tokens - first : TOGETHER;
+    Made all{made, count, beside, before, post, comb, rounds, eps};
+    balance(combs, all, first, here);
+    float value = spread<false>(combs, all, first, here, size, column);
+    if (warp_id() < 4 * here) streams[(first * 4 + warp_id()) * size + column] = value;
+}
+
+__device__ __forceinline__ float opened(float x) { return inverse(1.0f + expf(-x)); }
+
+// x [tokens, size], normed by norm [size] unless that is null; post [tokens, 4] and the logits of comb [tokens, 4, 4],
+// unless these are null: then a token has no block that makes them.
+extern "C" __global__ void __launch_bounds__(FINISHING) penumbra_mix_finish(
     const float* parts, const float* streams, const float* base, const float* scale, const float* norm, float* x,
-    float* post, float* comb, int size, float rms_eps, float hc_eps, int rounds) {
-    __shared__ float sums[SLOTS];
-    const int own_slots = (SLOTS + 3) / 4;  // of a warp
-    int wide = (size + WIDE - 1) / WIDE, each = comb ? wide + 1 : wide;
+    float* post, float* comb, int size, float rms_eps, float hc_eps) {
+    __shared__ __align__(16) float sums[SLOTS];
+    int wide = (size + WIDE - 1) / WIDE, each = post ? wide + 1 : wide;
     int token = blockIdx.x / each, part = blockIdx.x % each;
     int blocks = size / COLUMNS, column = part * WIDE + 4 * threadIdx.x;
-    bool mixes = part < wide && column < size;
+    bool mixing = part < wide, mixes = mixing && 4 * threadIdx.x < WIDE && column < size;
+    // A block that mixes needs the first four products and all sums of streams, the other one the other products and
+    // how long the streams are.
+    int nth = threadIdx.x / 8, slot = mixing ? (nth < 4 ? nth : nth + 20) : nth + 4;
+    bool adds = nth < (mixing ? 14 : 24);
+    int row = mixing ? threadIdx.x % 4 : threadIdx.x < 20 ? threadIdx.x + 4 : 4;
+    float share = inverse(size);
+    float bias = base[row], by = scale[row < 4 ? 0 : row < 8 ? 1 : 2];
     Floats<4> weights = {{1.0f, 1.0f, 1.0f, 1.0f}}, in_streams[4];
+    int part_of_eight = 4 * (threadIdx.x % 8), left = blocks - part_of_eight;
+    auto of_slot = reinterpret_cast<const Floats<4>*>(parts + (token * SLOTS + slot) * blocks + part_of_eight);
     if (mixes && norm) weights = *reinterpret_cast<const Floats<4>*>(norm + column);
     await_previous();
     if (mixes)
 #pragma unroll
         for (int k = 0; k < 4; k++)
-            in_streams[k] = *reinterpret_cast<const Floats<4>*>(streams + (long long)(token * 4 + k) * size + column);
-    const float* mine = parts + (long long)token * SLOTS * blocks;
-    float found[own_slots] = {};
-    for (int b = 4 * lane_id(); b < blocks; b += 128)
+            in_streams[k] = *reinterpret_cast<const Floats<4>*>(streams + ((token * 4 + k) * size + column));
+    Floats<4> found[BATCH] = {};
+    if (adds)
 #pragma unroll
-        for (int i = 0; i < own_slots; i++)
-            if (warp_id() + 4 * i < SLOTS) {
-                Floats<4> four = *reinterpret_cast<const Floats<4>*>(mine + (warp_id() + 4 * i) * blocks + b);
-                found[i] += (four.f[0] + four.f[1]) + (four.f[2] + four.f[3]);
-            }
+        for (int i = 0; i < BATCH; i++)
+            if (32 * i < left) found[i] = of_slot[8 * i];
+    float sum = 0.0f;
 #pragma unroll
-    for (int d = 16; d > 0; d /= 2)
+    for (int i = 0; i < BATCH; i++) sum += (found[i].f[0] + found[i].f[1]) + (found[i].f[2] + found[i].f[3]);
 #pragma unroll
-        for (int i = 0; i < own_slots; i++) found[i] += __shfl_xor_sync(ALL, found[i], d);
-    if (lane_id() == 0)
-#pragma unroll
-        for (int i = 0; i < own_slots; i++)
-            if (warp_id() + 4 * i < SLOTS) sums[warp_id() + 4 * i] = found[i];
+    for (int d = 4; d > 0; d /= 2) sum += __shfl_xor_sync(ALL, sum, d);
+    if (adds && threadIdx.x % 8 == 0) sums[slot] = sum;
     __syncthreads();
-    float shrink = 1.0f / sqrtf((sums[24] + sums[25] + sums[26] + sums[27]) / (4.0f * size) + rms_eps);
-    if (part == wide) {
-        int at = threadIdx.x - 32;
-        if (at >= 0 && at < 4) post[token * 4 + at] = 2.0f * opened(sums[4 + at] * shrink * scale[1] + base[4 + at]);
-        if (threadIdx.x) return;
-        float value[4][4];
-#pragma unroll
-        for (int i = 0; i < 16; i++) value[i / 4][i % 4] = sums[8 + i] * shrink * scale[2] + base[8 + i];
-        make_doubly_stochastic(value, rounds, hc_eps);
-#pragma unroll
-        for (int i = 0; i < 16; i++) comb[token * 16 + i] = value[i / 4][i % 4];
+    float shrink = inverse_root(((sums[24] + sums[25]) + (sums[26] + sums[27])) * (0.25f * share) + rms_eps);
+    float logit = sums[row] * shrink * by + bias;
+    if (!mixing) {
+        if (threadIdx.x < 4) post[token * 4 + threadIdx.x] = 2.0f * opened(logit);
+        else if (threadIdx.x < 20) comb[token * 16 + threadIdx.x - 4] = logit;
         return;
     }
-    float in[4];
+    if (warp_id() >= WIDE / 128) return;
+    float in[4], own = opened(logit) + hc_eps, factor = 1.0f;
 #pragma unroll
-    for (int k = 0; k < 4; k++) in[k] = opened(sums[k] * shrink * scale[0] + base[k]) + hc_eps;
-    float factor = 1.0f;
+    for (int k = 0; k < 4; k++) in[k] = __shfl_sync(ALL, own, k);
     if (norm) {
         float squares = 0.0f;
 #pragma unroll
@@ -258,7 +306,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) penumbra_mix_finish(
             squares += in[k] * in[k] * sums[24 + k] + 2.0f * in[k] * in[(k + 1) % 4] * sums[28 + k];
             if (k < 2) squares += 2.0f * in[k] * in[k + 2] * sums[32 + k];
         }
-        factor = 1.0f / sqrtf(squares / size + rms_eps);
+        factor = inverse_root(squares * share + rms_eps);
     }
     if (!mixes) return;
     Floats<4> mixed;
@@ -269,5 +317,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) penumbra_mix_finish(
         for (int k = 0; k < 4; k++) mixed.f[i] += in[k] * in_streams[k].f[i];
         mixed.f[i] *= factor * weights.f[i];
     }
-    *reinterpret_cast<Floats<4>*>(x + (long long)token * size + column) = mixed;
+    *reinterpret_cast<Floats<4>*>(x + (token * size + column)) = mixed;
 }

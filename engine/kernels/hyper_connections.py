@@ -7,6 +7,7 @@ are independent of their neighbours, bit for bit.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,27 @@ class HyperSite:
         return self.packed_fn.transpose(0, 1).flatten(1) if self.packed else self.packed_fn
 
 
+@dataclass(frozen=True, slots=True)
+class Unbalanced:
+    """A mixing matrix that whoever takes it still makes doubly stochastic: logits [T, 4, 4], by so many rounds.
+
+    Of a few tokens on a GPU: that takes longer than all else `mix_in` does, and can be done while the layer runs.
+    """
+
+    logits: Tensor
+    rounds: int
+    eps: float
+
+    def balanced(self) -> Tensor:
+        """[T, 4, 4]: comb[j, k] carries stream j into stream k."""
+        comb = self.logits.softmax(dim=-1) + self.eps
+        comb = comb / (comb.sum(dim=1, keepdim=True) + self.eps)
+        for _ in range(self.rounds - 1):
+            comb = comb / (comb.sum(dim=2, keepdim=True) + self.eps)
+            comb = comb / (comb.sum(dim=1, keepdim=True) + self.eps)
+        return comb
+
+
 def embedded(embedding: Tensor, token_ids: Tensor) -> Tensor:
     """embedding [V, D], token_ids [T] int64 -> [T, 4, D] fp32: all streams begin with a token's row."""
     if embedding.is_cuda:
@@ -68,11 +90,12 @@ def embedded(embedding: Tensor, token_ids: Tensor) -> Tensor:
 
 def mix_in(
     streams: Tensor, site: HyperSite, rms_eps: float, hc_eps: float, iters: int, norm: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | Unbalanced]:
     """What the layer reads, and how its result will be spread.
 
     streams [T, 4, D] -> x [T, D], post [T, 4], comb [T, 4, 4]; comb[j, k] carries stream j into stream k,
-    and its columns sum to 1 because the last of the `iters` Sinkhorn rounds ends on columns.
+    and its columns sum to 1 because the last of the `iters` Sinkhorn rounds ends on columns. Of a few tokens on a GPU
+    those rounds are left to whoever takes it.
     norm [D] or None: x goes through an RMSNorm of these weights.
     """
     tokens, size = _shape(streams)
@@ -96,12 +119,8 @@ def mix_in(
     pre = _sigmoid(mix[:, :4] * pre_scale + site.base[:4]) + hc_eps
     post = 2 * _sigmoid(mix[:, 4:8] * post_scale + site.base[4:8])
     logits = (mix[:, 8:] * comb_scale + site.base[8:]).view(-1, STREAMS, STREAMS)
-    comb = logits.softmax(dim=-1) + hc_eps
-    comb = comb / (comb.sum(dim=1, keepdim=True) + hc_eps)
-    for _ in range(iters - 1):
-        comb = comb / (comb.sum(dim=2, keepdim=True) + hc_eps)
-        comb = comb / (comb.sum(dim=1, keepdim=True) + hc_eps)
     x = _weigh(streams, pre)
+    comb = Unbalanced(logits, iters, hc_eps).balanced()
     return x if norm is None else rms_norm(x, norm, rms_eps), post, comb
 
 
@@ -111,7 +130,7 @@ class Behind(NamedTuple):
     made: Tensor | Parts
     streams: Tensor
     post: Tensor
-    comb: Tensor
+    comb: Tensor | Unbalanced
 
 
 def streams_of(before: Tensor | Behind) -> Tensor:
@@ -121,7 +140,7 @@ def streams_of(before: Tensor | Behind) -> Tensor:
 
 def mix_on(
     before: Tensor | Behind, site: HyperSite, rms_eps: float, hc_eps: float, iters: int, norm: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | Unbalanced]:
     """`mix_in` of the streams in front of a sublayer -> x, the streams themselves, post, comb.
 
     For a few tokens on a GPU in one go with the `mix_out` of the sublayer before.
@@ -140,8 +159,8 @@ def mix_on(
     return x, streams, post, comb
 
 
-def mix_out(y: Tensor | Parts, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-    """The streams after the layer: y [T, D], streams [T, 4, D] -> [T, 4, D].
+def mix_out(y: Tensor | Parts, streams: Tensor, post: Tensor, comb: Tensor | Unbalanced) -> Tensor:
+    """The streams after the layer: y [T, D], streams [T, 4, D], post and comb of `mix_in` -> [T, 4, D].
 
     Stream k becomes post[k] * y + sum over j of comb[j, k] * streams[j]: comb is summed over its FIRST index.
     """
@@ -150,15 +169,18 @@ def mix_out(y: Tensor | Parts, streams: Tensor, post: Tensor, comb: Tensor) -> T
 
         return device.mix_out(y.parts, streams, post, comb, y.beside)
     tokens, size = _shape(streams)
-    if y.shape != (tokens, size) or post.shape != (tokens, STREAMS) or comb.shape != (tokens, STREAMS, STREAMS):
+    shape = (comb.logits if isinstance(comb, Unbalanced) else comb).shape
+    if y.shape != (tokens, size) or post.shape != (tokens, STREAMS) or shape != (tokens, STREAMS, STREAMS):
         raise ValueError(
             f"y {list(y.shape)}, streams {list(streams.shape)}, post {list(post.shape)} and comb "
-            f"{list(comb.shape)} do not belong together"
+            f"{list(shape)} do not belong together"
         )
     if streams.is_cuda:
         from engine.kernels.device import hyper_connections as device
 
         return device.mix_out(y, streams, post, comb)
+    if isinstance(comb, Unbalanced):
+        comb = comb.balanced()
     if size % _LANES == 0 and (twin := native.function("penumbra_mix_out", *_MIX_OUT)) is not None:
         y, streams, post, comb = (fp32_rows(t).contiguous() for t in (y, streams, post, comb))
         out = torch.empty_like(streams)

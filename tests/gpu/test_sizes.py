@@ -285,17 +285,25 @@ def test_hyper_connections_of_few_tokens(size: int) -> None:
         site = hyper_connections.HyperSite(fn.cpu(), base.cpu(), scale.cpu())
         expected = hyper_connections.mix_in(streams.cpu(), site, 1e-6, 1e-6, 20)
         got = device_hyper.mix_in(streams, fn, base, scale, None, 1e-6, 1e-6, 20)
-        for n, tolerance in enumerate((2e-5, 2e-6, 1e-5)):
-            assert torch.allclose(got[n].cpu(), expected[n], rtol=tolerance, atol=tolerance)
+        for one, wanted, tolerance in zip((*got[:2], got[2].balanced()), expected, (2e-5, 2e-6, 1e-5), strict=True):
+            assert torch.allclose(one.cpu(), wanted, rtol=tolerance, atol=tolerance)
         mixed = partial(device_hyper.mix_in, streams, fn, base, scale, None, 1e-6, 1e-6, 20)
         ten_times(lambda mixed=mixed: mixed()[0])
         made, beside = torch.randn(tokens, 6, size, device="cuda"), torch.randn(tokens, size, device="cuda")
-        after = hyper_connections.mix_out(made.sum(1) + beside, streams, *got[1:])
+        matrix = got[2].balanced()
+        after = torch.einsum("tk,td->tkd", got[1], made.sum(1) + beside) + torch.einsum("tjk,tjd->tkd", matrix, streams)
         how = (fn, base, scale, None, 1e-6, 1e-6, 20)
         between = partial(device_hyper.mix_between, made, beside, streams, *got[1:], *how)
         assert torch.allclose(ten_times(lambda between=between: between()[1]), after, rtol=1e-5, atol=1e-5)
-        for one, wanted in zip(between()[::3], device_hyper.mix_in(after, *how)[::2], strict=True):
-            assert torch.allclose(one, wanted, rtol=2e-5, atol=2e-5)
+        x, streams_after, post, comb = between()
+        assert torch.equal(device_hyper.mix_out(made, streams, *got[1:], beside), streams_after)
+        wanted = device_hyper.mix_in(streams_after, *how)
+        for one, other in zip((x, post, comb.logits), (*wanted[:2], wanted[2].logits), strict=True):
+            assert torch.equal(one, other)
+        last = [t[-1:].contiguous() for t in (made, beside, streams, got[1], got[2].logits)]
+        alone = device_hyper.mix_between(*last[:4], replace(got[2], logits=last[4]), *how)
+        for one, other in zip((*alone[:3], alone[3].logits), (x, streams_after, post, comb.logits), strict=True):
+            assert torch.equal(one, other[-1:])
 
 
 @pytest.mark.parametrize(("count", "hidden", "k"), [(256, 4096, 6), (384, 7168, 6)])

@@ -415,19 +415,23 @@ def test_hyper_connections(size):
 @pytest.mark.parametrize("size", [256, 1536])
 @pytest.mark.parametrize("count", [1, 6])
 def test_hyper_connections_between_sublayers(size, count):
-    """In one go what is otherwise done by kernel after kernel, bit for bit where it is the same sum."""
+    """In one go what is otherwise done by kernel after kernel; bit for bit where CUDA C++ does both."""
     made, beside, streams = randn(5, count, size), randn(5, size, seed=1), randn(5, 4, size, seed=2)
-    post, comb = torch.rand(5, 4), torch.rand(5, 4, 4)
+    post, comb = torch.rand(5, 4), hyper_connections.Unbalanced(there(randn(5, 4, 4, seed=6)), 20, 1e-6)
     fn, base, scale = randn(24, 4 * size, seed=2) * 0.1, randn(24, seed=3) * 0.5, randn(3, seed=4) * 0.2 + 1
-    given = [there(t) for t in (streams, post, comb)]
+    given = [there(t) for t in (streams, post)]
     how = (*map(there, (fn, base, scale, randn(size, seed=5))), 1e-6, 1e-6, 20)
     summed = device_experts.sum_picks(there(made), there(beside))
-    after = device_hyper.mix_out(summed, *given)
+    after = device_hyper.mix_out(summed, *given, comb.balanced())
     use_cuda_products(True)  # these kernels there are in CUDA C++ alone
-    x, *mixing = device_hyper.mix_in(after, *how)
-    found = device_hyper.mix_between(there(made), there(beside), *given, *how)
-    for got, expected in zip(found, (x, after, *mixing), strict=True):
-        assert torch.allclose(got, expected, rtol=1e-6, atol=1e-6)
+    x, streams, post, logits = device_hyper.mix_between(there(made), there(beside), *given, comb, *how)
+    assert torch.allclose(streams, after, rtol=1e-5, atol=1e-5)
+    assert torch.equal(device_hyper.mix_out(there(made), *given, comb, there(beside)), streams)
+    ready = device_hyper.mix_between(there(made), there(beside), *given, comb.balanced(), *how)
+    assert torch.allclose(ready[1], streams, rtol=1e-5, atol=1e-5)
+    alone = device_hyper.mix_in(streams, *how)
+    for got, expected in zip((x, post, logits.logits), (*alone[:2], alone[2].logits), strict=True):
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels.hyper_connections import Behind, HyperSite, collapse, mix_in, mix_on, mix_out, streams_of
+from engine.kernels.hyper_connections import (
+    Behind,
+    HyperSite,
+    Unbalanced,
+    collapse,
+    mix_in,
+    mix_on,
+    mix_out,
+    streams_of,
+)
 from engine.kernels.norm_rope import rms_norm
 
 EPS = 1e-6
@@ -81,6 +90,16 @@ def test_behind_a_sublayer_streams_are_spread_and_mixed_as_one_after_the_other(e
     for before in (behind, after):
         for got, want in zip(mix_on(before, site, EPS, EPS, 20, norm), (x, after, *mixing), strict=True):
             assert torch.equal(got, want)
+
+
+def test_whoever_takes_a_matrix_that_is_not_balanced_balances_it(engine: str) -> None:
+    y, streams, post, logits = draw(5, 256), draw(5, 4, 256, seed=1), draw(5, 4, seed=2), draw(5, 4, 4, seed=3)
+    comb = Unbalanced(logits, 20, EPS)
+    for sums in (comb.balanced().sum(1), comb.balanced().sum(2)):
+        torch.testing.assert_close(sums, torch.ones(5, 4), rtol=0, atol=1e-5)
+    assert torch.equal(mix_out(y, streams, post, comb), mix_out(y, streams, post, comb.balanced()))
+    with pytest.raises(ValueError, match="do not belong together"):
+        mix_out(y, streams, post, Unbalanced(logits[:4], 20, EPS))
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -1,15 +1,18 @@
-"""The hyper-connections of a few tokens: the source of the CUDA kernels run on the CPU, against the reference."""
+"""The hyper-connections of a few tokens: the source of the CUDA kernels run on the CPU, against the formulas in fp64.
+
+What the kernel in front writes is NaN there until a block has waited for it.
+"""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels.hyper_connections import HyperSite, collapse, mix_in, mix_out
-from engine.kernels.norm_rope import rms_norm
+from engine.kernels.hyper_connections import Unbalanced
 from tests.kernels.cuda_on_cpu import compiled
 
 EPS = 1e-6
@@ -23,7 +26,7 @@ _TENSORS = (
 class Call(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _TENSORS),
-        *((name, ctypes.c_int) for name in ("count", "tokens", "size", "rounds")),
+        *((name, ctypes.c_int) for name in ("count", "tokens", "size", "rounds", "turns")),
         *((name, ctypes.c_float) for name in ("rms_eps", "hc_eps")),
     )
 
@@ -33,13 +36,14 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return compiled("mix_few", tmp_path_factory.mktemp("mix"))
 
 
-def run(library: ctypes.CDLL, streams: Tensor, count: int = 1, **tensors: Tensor | None) -> None:
+def run(
+    library: ctypes.CDLL, streams: Tensor, count: int = 1, rounds: int = 0, turns: int = 0, **tensors: Tensor | None
+) -> None:
     tokens, _, size = streams.shape
-    given = {"streams": streams, "parts": torch.full((tokens, 34, size // 32), torch.nan), **tensors}
+    given = {"streams": streams, "parts": nothing(tokens, 34, size // 32), **tensors}
     at = {name: t.data_ptr() for name, t in given.items() if t is not None}
-    library.run_mix(
-        ctypes.byref(Call(**at, count=count, tokens=tokens, size=size, rounds=ROUNDS, rms_eps=EPS, hc_eps=EPS))
-    )
+    numbers = {"count": count, "tokens": tokens, "size": size, "rounds": rounds, "turns": turns}
+    library.run_mix(ctypes.byref(Call(**at, **numbers, rms_eps=EPS, hc_eps=EPS)))
 
 
 def nothing(*shape: int) -> Tensor:
@@ -53,76 +57,113 @@ def opposite(tokens: int, size: int, g: torch.Generator) -> Tensor:
     return streams
 
 
-def site_of(size: int, g: torch.Generator) -> HyperSite:
-    return HyperSite(
-        torch.randn(24, 4 * size, generator=g) * size**-0.5, torch.randn(24, generator=g), torch.rand(3, generator=g)
-    )
+class Site:
+    """Parameters of one site, and what they mean in fp64."""
+
+    def __init__(self, size: int, g: torch.Generator, rows: int = 24) -> None:
+        self.fn = torch.randn(rows, 4 * size, generator=g) * size**-0.5
+        self.base, self.scale = torch.randn(rows, generator=g), torch.rand(3 if rows == 24 else 1, generator=g)
+        self.norm = 1 + 0.1 * torch.randn(size, generator=g)
+
+    def given(self, normed: bool = True) -> dict[str, Tensor | None]:
+        return {"fn": self.fn, "base": self.base, "scale": self.scale, "norm": self.norm if normed else None}
+
+    def expected(self, streams: Tensor, normed: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """x, post and the logits of comb; the last two are empty where there are four rows."""
+        flat = streams.double().flatten(1)
+        products = flat @ self.fn.double().T / (flat.square().mean(1, keepdim=True) + EPS).sqrt()
+        scale = self.scale.double().repeat_interleave(torch.tensor([4, 4, 16][: len(self.scale)]))
+        logits = products * scale + self.base.double()
+        x = ((logits[:, :4].sigmoid() + EPS)[:, :, None] * streams.double()).sum(1)
+        if normed:
+            x = x / (x.square().mean(1, keepdim=True) + EPS).sqrt() * self.norm.double()
+        return x, 2 * logits[:, 4:8].sigmoid(), logits[:, 8:].unflatten(1, (-1, 4)) if len(self.scale) > 1 else x[:0]
+
+
+def spread(made: Tensor, beside: Tensor | None, before: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    """The streams behind a sublayer, in fp64."""
+    total = made.double().sum(1) if beside is None else made.double().sum(1) + beside.double()
+    return post.double()[:, :, None] * total[:, None] + torch.einsum("tjk,tjd->tkd", comb.double(), before.double())
 
 
 def check(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    for one, wanted, tolerance in zip(got, expected, (2e-5, 1e-6, 1e-5), strict=True):
-        assert torch.allclose(one, wanted, rtol=tolerance, atol=tolerance)
+    assert len(got) == len(expected)
+    for one, wanted, tolerance in zip(got, expected, (2e-5, 1e-6, 1e-5), strict=False):
+        assert torch.allclose(one.double(), wanted, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("tokens", "size"), [(1, 128), (3, 640), (8, 1024)])
+def outputs(tokens: int, size: int) -> dict[str, Tensor]:
+    return {"x": nothing(tokens, size), "post": nothing(tokens, 4), "comb": nothing(tokens, 4, 4)}
+
+
+@pytest.mark.parametrize(("tokens", "size", "turns"), [(1, 128, 1), (3, 640, 2), (8, 1024, 3), (1, 7168, 0)])
 @pytest.mark.parametrize("normed", [False, True])
-def test_what_goes_in_and_how_streams_mix_is_that_of_the_reference(
-    library, tokens: int, size: int, normed: bool
+def test_what_goes_in_and_how_streams_mix_is_what_the_formulas_say(
+    library, tokens: int, size: int, turns: int, normed: bool
 ) -> None:
     g = torch.Generator().manual_seed(size)
-    streams, site = opposite(tokens, size, g), site_of(size, g)
-    norm = 1 + 0.1 * torch.randn(size, generator=g)
-    expected, *mixing = mix_in(streams, site, EPS, EPS, ROUNDS)
-    if normed:
-        expected = rms_norm(expected, norm, EPS)
-    x, post, comb = nothing(tokens, size), nothing(tokens, 4), nothing(tokens, 4, 4)
-    run(
-        library, streams, fn=site.fn.contiguous(), base=site.base, scale=site.scale, norm=norm if normed else None,
-        x=x, post=post, comb=comb,
-    )  # fmt: skip
-    check((x, post, comb), (expected, *mixing))
-    ones = torch.ones(tokens, 4)
-    assert torch.allclose(comb.sum(1), ones, atol=1e-5)
-    assert torch.allclose(comb.sum(2), ones, atol=1e-4)
+    streams, site, out = opposite(tokens, size, g), Site(size, g), outputs(tokens, size)
+    run(library, streams, turns=turns, **site.given(normed), **out)
+    check(tuple(out.values()), site.expected(streams, normed))
 
 
-@pytest.mark.parametrize(("tokens", "size", "count"), [(1, 128, 1), (3, 640, 6), (5, 256, 8), (9, 128, 11)])
+@pytest.mark.parametrize(
+    ("tokens", "size", "count", "turns"), [(1, 128, 1, 0), (2, 640, 6, 1), (4, 256, 8, 2), (9, 128, 19, 3)]
+)
 @pytest.mark.parametrize("with_beside", [False, True])
+@pytest.mark.parametrize("rounds", [0, ROUNDS])
 def test_what_a_sublayer_made_is_spread_before_the_streams_are_mixed(
-    library, tokens: int, size: int, count: int, with_beside: bool
+    library, tokens: int, size: int, count: int, turns: int, with_beside: bool, rounds: int
 ) -> None:
     g = torch.Generator().manual_seed(size + count)
-    before, site = opposite(tokens, size, g), site_of(size, g)
-    before_post, before_comb = torch.rand(tokens, 4, generator=g), torch.rand(tokens, 4, 4, generator=g)
+    before, site, out = opposite(tokens, size, g), Site(size, g), outputs(tokens, size)
+    before_post, before_comb = torch.rand(tokens, 4, generator=g), 3 * torch.randn(tokens, 4, 4, generator=g)
+    matrix = Unbalanced(before_comb.double(), rounds, EPS).balanced() if rounds else before_comb
+    if rounds:
+        assert torch.allclose(matrix.sum(1), torch.ones(tokens, 4).double(), atol=1e-5)
     made = torch.randn(tokens, count, size, generator=g)
     beside = torch.randn(tokens, size, generator=g) if with_beside else None
-    total = made[:, 0].clone()
-    for part in (*made.unbind(1)[1:], *([beside] if beside is not None else [])):
-        total += part  # in this order
-    expected = mix_out(total, before, before_post, before_comb)
-    norm = 1 + 0.1 * torch.randn(size, generator=g)
-    streams, x, post, comb = (nothing(tokens, *shape) for shape in ((4, size), (size,), (4,), (4, 4)))
-    common = {"fn": site.fn.contiguous(), "base": site.base, "scale": site.scale, "norm": norm}
-    run(
-        library, streams, count, made=made, beside=beside, before=before, before_post=before_post,
-        before_comb=before_comb, **common, x=x, post=post, comb=comb,
-    )  # fmt: skip
-    assert torch.allclose(streams, expected, rtol=1e-6, atol=1e-6)
-    again = [torch.full_like(t, torch.nan) for t in (x, post, comb)]
-    run(library, streams, **common, x=again[0], post=again[1], comb=again[2])
-    for got, alone in zip((x, post, comb), again, strict=True):
-        assert torch.equal(got, alone), "the streams it made are those it went on with"
-    check((x, post, comb), mix_in(streams, site, EPS, EPS, ROUNDS, norm))
+    given = {
+        "made": made, "beside": beside, "before": before, "before_post": before_post, "before_comb": before_comb,
+    }  # fmt: skip
+    streams, alone = nothing(tokens, 4, size), nothing(tokens, 4, size)
+    run(library, streams, count, rounds, turns, **given, **site.given(), **out)
+    expected = spread(made, beside, before, before_post, matrix)
+    assert torch.allclose(streams.double(), expected, rtol=1e-6, atol=5e-6)
+    run(library, alone, count, rounds, turns, **given)
+    assert torch.equal(alone, streams), "whether or not they are mixed as well"
+    again = outputs(tokens, size)
+    run(library, streams, turns=turns, **site.given(), **again)
+    for name, got in out.items():
+        assert torch.equal(got, again[name]), "the streams it made are those it went on with"
+    check(tuple(out.values()), site.expected(streams))
 
 
-@pytest.mark.parametrize(("tokens", "size"), [(1, 128), (5, 640)])
+@pytest.mark.parametrize(("tokens", "size", "turns"), [(1, 128, 0), (5, 640, 3)])
 @pytest.mark.parametrize("normed", [False, True])
-def test_the_streams_become_one(library, tokens: int, size: int, normed: bool) -> None:
+def test_the_streams_become_one(library, tokens: int, size: int, turns: int, normed: bool) -> None:
     g = torch.Generator().manual_seed(size)
-    streams = opposite(tokens, size, g)
-    fn, base = torch.randn(4, 4 * size, generator=g) * size**-0.5, torch.randn(4, generator=g)
-    scale, norm = torch.rand(1, generator=g), 1 + 0.1 * torch.randn(size, generator=g)
-    expected = collapse(streams, fn, base, scale, EPS, EPS, norm if normed else None)
-    x = nothing(tokens, size)
-    run(library, streams, fn=fn, base=base, scale=scale, norm=norm if normed else None, x=x)
-    assert torch.allclose(x, expected, rtol=2e-5, atol=2e-5)
+    streams, site, x = opposite(tokens, size, g), Site(size, g, 4), nothing(tokens, size)
+    run(library, streams, turns=turns, **site.given(normed), x=x)
+    check((x,), site.expected(streams, normed)[:1])
+
+
+def test_a_token_has_the_same_bits_alone_and_in_any_company(library) -> None:
+    g = torch.Generator().manual_seed(7)
+    tokens, size, count = 7, 256, 3
+    site = Site(size, g)
+    given = {
+        "made": torch.randn(tokens, count, size, generator=g), "beside": torch.randn(tokens, size, generator=g),
+        "before": opposite(tokens, size, g), "before_post": torch.rand(tokens, 4, generator=g),
+        "before_comb": torch.randn(tokens, 4, 4, generator=g),
+    }  # fmt: skip
+
+    def results(first: int, end: int) -> Iterator[Tensor]:
+        streams, out = nothing(end - first, 4, size), outputs(end - first, size)
+        some = {name: t[first:end].contiguous() for name, t in given.items()}
+        run(library, streams, count, ROUNDS, **some, **site.given(), **out)
+        return iter((streams, *out.values()))
+
+    for first, end in ((0, 1), (3, 4), (2, 5), (1, 5), (6, 7)):
+        for some, every in zip(results(first, end), results(0, tokens), strict=True):
+            assert torch.equal(some, every[first:end])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.kernels.device import mix_few
 from engine.kernels.device.early import await_previous, early
+from engine.kernels.hyper_connections import Unbalanced
 
 _STEP = 128
 _ROWS = tl.constexpr(32)
@@ -178,15 +179,16 @@ def _partials(streams: Tensor, fn: Tensor) -> tuple[Tensor, int]:
 def mix_in(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm: Tensor | None, rms_eps: float, hc_eps: float,
     iters: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | Unbalanced]:  # fmt: skip
     """As `engine.kernels.hyper_connections.mix_in`, and x normed by `norm` [D] where it is given."""
     streams = streams.contiguous()
     tokens, _, size = streams.shape
     x = torch.empty(tokens, size, dtype=torch.float32, device=streams.device)
     post, comb = (torch.empty(tokens, 4, *more, dtype=torch.float32, device=streams.device) for more in ((), (4,)))
     if mix_few.takes(tokens, size):
-        mix_few.mix_in(streams, fn, base, scale, norm, rms_eps, hc_eps, iters, x, post, comb)
-    elif tokens:
+        mix_few.mix_in(streams, fn, base, scale, norm, rms_eps, hc_eps, x, post, comb)
+        return x, post, Unbalanced(comb, iters, hc_eps)
+    if tokens:
         parts, splits = _partials(streams, fn)
         _finish[(tokens,)](
             parts, streams, base, scale, norm, x, post, comb, tokens, size, rms_eps, hc_eps, ITERS=iters,
@@ -202,19 +204,21 @@ def takes_between(tokens: int, size: int) -> bool:
 
 
 def mix_between(
-    made: Tensor, beside: Tensor | None, streams: Tensor, post: Tensor, comb: Tensor, fn: Tensor, base: Tensor,
-    scale: Tensor, norm: Tensor | None, rms_eps: float, hc_eps: float, iters: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    made: Tensor, beside: Tensor | None, streams: Tensor, post: Tensor, comb: Tensor | Unbalanced, fn: Tensor,
+    base: Tensor, scale: Tensor, norm: Tensor | None, rms_eps: float, hc_eps: float, iters: int,
+) -> tuple[Tensor, Tensor, Tensor, Unbalanced]:  # fmt: skip
     """As `engine.kernels.hyper_connections.mix_on` of what a sublayer left, its parts made [T, k, D] and beside [T, D];
     where `takes_between` says so.
     """
-    made, streams, post, comb = (t.contiguous() for t in (made, streams, post, comb))
-    after, new_post, new_comb = (torch.empty_like(t) for t in (streams, post, comb))
+    matrix, rounds, eps = (comb.logits, comb.rounds, comb.eps) if isinstance(comb, Unbalanced) else (comb, 0, hc_eps)
+    made, streams, post, matrix = (t.contiguous() for t in (made, streams, post, matrix))
+    after, new_post, logits = (torch.empty_like(t) for t in (streams, post, matrix))
     x = torch.empty(made.shape[0], made.shape[2], dtype=torch.float32, device=made.device)
     mix_few.mix_between(
-        made, beside, streams, post, comb, fn, base, scale, norm, rms_eps, hc_eps, iters, after, x, new_post, new_comb
-    )
-    return x, after, new_post, new_comb
+        made, beside, streams, post, matrix, rounds, eps, fn, base, scale, norm, rms_eps, hc_eps, after, x, new_post,
+        logits,
+    )  # fmt: skip
+    return x, after, new_post, Unbalanced(logits, iters, hc_eps)
 
 
 def collapse(
@@ -235,9 +239,17 @@ def collapse(
     return x
 
 
-def mix_out(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor, beside: Tensor | None = None) -> Tensor:
+def mix_out(
+    y: Tensor, streams: Tensor, post: Tensor, comb: Tensor | Unbalanced, beside: Tensor | None = None
+) -> Tensor:
     """As `engine.kernels.hyper_connections.mix_out`; y [T, k, D] and beside [T, D] are parts of what was made."""
     tokens, _, size = streams.shape
+    if isinstance(comb, Unbalanced):
+        y, streams, post, logits = (t.contiguous() for t in (y, streams, post, comb.logits))
+        out = torch.empty_like(streams)
+        made = y[:, None] if y.dim() == 2 else y
+        mix_few.mix_out(made, beside, streams, post, logits, comb.rounds, comb.eps, out)
+        return out
     out = torch.empty_like(streams)
     if tokens:
         block = min(1024, triton.next_power_of_2(size))
