@@ -3,8 +3,9 @@
 // wgmma multiplies 64 rows of weights, e4m3 in registers, by 8 columns of tokens, e4m3 in shared memory: a warp has 16 of
 // the rows. It counts few bits of a sum, so a group of 32 inputs, which shares a scale, is one product of its own; the
 // scale multiplies it in fp32, where no scale is too far from another (code 0 counts as zero, not 2^-127). A token fills
-// three columns, as no e4m3 holds an activation: x = unit (c0 + c1 / 16 + c2 / 256), which is good to 12 bits. So two
-// tokens share a product. A block of work with more is cut in twos, whose weights but the first finds in the L2.
+// two columns, as no e4m3 holds an activation: x = unit (c0 + c1 / 16), off by 2^-9 of x at most, where bf16 is by 2^-8, or
+// by 2^-21 of the largest of the 256 inputs that share a unit. So four tokens share a product, and a lane's two columns
+// are the terms of one. A block of work with more is cut in fours, of which the second finds its weights in the L2.
 //
 // Weights are not as the checkpoint has them but in panels (engine/kernels/device/experts_few.py makes those), so that
 // little is left to do for each: a panel is 64 rows, in steps of 256 inputs that lie one behind the other. A step is the
@@ -29,9 +30,9 @@
 #include "warpgroup.cuh"
 
 #define TOKENS 8      // of a block of work
-#define ROOM 2        // tokens of a product
+#define ROOM 4        // tokens of a product
 #define COLUMNS 8     // of a product
-#define TERMS 3       // columns of a token
+#define TERMS 2       // columns of a token
 #define THREADS 512
 #define WARPS 16
 #define FOURS 4       // groups of four warps
@@ -97,6 +98,12 @@ __device__ __forceinline__ int fresh(const int* at) {
     asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
     return value;
 }
+__device__ __forceinline__ Floats<4> fresh4(const float* at) {
+    Floats<4> x;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+        : "=f"(x.f[0]), "=f"(x.f[1]), "=f"(x.f[2]), "=f"(x.f[3]) : "l"(at) : "memory");
+    return x;
+}
 #endif
 
 struct __align__(16) Step {
@@ -104,17 +111,17 @@ struct __align__(16) Step {
     u32 scales[32];
 };
 
-// A part of the work: an expert, and where the first of its up to ROOM pairs is in the list of members.
-struct Part {
-    int expert, first;
+// A part of the work: an expert, and its pairs.
+struct __align__(16) Part {
+    int expert, count;
+    unsigned short pairs[ROOM];
 };
 
-// Shared memory of a block: this, then each warp's ring, then the tokens' columns, then the parts of work.
+// Shared memory of a block: this, then each warp's ring, then the tokens' columns and units, then the parts of work.
 struct __align__(128) Shared {
-    Floats<4> scales[WARPS][32];                          // of each warp's step: [2 halves][16 rows]
-    Floats<2> sums[2][FOURS][4][2][8][COLUMNS / 2];       // twice: [warp of four][upper, lower][row][columns]
+    Floats<4> scales[WARPS][32];                     // of each warp's step: [2 halves][16 rows]
+    float sums[2][FOURS][4][2 * 8 * ROOM + 8];       // twice: [warp of four][upper, lower][token][row], and no bank met
     u64 barriers[WARPS][8];
-    u32 largest[ROOM][WARPS];
 };
 extern __shared__ __align__(128) unsigned char memory[];
 
@@ -131,20 +138,19 @@ __device__ __forceinline__ Floats<4> powers(u32 codes) {
 }
 
 // Cuts the blocks of work that have an owner into parts, of which there are so many. By every warp alone, which all write
-// the same. members [blocks, 8] are the pairs of each, `pairs` where there is none.
+// the same. members [blocks, 8] are the pairs of each, from its first place on, `pairs` where there is none.
 __device__ __forceinline__ int cut(Part* parts, const int* members, const int* owners, int blocks, int pairs) {
     int all = 0, lane = lane_id();
     for (int base = 0; base < blocks; base += 32) {
-        int at = base + lane, count = 0, owner = -1;
+        int at = base + lane, held = 0, owner = -1, mine[TOKENS];
         if (at < blocks) {
             owner = fresh(owners + at);
-            int mine[TOKENS];
 #pragma unroll
             for (int t = 0; t < TOKENS; t++) mine[t] = fresh(members + at * TOKENS + t);
 #pragma unroll
-            for (int t = 0; t < TOKENS; t++) count += mine[t] < pairs;
+            for (int t = 0; t < TOKENS; t++) held += mine[t] < pairs;
         }
-        count = owner < 0 ? 0 : (count + ROOM - 1) / ROOM;
+        int count = owner < 0 ? 0 : (held + ROOM - 1) / ROOM;
         int before = count;
 #pragma unroll
         for (int d = 1; d < 32; d *= 2) {
@@ -152,7 +158,14 @@ __device__ __forceinline__ int cut(Part* parts, const int* members, const int* o
             before += lane >= d ? other : 0;
         }
         int sum = __shfl_sync(ALL, before, 31);
-        for (int i = 0; i < count; i++) parts[all + before - count + i] = Part{owner, at * TOKENS + i * ROOM};
+#pragma unroll
+        for (int i = 0; i < TOKENS / ROOM; i++) {
+            if (i >= count) break;
+            Part part = {owner, held - i * ROOM < ROOM ? held - i * ROOM : ROOM};
+#pragma unroll
+            for (int t = 0; t < ROOM; t++) part.pairs[t] = (unsigned short)mine[i * ROOM + t];
+            parts[all + before - count + i] = part;
+        }
         all += sum;
     }
     __syncwarp();
@@ -205,8 +218,8 @@ struct Pipe {
         for (int s = 0; s < stages; s++) send(s, start_of(sent + 1));
     }
 
-    // Adds the products of a panel to sum: rows lane / 4 and lane / 4 + 8, two columns of each.
-    __device__ __forceinline__ void multiply_panel(float (&sum)[4], u32 columns) {
+    // Adds the products of a panel to sum: token lane % 4, rows lane / 4 and lane / 4 + 8. units [steps].
+    __device__ __forceinline__ void multiply_panel(float (&sum)[2], u32 columns, const Floats<ROOM>* units) {
         int lane = lane_id();
         const u8* behind = start_of(sent + 1);  // as many steps are sent for as are multiplied: one comes to that
         columns += first * (STEP / 16 * CORE / 16);
@@ -246,10 +259,13 @@ struct Pipe {
             for (int b = 0; b < 2; b++)
 #pragma unroll
                 for (int h = 0; h < 2; h++) scale[b][h] = scales[16 * b + 8 * h + lane / 4];
+            float unit = units[s].f[lane % 4], terms[4] = {};
             await_products<1>(products[0], a[0]);
-            add(sum, products[0], scale[0]);
+            add(terms, products[0], scale[0]);
             await_products<0>(products[1], a[1]);
-            add(sum, products[1], scale[1]);
+            add(terms, products[1], scale[1]);
+#pragma unroll
+            for (int h = 0; h < 2; h++) sum[h] = fmaf(fmaf(terms[2 * h + 1], 0.0625f, terms[2 * h]), unit, sum[h]);
             columns += STEP / 16 * CORE / 16;
         }
     }
@@ -263,63 +279,58 @@ struct Pipe {
 };
 
 // row(token) [inputs] fp32 of each of up to ROOM tokens -> their columns, as wgmma reads them: [inputs / 16] times 8
-// columns of 16 bytes. Gives back the unit of each. By all threads of the block.
+// columns of 16 bytes; and [inputs / STEP] units. By four warps for these steps, which are theirs.
 template <typename Row>
-__device__ __forceinline__ Floats<ROOM> stage(u8* columns, u32 (&largest)[ROOM][WARPS], int tokens, int inputs, Row row) {
-    int pieces = inputs / 16;
-    u32 most[ROOM] = {};
+__device__ __forceinline__ void stage(u8* columns, Floats<ROOM>* units, int tokens, int first, int last, Row row) {
+    int items = (last - first) * tokens, lane = lane_id();  // a token's inputs of a step each
+    for (int base = warp_id() % 4; base < items; base += 4 * ROOM) {
+        Floats<4> x[ROOM][2];  // all on their way before one is needed
 #pragma unroll
-    for (int t = 0; t < ROOM; t++) {
-        if (t >= tokens) break;
-        const Floats<4>* from = reinterpret_cast<const Floats<4>*>(row(t));
-        for (int n = threadIdx.x; n < inputs / 4; n += THREADS) {
-            Floats<4> x = from[n];
+        for (int i = 0; i < ROOM; i++) {
+            int item = base + 4 * i, step = item / tokens;
+            if (item >= items) break;
+            const float* from = row(item - step * tokens) + (first + step) * STEP + 4 * lane;
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                u32 size = __float_as_uint(x.f[i]) & 0x7fffffffu;
-                most[t] = size > most[t] ? size : most[t];
-            }
+            for (int h = 0; h < 2; h++) x[i][h] = fresh4(from + STEP / 2 * h);
         }
-        most[t] = __reduce_max_sync(ALL, most[t]);
-        if (lane_id() == 0) largest[t][warp_id()] = most[t];
-    }
-    __syncthreads();
-    Floats<ROOM> units;
 #pragma unroll
-    for (int t = 0; t < ROOM; t++) {
-        if (t >= tokens) break;
-        // The largest comes to lie between 128 and 256, as far as there are powers of two.
-        int exponent = (int)(__reduce_max_sync(ALL, largest[t][lane_id() % WARPS]) >> 23);
-        bool finite = exponent < 255;
-        exponent = exponent < 8 ? 8 : exponent;
-        float factor = __uint_as_float((u32)(261 - exponent) << 23);
-        units.f[t] = __uint_as_float(finite ? (u32)(exponent - 7) << 23 : 0x7fc00000u);
-        const float* from = row(t);
-        for (int n = threadIdx.x; n < pieces; n += THREADS) {
-            Words terms[TERMS];
+        for (int i = 0; i < ROOM; i++) {
+            int item = base + 4 * i, step = item / tokens, token = item - step * tokens;
+            if (item >= items) break;
+            step += first;
+            u32 most = 0;
 #pragma unroll
-            for (int w = 0; w < 4; w++) {
-                Floats<4> x = *reinterpret_cast<const Floats<4>*>(from + 16 * n + 4 * w);
+            for (int n = 0; n < 8; n++) {
+                u32 size = __float_as_uint(x[i][n / 4].f[n % 4]) & 0x7fffffffu;
+                most = size > most ? size : most;
+            }
+            // The largest comes to lie between 128 and 256, as far as there are powers of two.
+            int exponent = (int)(__reduce_max_sync(ALL, most) >> 23);
+            bool finite = exponent < 255;
+            exponent = exponent < 8 ? 8 : exponent;
+            float factor = __uint_as_float((u32)(261 - exponent) << 23);
+            // Weights are 2^-6 of what they mean: their 2^6 is in the unit.
+            if (lane == 0) units[step].f[token] = __uint_as_float(finite ? (u32)(exponent - 1) << 23 : 0x7fc00000u);
+            u8* to = columns + (step * (STEP / 16) + lane / 4) * CORE + TERMS * token * 16 + lane % 4 * 4;
 #pragma unroll
-                for (int i = 0; i < 4; i++) x.f[i] *= factor;
+            for (int h = 0; h < 2; h++) {
+                float rest[4];
+#pragma unroll
+                for (int n = 0; n < 4; n++) rest[n] = x[i][h].f[n] * factor;
 #pragma unroll
                 for (int term = 0; term < TERMS; term++) {
-                    u32 low = e4m3s(x.f[0], x.f[1]), high = e4m3s(x.f[2], x.f[3]);
-                    terms[term].w[w] = low | high << 16;
-                    Floats<4> held;
-                    values_of(low, held.f[0], held.f[1]);
-                    values_of(high, held.f[2], held.f[3]);
+                    u32 low = e4m3s(rest[0], rest[1]), high = e4m3s(rest[2], rest[3]);
+                    *reinterpret_cast<u32*>(to + 8 * h * CORE + 16 * term) = low | high << 16;
+                    float held[4];
+                    values_of(low, held[0], held[1]);
+                    values_of(high, held[2], held[3]);
 #pragma unroll
-                    for (int i = 0; i < 4; i++) x.f[i] = (x.f[i] - held.f[i]) * 16.0f;
+                    for (int n = 0; n < 4; n++) rest[n] = (rest[n] - held[n]) * 16.0f;
                 }
             }
-#pragma unroll
-            for (int term = 0; term < TERMS; term++)
-                *reinterpret_cast<Words*>(columns + n * CORE + (TERMS * t + term) * 16) = terms[term];
         }
     }
     publish();
-    return units;
 }
 
 // This block's panels of all parts of the work. x(pair) is a token's inputs; take(panel, warp of four, row, pair, sums of
@@ -331,9 +342,10 @@ __device__ __forceinline__ void for_panels(
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     Step* rings = reinterpret_cast<Step*>(memory + sizeof(Shared));
     u8* columns = reinterpret_cast<u8*>(rings + WARPS * stages);
-    Part* parts = reinterpret_cast<Part*>(columns + inputs / 16 * CORE);
-    int warp = __shfl_sync(ALL, warp_id(), 0), four = warp / 4;  // the compiler sees that lanes agree
-    if (lane_id() == 0) {
+    Floats<ROOM>* units = reinterpret_cast<Floats<ROOM>*>(columns + inputs / 16 * CORE);
+    Part* parts = reinterpret_cast<Part*>(units + inputs / STEP);
+    int warp = __shfl_sync(ALL, warp_id(), 0), four = warp / 4, lane = lane_id();  // the compiler sees that lanes agree
+    if (lane == 0) {
 #pragma unroll 1
         for (int s = 0; s < stages; s++) make_barrier(&shared.barriers[warp][s], 1);
         publish();
@@ -361,42 +373,27 @@ __device__ __forceinline__ void for_panels(
     u32 at = columns_at(columns);
     int taken = 0;
     while (pass < end) {
-        int part = pass / panels, of = part * panels, until = of + panels < end ? of + panels : end;
-        int mine[ROOM], count = 0;
-#pragma unroll
-        for (int t = 0; t < ROOM; t++) {
-            mine[t] = fresh(members + parts[part].first + t);
-            count += mine[t] < pairs;
-        }
+        int number = pass / panels, of = number * panels, until = of + panels < end ? of + panels : end;
+        const Part& part = parts[number];
         // All are done with the tokens before: behind their last product all met.
-        Floats<ROOM> units = stage(columns, shared.largest, count, inputs, [&](int t) { return x(t ? mine[1] : mine[0]); });
+        stage(columns, units, part.count, pipe.first, pipe.last, [&](int t) { return x(part.pairs[t]); });
         __syncthreads();
         for (; pass < until; pass++) {
-            float sum[4] = {};
-            pipe.multiply_panel(sum, at);
+            float sum[2] = {};
+            pipe.multiply_panel(sum, at, units);
             // Two sets of sums take turns: one is written while others still read the last.
             auto& sums = shared.sums[taken++ & 1];
 #pragma unroll
-            for (int h = 0; h < 2; h++)
-                sums[four][warp % 4][h][lane_id() / 4][lane_id() % 4] = Floats<2>{sum[2 * h], sum[2 * h + 1]};
+            for (int h = 0; h < 2; h++) sums[four][warp % 4][8 * (ROOM * h + lane % 4) + lane / 4] = sum[h];
             __syncthreads();
-            int token = threadIdx.x / 32, place = threadIdx.x / 8 % 4, row = threadIdx.x % 8;
-            if (token >= count) continue;
-            float total[2];
+            if (warp >= part.count) continue;
+            int place = lane / 8, row = lane % 8;
+            float total[2] = {};
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                float terms[TERMS];
+            for (int h = 0; h < 2; h++)
 #pragma unroll
-                for (int i = 0; i < TERMS; i++) {
-                    int column = TERMS * token + i;
-                    terms[i] = 0.0f;
-#pragma unroll
-                    for (int f = 0; f < FOURS; f++) terms[i] += sums[f][place][h][row][column / 2].f[column % 2];
-                }
-                float unit = (token ? units.f[1] : units.f[0]) * 64.0f;
-                total[h] = (terms[0] + (terms[1] + terms[2] * 0.0625f) * 0.0625f) * unit;
-            }
-            take(pass - of, place, row, token ? mine[1] : mine[0], total[0], total[1]);
+                for (int f = 0; f < FOURS; f++) total[h] += sums[f][place][8 * (ROOM * h + warp) + row];
+            take(pass - of, place, row, part.pairs[warp], total[0], total[1]);
         }
     }
 }

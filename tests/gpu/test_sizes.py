@@ -165,7 +165,8 @@ def test_fp4_experts_of_few_tokens(panels: bool, hidden: int, inner: int) -> Non
                 a = (gate[2][expert].double() @ row).clamp(max=limit)
                 h = a * torch.sigmoid(a) * (up[2][expert].double() @ row).clamp(-limit, limit)
                 expected[token] += weight * (down[2][expert].double() @ (h if panels else h.float().half().double()))
-        assert apart(ten_times(ours), expected) < 1e-7
+        # Rounding to two e4m3 terms, before either product, costs 5e-7.
+        assert apart(ten_times(ours), expected) < (1e-6 if panels else 1e-7)
         if panels:  # in two blocks of work or more an expert's tokens are what they are alone
             assert torch.equal(experts.routed_experts(x[:1], picks[:1], weights[:1], stacks, scales, most, limit),
                                ours()[:1])  # fmt: skip

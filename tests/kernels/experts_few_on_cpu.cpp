@@ -94,8 +94,11 @@ template <int LEFT> static void await_products(float (&)[4][4], uint32_t (&)[4][
     }
 }
 static int fresh(const int* at) { return *at; }
+template <int N> struct Floats;
+static Floats<4> fresh4(const float* at);
 
 #include "experts_few.cu"
+static Floats<4> fresh4(const float* at) { return {at[0], at[1], at[2], at[3]}; }
 
 static void blocks(unsigned count, void (*kernel)()) {
     blockDim.x = THREADS;
@@ -112,7 +115,8 @@ struct Down { const float* x; const u8* weights; const float* shares; const int 
 static GateUp g;
 static Down d;
 extern "C" unsigned shared_bytes(unsigned inputs, unsigned stages, unsigned pairs) {
-    return sizeof(Shared) + WARPS * stages * sizeof(Step) + inputs / 16 * CORE + pairs * sizeof(Part);
+    return sizeof(Shared) + WARPS * stages * sizeof(Step) + inputs / 16 * CORE + inputs / STEP * sizeof(Floats<ROOM>) +
+           pairs * sizeof(Part);
 }
 extern "C" void order(int eager, int backwards) { block::eager = eager; block::backwards = backwards; }
 extern "C" void keep(int bits) { kept = bits; }

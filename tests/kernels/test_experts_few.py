@@ -28,15 +28,16 @@ def library(built: ctypes.CDLL, request: pytest.FixtureRequest) -> ctypes.CDLL:
 
 
 def held(x: Tensor) -> Tensor:
-    """x [T, K] as the kernels hold it: three e4m3 terms of a unit of its token."""
-    most = x.abs().amax(dim=1, keepdim=True)
+    """x [T, K] as the kernels hold it: two e4m3 terms of a unit of 256 inputs."""
+    steps = x.unflatten(1, (-1, experts_few.STEP))
+    most = steps.abs().amax(dim=2, keepdim=True)
     unit = torch.exp2(most.clamp(min=2.0**-119).log2().floor() - 7)
-    rest, total = x / unit, torch.zeros_like(x, dtype=torch.float64)
-    for term in range(3):
+    rest, total = steps / unit, torch.zeros_like(steps, dtype=torch.float64)
+    for term in range(2):
         part = rest.to(torch.float8_e4m3fn).float()
         total += part.double() * 16.0**-term
         rest = (rest - part) * 16
-    return total * unit.double()
+    return (total * unit.double()).flatten(1)
 
 
 def gate_up(
@@ -164,9 +165,9 @@ def test_experts_give_what_their_weights_mean(library, low: int, high: int, stag
     for pair, expert in owner.items():
         size = (meant[expert].abs() @ rows[pair].abs()) * shares[pair].double()
         assert ((parts[pair] - meant[expert] @ rows[pair] * shares[pair].double()).abs() <= 1e-6 * size).all()
-        # The terms of an activation are as good as fp16.
+        # Both terms of an activation together are off by no more.
         exact = meant[expert] @ h[pair].double() * shares[pair].double()
-        assert ((parts[pair] - exact).abs() <= 2.0**-12 * size).all()
+        assert ((parts[pair] - exact).abs() <= 2.0**-9 * size).all()
     assert parts[[p for p in range(pairs) if p not in owner]].isnan().all()
 
 
@@ -199,17 +200,18 @@ def test_a_panel_of_flash_in_any_company(library) -> None:
 
 
 def test_the_few_bits_that_wgmma_counts_are_enough(built) -> None:
-    """13 bits behind the point in every sum of 32 products, where rounding tokens to fp16 alone costs 2e-8."""
+    """13 bits behind the point in every sum of 32 products, beside which the rounding of tokens costs 1.4e-7."""
     g = generator(6)
     weight, scales, meant = fp4((1, 64, 2048), g, 112, 122)
     h = torch.randn(2, 2048, generator=g)
     panels, work = experts_few.down_panels(weight, scales), work_of({0: 0, 1: 0}, 2)
     built.keep(13)
-    parts = down(built, h, panels, torch.ones(2), work, 64)
+    parts = down(built, h, panels, torch.ones(2), work, 64).double()
     built.keep(0)
-    expected = h.double() @ meant[0].T
-    apart = 1 - 2 * (parts.double() * expected).sum() / (parts.double().square().sum() + expected.square().sum())
-    assert 0 < apart < 1e-9
+    for rows, most in ((held(h), 1e-9), (h.double(), 3e-7)):
+        expected = rows @ meant[0].T
+        apart = 1 - 2 * (parts * expected).sum() / (parts.square().sum() + expected.square().sum())
+        assert 0 < apart < most
 
 
 def test_shared_memory_is_what_the_source_lays_out(built) -> None:

@@ -19,7 +19,7 @@ STEP_BYTES = 2176
 """Of 16 rows: 4-bit codes, and a scale for 32 of them."""
 _CORE_BYTES = 144
 _WARPS, _THREADS = 16, 512
-_FIXED_BYTES = 25_728
+_FIXED_BYTES = 18_432
 """Of shared memory, whatever the shape: scales, sums and barriers."""
 _SHARED_BYTES = 227 << 10
 _MOST_STAGES = 5
@@ -45,7 +45,7 @@ def stages(inputs: int, pairs: int) -> int:
 
 
 def shared_bytes(inputs: int, stages: int, pairs: int) -> int:
-    return _FIXED_BYTES + _WARPS * stages * STEP_BYTES + inputs // 16 * _CORE_BYTES + 8 * pairs
+    return _FIXED_BYTES + _WARPS * stages * STEP_BYTES + inputs // 16 * _CORE_BYTES + inputs // STEP * 16 + 16 * pairs
 
 
 def gate_up_panels(gate: Tensor, up: Tensor, scales: tuple[Tensor, Tensor]) -> Tensor:
