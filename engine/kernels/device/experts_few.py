@@ -22,8 +22,9 @@ _WARPS, _THREADS = 16, 512
 _FIXED_BYTES = 18_432
 """Of shared memory, whatever the shape: scales, sums and barriers."""
 _SHARED_BYTES = 227 << 10
-_MOST_STAGES = 5
-"""Of a warp's ring. There is place for barriers of eight."""
+_MOST_STAGES = 2
+"""Of a warp's ring, for which there is place for barriers of eight. At 1, 4 and 8 tokens on an H200 two were faster than
+three, four or five."""
 _PROCESSORS = 132
 _TOKENS = 8
 """Of a block of work, as `few_tokens.TOKENS`."""
@@ -107,7 +108,7 @@ def gate_up(
 ) -> None:  # fmt: skip
     """h [P, I] fp32: swiglu(gate x, up x) of every pair. x [T, D] fp32; members and owners as `few_tokens.gate_up`.
 
-    ring: steps of a warp on their way at once, as many as there is room for unless told. Bits do not depend on it.
+    ring: steps of a warp on their way at once, as `stages` says unless told. Bits do not depend on it.
     """
     from engine.kernels.device.cuda import kernel, run
 
