@@ -365,8 +365,7 @@ def routed_parts(
     parts = torch.empty(pairs, hidden, dtype=torch.float32, device=x.device)
     if panels and experts_few.takes(count, pairs):
         members, owners = work or work_list(picks, count, few_tokens.TOKENS, min(tokens, few_tokens.TOKENS))
-        experts_few.gate_up(x, gate, members, owners, pairs, limit, h)
-        experts_few.down(h, down, weights, members, owners, pairs, parts)
+        experts_few.products(x, (gate, down), weights, members, owners, limit, h, parts)
     elif scales[0] is not None and few_tokens.takes_experts(gate, down, pairs):
         # These have memory for as many pairs of an expert as there are tokens, too little where a row of a hash table
         # names one twice: what has no room goes to another block.
