@@ -240,19 +240,22 @@ struct Pipe {
         slot = 0;
         turn = 0;
         steps = 0;
-        if (lane_id() == 0) {
-            enter(0);
-            if (sent->panels == 0) enter(1);
-        }
+        if (lane_id() == 0) enter(0);
 #pragma unroll 1
         for (int s = 0; s < stages; s++) send(s);
     }
+    // To the first panel of this share, or of a later one where there is nothing to do of this.
     __device__ __forceinline__ void enter(int number) {
-        const Share& share = shares[number];
-        steps = share.last - share.first;
-        int part = share.pass / share.panels;
-        *sent = Sent{number, part, share.pass - part * share.panels, steps ? share.end - share.pass : 0};
-        if (sent->panels) find();
+#pragma unroll 1
+        for (; number < 2; number++) {
+            const Share& share = shares[number];
+            if (share.first == share.last || share.pass == share.end) continue;
+            int part = share.pass / share.panels;
+            *sent = Sent{number, part, share.pass - part * share.panels, share.end - share.pass};
+            steps = share.last - share.first;
+            find();
+            return;
+        }
     }
     __device__ __forceinline__ void find() {
         const Share& share = shares[sent->share];
@@ -269,12 +272,11 @@ struct Pipe {
     }
     // To the next panel.
     __device__ __forceinline__ void turn_page() {
-        const Share& share = shares[sent->share];
         if (--sent->panels == 0) {
-            if (sent->share == 0) enter(1);
-            if (sent->panels == 0) steps = 0;
+            enter(sent->share + 1);
             return;
         }
+        const Share& share = shares[sent->share];
         steps = share.last - share.first;
         next += 4 * (share.steps - steps) * sizeof(Step);
         if (++sent->panel == share.panels) {
@@ -438,9 +440,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) penumbra_experts_few(
     await_previous();
     int count = cut(parts, members, owners, blocks, tokens * picks);
     const Share &first = shared.shares[warp][0], &second = shared.shares[warp][1];
-    if (lane_id() == 0) {
-        shared.shares[warp][0] = share_of(gate_up, inner / 32, hidden, count, four);
-        shared.shares[warp][1] = share_of(down, hidden / 64, inner, count, four);
+    if (lane_id() < 2) {
+        bool behind = lane_id() == 1;
+        shared.shares[warp][lane_id()] = share_of(
+            behind ? down : gate_up, behind ? hidden / 64 : inner / 32, behind ? inner : hidden, count, four);
     }
     __syncwarp();
     Pipe pipe{rings + warp * stages, shared.barriers[warp], shared.scales[warp], shared.shares[warp], &shared.sent[warp],

@@ -169,6 +169,18 @@ def test_experts_give_what_their_weights_mean(
     assert torch.cat([h, y], 1)[nobody].isnan().all(), "pairs of nobody are left alone"
 
 
+@pytest.mark.parametrize("grid", [3, 10])
+def test_blocks_with_little_to_do_or_nothing_meet_the_others(library, grid: int) -> None:
+    """A pair has eight panels of gate and up, four of down, and a step for one warp of four alone in either."""
+    g = generator(7)
+    stack = Stack(2, 256, 256, g, 112, 122)
+    x = torch.randn(1, 256, generator=g)
+    for owner in ({}, {0: 1}):
+        h, y = products(library, x, stack.panels, torch.ones(1), work_of(owner, 1), 256, grid=grid)
+        assert h.isfinite().all() == y.isfinite().all() == bool(owner)
+    assert torch.allclose(y[0].double(), stack.down[1] @ held(h)[0], rtol=1e-4, atol=1e-6)
+
+
 def test_what_is_not_finite_is_told(library) -> None:
     g = generator(4)
     stack = Stack(2, 256, 256, g, 120, 124)
