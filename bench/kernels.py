@@ -315,7 +315,7 @@ def expert_cases(bandwidth: float) -> Cases:
         hit = statistics.mean(len(p.unique()) for p in picks)
         floor = hit * 3 * hidden * inner * 17 / 32 / bandwidth * 1e6
         figure = Figure("fp4 experts", f"{tokens} tokens, {hit:.1f} experts", microseconds(ours, picks), floor)
-        if experts_few.takes(count, tokens * k):
+        if tokens <= experts_few.MOST_TOKENS:
             in_panels = in_cuda(ours_in_panels, picks)
             name = "fp4 experts in CUDA C++"
         else:  # the host reads where experts begin: no graph can hold it

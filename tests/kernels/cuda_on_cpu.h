@@ -26,7 +26,8 @@ struct Fiber {
     jmp_buf here;
     std::vector<char> stack;
     bool begun = false, done = false;
-    long barriers = 0, warps = 0;
+    long barriers = 0, warps = 0, parts = 0;
+    long steps() const { return barriers + warps + parts; }
 };
 static std::vector<Fiber> fibers;
 static jmp_buf scheduler;
@@ -34,6 +35,7 @@ static unsigned current;
 static std::vector<uint32_t> lane_values;
 static void (*body)();
 static bool eager = false, backwards = false;  // whether a warp goes as far as it can by itself; the last warp first
+static bool left = false;  // whether a thread wants other blocks to go on
 
 inline void pause() {
     if (_setjmp(fibers[current].here) == 0) _longjmp(scheduler, 1);
@@ -67,7 +69,7 @@ inline void enter() {
     fibers[current].done = true;
     _longjmp(scheduler, 1);
 }
-inline void run(unsigned threads, void (*kernel)()) {
+inline void begin(unsigned threads, void (*kernel)()) {
     body = kernel;
     fibers = std::vector<Fiber>(threads);
     lane_values.assign(2 * threads, 0);
@@ -80,9 +82,19 @@ inline void run(unsigned threads, void (*kernel)()) {
         f.context.uc_link = nullptr;
         makecontext(&f.context, enter, 0);
     }
-    for (unsigned left = threads, idle = 0; left;) {
-        unsigned before = left;
+}
+// For other blocks to go on at once.
+inline void leave() {
+    left = true;
+    pause();
+}
+// As far as the block's threads come by themselves, or to where one leaves. Whether all are done.
+inline bool go_on() {
+    unsigned threads = fibers.size();
+    left = false;
+    for (unsigned idle = 0; idle < 3;) {
         long moved = 0;
+        bool all = true;
         for (unsigned warps = (threads + 31) / 32, w = 0; w < warps; w++) {
             unsigned first = (backwards ? warps - 1 - w : w) * 32;
             long went;
@@ -91,17 +103,23 @@ inline void run(unsigned threads, void (*kernel)()) {
                 for (unsigned i = first; i < std::min(first + 32, threads); i++) {
                     Fiber& f = fibers[i];
                     if (f.done) continue;
-                    long was = f.barriers + f.warps;
+                    long was = f.steps();
                     resume(i);
-                    went += f.barriers + f.warps - was;
-                    if (f.done) left--;
+                    went += f.steps() - was + f.done;
+                    all &= f.done;
+                    if (left) return false;
                 }
                 moved += went;
             } while (eager && went);
         }
-        idle = left == before && !moved ? idle + 1 : 0;
-        if (idle > 2) { std::fprintf(stderr, "the threads of the block wait for each other\n"); std::abort(); }
+        if (all) return true;
+        idle = moved ? 0 : idle + 1;
     }
+    return false;
+}
+inline void run(unsigned threads, void (*kernel)()) {
+    begin(threads, kernel);
+    if (!go_on()) { std::fprintf(stderr, "the threads of the block wait for each other\n"); std::abort(); }
 }
 }  // namespace block
 

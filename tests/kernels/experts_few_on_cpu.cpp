@@ -1,5 +1,6 @@
-// The blocks of engine/csrc/experts_few.cu, one after another, on the CPU. What is on its way there is late here: a copy
-// comes when it is waited for, until when its place holds NaN, and products are made of what their operands are by then.
+// The blocks of engine/csrc/experts_few.cu on the CPU: each goes as far as it can, to where it waits for the others. What is
+// on its way there is late here: a copy comes when it is waited for, until when its place holds NaN, and products are made
+// of what their operands are by then.
 #include <cmath>
 #include <map>
 #include "cuda_on_cpu.h"
@@ -9,9 +10,19 @@ unsigned char memory[232448] __attribute__((aligned(128)));
 static Index gridDim;
 typedef unsigned long long u64;
 
+// A barrier: phases that have ended, arrivals that this one lacks, those that each needs.
+struct Phases { uint16_t ended, lacks, needs, none; };
+static Phases& phases(u64* barrier) { return *(Phases*)barrier; }
+static void arrived(u64* barrier) {
+    Phases& p = phases(barrier);
+    if (p.needs == 0xffff) std::abort();
+    if (--p.lacks == 0) p.ended++, p.lacks = p.needs;
+}
 struct Copy { void* to; const void* from; uint32_t bytes; };
 static std::map<u64*, Copy> copies;
-static void make_barrier(u64* barrier, int) { *barrier = 0; }
+static void make_barrier(u64* barrier, int arrivals) {
+    phases(barrier) = Phases{0, (uint16_t)arrivals, (uint16_t)arrivals, 0};
+}
 static void publish() {}
 static void send_for(void* to, const void* from, uint32_t bytes, u64* barrier) {
     if (copies.count(barrier) || (uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16) std::abort();
@@ -19,7 +30,8 @@ static void send_for(void* to, const void* from, uint32_t bytes, u64* barrier) {
     copies[barrier] = Copy{to, from, bytes};
 }
 static void await(u64* barrier, uint32_t turn) {
-    while ((*barrier & 1) == turn) {
+    if (phases(barrier).needs == 0xffff) std::abort();
+    while ((phases(barrier).ended & 1) == turn) {
         auto found = copies.find(barrier);
         if (found == copies.end()) {
             block::pause();
@@ -27,8 +39,28 @@ static void await(u64* barrier, uint32_t turn) {
         }
         std::memcpy(found->second.to, found->second.from, found->second.bytes);
         copies.erase(found);
-        ++*barrier;
+        arrived(barrier);
     }
+}
+static void arrive(u64* barrier) {
+    block::sync_warp();
+    if (threadIdx.x % 32 == 0) arrived(barrier);
+}
+// Threads that are neighbours; every group of so many has a name.
+static void meet(int name, int threads) {
+    if (name != 1 + (int)threadIdx.x / threads) std::abort();
+    block::wait(threadIdx.x / threads * threads, threads, &block::Fiber::parts);
+}
+// As early as can be for the other blocks, which see it before this one's other threads do anything more.
+static uint32_t add_released(uint32_t* to, uint32_t more) {
+    uint32_t before = *to;
+    *to += more;
+    block::leave();
+    return before;
+}
+static uint32_t acquired(const uint32_t* at) {
+    block::pause();
+    return *at;
 }
 
 static float e4m3_of(uint32_t code) {
@@ -59,7 +91,7 @@ struct Product { float (*sum)[4]; const uint32_t (*a)[4]; uint32_t columns; int 
 static std::vector<Product> pending[512];
 static int batches[512];
 static uint32_t columns_at(const void* at) { return (uint32_t)((const unsigned char*)at - memory) >> 4 | 9u << 16; }
-static void begin_products() {}
+static void begin_products(uint32_t (&)[4][4]) {}
 static void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t columns) {
     for (float& x : sum) x = NAN;
     pending[threadIdx.x].push_back(Product{&sum, &a, columns, batches[threadIdx.x]});
@@ -94,39 +126,70 @@ template <int LEFT> static void await_products(float (&)[4][4], uint32_t (&)[4][
     }
 }
 static int fresh(const int* at) { return *at; }
+struct Words;
+static Words fresh4(const void* at);
 
 #include "experts_few.cu"
+static Words fresh4(const void* at) { return *(const Words*)at; }
 
-static void blocks(unsigned count, void (*kernel)()) {
-    blockDim.x = THREADS;
-    gridDim.x = count;
-    for (blockIdx.x = 0; blockIdx.x < count; blockIdx.x++) {
-        std::fill(std::begin(memory), std::end(memory), 0xff);  // NaN
-        block::run(THREADS, kernel);
-        if (!copies.empty()) std::abort();
+struct Call {
+    const float* x;
+    const u8 *gate_up, *down;
+    const float* shares;
+    const int *members, *owners;
+    float *h, *y;
+    int blocks, tokens, picks, hidden, inner;
+    float limit;
+    int stages;
+};
+static Call c;
+
+// A block's part of what the others have of their own, while one of these goes on.
+struct Aside {
+    std::vector<block::Fiber> fibers;
+    std::vector<uint32_t> lane_values;
+    std::vector<unsigned char> memory = std::vector<unsigned char>(sizeof ::memory, 0xff);  // NaN
+    std::map<u64*, Copy> copies;
+    bool done = false;
+
+    void change_places() {
+        fibers.swap(block::fibers);
+        lane_values.swap(block::lane_values);
+        std::swap_ranges(memory.begin(), memory.end(), ::memory);
+        copies.swap(::copies);
     }
-}
+};
 
-struct GateUp { const float* x; const u8* weights; const int *members, *owners; float* y; int blocks, pairs, picks, hidden, inner; float limit; int stages; };
-struct Down { const float* x; const u8* weights; const float* shares; const int *members, *owners; float* y; int blocks, pairs, hidden, inner, stages; };
-static GateUp g;
-static Down d;
 extern "C" unsigned shared_bytes(unsigned inputs, unsigned stages, unsigned pairs) {
-    return sizeof(Shared) + WARPS * stages * sizeof(Step) + inputs / 16 * CORE + pairs * sizeof(Part);
+    return sizeof(Shared) + WARPS * stages * sizeof(Step) + inputs / 16 * CORE + inputs / STEP * sizeof(Floats<ROOM>) +
+           pairs * sizeof(Part);
 }
 extern "C" void order(int eager, int backwards) { block::eager = eager; block::backwards = backwards; }
 extern "C" void keep(int bits) { kept = bits; }
-extern "C" void run_gate_up(const GateUp* call, unsigned grid) {
-    g = *call;
-    blocks(grid, [] {
-        penumbra_panels_gate_up(g.x, g.weights, g.members, g.owners, g.y, g.blocks, g.pairs, g.picks, g.hidden, g.inner,
-                                g.limit, g.stages);
-    });
-}
-extern "C" void run_down(const Down* call, unsigned grid) {
-    d = *call;
-    blocks(grid, [] {
-        penumbra_panels_down(d.x, d.weights, d.shares, d.members, d.owners, d.y, d.blocks, d.pairs, d.hidden, d.inner,
-                             d.stages);
-    });
+extern "C" void run_experts(const Call* call, unsigned grid) {
+    c = *call;
+    blockDim.x = THREADS;
+    gridDim.x = grid;
+    std::vector<Aside> blocks(grid);
+    for (unsigned left = grid, idle = 0; left;) {
+        if (++idle > 2) { std::fprintf(stderr, "the blocks wait for each other\n"); std::abort(); }
+        for (unsigned n = 0; n < grid; n++) {
+            blockIdx.x = block::backwards ? grid - 1 - n : n;
+            Aside& aside = blocks[blockIdx.x];
+            if (aside.done) continue;
+            aside.change_places();
+            if (block::fibers.empty())
+                block::begin(THREADS, [] {
+                    penumbra_experts_few(c.x, c.gate_up, c.down, c.shares, c.members, c.owners, c.h, c.y, c.blocks, c.tokens,
+                                         c.picks, c.hidden, c.inner, c.limit, c.stages);
+                });
+            aside.done = block::go_on();
+            if (aside.done) {
+                if (!copies.empty()) std::abort();
+                left--;
+                idle = 0;
+            }
+            aside.change_places();
+        }
+    }
 }

@@ -546,7 +546,7 @@ def test_a_block_of_the_work_list_holds_no_more_pairs_than_it_has_room_for(token
 )
 @pytest.mark.parametrize("tokens", [1, 5, 60])
 def test_experts(kind, tokens, hidden, inner):
-    """On a GPU few FP4 pairs of sizes in whole steps take the CUDA kernels, which round tokens to fp16 or finer."""
+    """On a GPU few FP4 pairs of sizes in whole steps take the CUDA kernels, which round to fp16 or two e4m3 terms."""
     count, limit = 4, 2.0
     shapes = ((count, inner, hidden), (count, inner, hidden), (count, hidden, inner))
     scales = (None, None, None)

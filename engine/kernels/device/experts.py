@@ -311,14 +311,13 @@ def routed_parts(
         return torch.empty(pairs, hidden, dtype=torch.float32, device=x.device)
     x = x.contiguous()
     parts = torch.empty(pairs, hidden, dtype=torch.float32, device=x.device)
-    if panels and not experts_few.takes(count, pairs):
+    if panels and not experts_few.takes(tokens):
         experts_many.routed_parts(x, picks, weights, gate, down, limit, parts)
         return parts
     h = torch.empty(pairs, inner, dtype=torch.float32, device=x.device)
     if panels:
         members, owners = work or work_list(picks, count, few_tokens.TOKENS, min(tokens, few_tokens.TOKENS))
-        experts_few.gate_up(x, gate, members, owners, pairs, limit, h)
-        experts_few.down(h, down, weights, members, owners, pairs, parts)
+        experts_few.products(x, (gate, down), weights, members, owners, limit, h, parts)
     else:
         few = pairs <= 16 * count
         tok = 16 if few else 64

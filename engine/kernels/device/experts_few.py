@@ -19,12 +19,13 @@ STEP_BYTES = 2176
 """Of 16 rows: 4-bit codes, and a scale for 32 of them."""
 _CORE_BYTES = 144
 _WARPS, _THREADS = 16, 512
-_FIXED_BYTES = 25_728
-"""Of shared memory, whatever the shape: scales, sums and barriers."""
+_FIXED_BYTES = 19_840
+"""Of shared memory, whatever the shape: scales, sums, barriers and shares of the work."""
 _SHARED_BYTES = 227 << 10
-_MOST_STAGES = 5
-"""Of a warp's ring. There is place for barriers of eight."""
-_PROCESSORS = 132
+_MOST_STAGES = 2
+"""Of a warp's ring, for which there is place for barriers of eight. At 1, 4 and 8 tokens on an H200 two were faster
+than three, four or five, when each product was a kernel of its own."""
+MOST_TOKENS = 256
 _TOKENS = 8
 """Of a block of work, as `few_tokens.TOKENS`."""
 
@@ -34,9 +35,9 @@ def arranges(hidden: int, inner: int) -> bool:
     return hidden % STEP == 0 and inner % STEP == 0 and stages(max(hidden, inner), 4096) >= 2
 
 
-def takes(count: int, pairs: int) -> bool:
-    """Whether `gate_up` and `down` are worth it for so many pairs of `count` experts in panels."""
-    return cuda_products() and pairs <= _TOKENS // 2 * count
+def takes(tokens: int) -> bool:
+    """Whether `products` takes the experts of so many tokens: of any step that a graph may hold."""
+    return tokens <= MOST_TOKENS and cuda_products()
 
 
 def stages(inputs: int, pairs: int) -> int:
@@ -45,7 +46,7 @@ def stages(inputs: int, pairs: int) -> int:
 
 
 def shared_bytes(inputs: int, stages: int, pairs: int) -> int:
-    return _FIXED_BYTES + _WARPS * stages * STEP_BYTES + inputs // 16 * _CORE_BYTES + 8 * pairs
+    return _FIXED_BYTES + _WARPS * stages * STEP_BYTES + inputs // 16 * _CORE_BYTES + inputs // STEP * 16 + 16 * pairs
 
 
 def gate_up_panels(gate: Tensor, up: Tensor, scales: tuple[Tensor, Tensor]) -> Tensor:
@@ -101,38 +102,26 @@ def _words(codes: Tensor) -> Tensor:
     return words
 
 
-def gate_up(
-    x: Tensor, panels: Tensor, members: Tensor, owners: Tensor, pairs: int, limit: float, h: Tensor,
-    ring: int | None = None, grid: int = _PROCESSORS,
+def products(
+    x: Tensor, panels: tuple[Tensor, Tensor], weights: Tensor, members: Tensor, owners: Tensor, limit: float, h: Tensor,
+    parts: Tensor, ring: int | None = None, grid: int | None = None,
 ) -> None:  # fmt: skip
-    """h [P, I] fp32: swiglu(gate x, up x) of every pair. x [T, D] fp32; members [B * 8] and owners [B]
-    int32: pairs (token * k + pick) by expert, `pairs` and -1 where there is none.
+    """parts [P, D] fp32: weights[pair] * down(h[pair]), by way of h [P, I] fp32: swiglu(gate x, up x) of every pair.
 
-    ring: steps of a warp on their way at once, as many as there is room for unless told. Bits do not depend on it.
+    x [T, D] fp32; panels of gate and up, and of down; members [B * 8] and owners [B] int32: pairs
+    (token * k + pick) by expert, `pairs` and -1 where there is none.
+    ring: steps of a warp on their way at once, as `stages` says unless told. grid: blocks, as many as multiprocessors
+    unless told. They wait for each other: so there must not be more, and a process has these kernels on one stream.
+    Bits depend on neither.
     """
     from engine.kernels.device.cuda import kernel, run
 
-    (tokens, hidden), inner, blocks = x.shape, h.shape[1], owners.shape[0]
-    ring = stages(hidden, pairs) if ring is None else ring
+    (tokens, hidden), (pairs, inner), blocks = x.shape, h.shape, owners.shape[0]
+    ring = stages(max(hidden, inner), pairs) if ring is None else ring
+    grid = torch.cuda.get_device_properties(x.device).multi_processor_count if grid is None else grid
     run(
-        kernel("experts_few.cu", "penumbra_panels_gate_up", _SHARED_BYTES), grid, _THREADS,
-        shared_bytes(hidden, ring, pairs), x, panels, members, owners, h,
-        *map(ctypes.c_int32, (blocks, pairs, pairs // tokens, hidden, inner)), ctypes.c_float(limit),
+        kernel("experts_few.cu", "penumbra_experts_few", _SHARED_BYTES), grid, _THREADS,
+        shared_bytes(max(hidden, inner), ring, pairs), x, *panels, weights, members, owners, h, parts,
+        *map(ctypes.c_int32, (blocks, tokens, pairs // tokens, hidden, inner)), ctypes.c_float(limit),
         ctypes.c_int32(ring), waits=True,
-    )  # fmt: skip
-
-
-def down(
-    h: Tensor, panels: Tensor, weights: Tensor, members: Tensor, owners: Tensor, pairs: int, parts: Tensor,
-    ring: int | None = None, grid: int = _PROCESSORS,
-) -> None:  # fmt: skip
-    """parts [P, D] fp32: weights[pair] * down(h[pair]); the rest as in `gate_up`, right behind which it comes."""
-    from engine.kernels.device.cuda import kernel, run
-
-    inner, hidden, blocks = h.shape[1], parts.shape[1], owners.shape[0]
-    ring = stages(inner, pairs) if ring is None else ring
-    run(
-        kernel("experts_few.cu", "penumbra_panels_down", _SHARED_BYTES), grid, _THREADS,
-        shared_bytes(inner, ring, pairs), h, panels, weights, members, owners, parts,
-        *map(ctypes.c_int32, (blocks, pairs, hidden, inner, ring)), waits=True,
     )  # fmt: skip
