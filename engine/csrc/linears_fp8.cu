@@ -95,7 +95,7 @@ template <int N, bool GATED> struct Shape {
 // Shared memory of a block: each warpgroup's ring, this, a unit for each block of inputs and token, the tokens' terms.
 struct Fixed {
     float scales[FOURS][STAGES][4];  // of a step: [matrix][block of inputs]
-    float sums[2][FOURS][TOKENS][PITCH];
+    float sums[2][FOURS][TOKENS][PITCH];  // of even tiles and odd ones
     float squares[FOURS][TOKENS];
     u64 barriers[FOURS][STAGES];
 };
@@ -127,7 +127,7 @@ template <int N, bool GATED> struct Pipe {
     int thread, to;      // of the 64, and where in a stage its first 16 bytes go
     const u8* next;
     const float* scale;  // of those who send for one
-    int tile, end, step;
+    int tile, step;
 
     __device__ __forceinline__ void locate(const Matrix (&matrices)[MATRICES], int inputs, int four) {
         Place found = place_of(matrices, tile * S::ROWS);
@@ -138,7 +138,7 @@ template <int N, bool GATED> struct Pipe {
             thread % S::BLOCKS;
     }
 
-    __device__ __forceinline__ void send(const Matrix (&matrices)[MATRICES], int inputs, int four, int stage) {
+    __device__ __forceinline__ void send(const Matrix (&matrices)[MATRICES], int inputs, int four, int stage, int end) {
         if (tile >= end) return;
         u8* ring = memory + (four * STAGES + stage) * STAGE + to;
         Fixed& shared = fixed();
@@ -229,9 +229,9 @@ __device__ __forceinline__ void stage(
 
 // Four products, of 128 inputs.
 template <int N> struct Products {
-    static const int COUNT = 4, AT_ONCE = 32 / N;  // on their way, as many as there are registers for
+    static const int COUNT = 4, AT_ONCE = 32 / N;  // on their way, one or two: as many as there are registers for
     float sums[AT_ONCE][N / 2];
-    u32 a[AT_ONCE + 1][4];
+    u32 a[2][4];
     const Words* terms;  // of this lane, for the first product; null if it has no token
     int apart;           // from a product's to the next one's
     u32 weights;
@@ -240,19 +240,20 @@ template <int N> struct Products {
         if constexpr (J < COUNT) {
             Words own = terms ? terms[J * apart] : Words{};
 #pragma unroll
-            for (int i = 0; i < 4; i++) a[J % (AT_ONCE + 1)][i] = own.w[i];
+            for (int i = 0; i < 4; i++) a[J % 2][i] = own.w[i];
         }
     }
     template <int J> __device__ __forceinline__ void begin() {
         begin_products();
-        multiply(sums[J % AT_ONCE], a[J % (AT_ONCE + 1)], factor(weights + J * 2));
+        multiply(sums[J % AT_ONCE], a[J % 2], factor(weights + J * 2));
         close_products();
     }
     // add(sums) of product J and all behind it. Those before it were added, what AT_ONCE have room for has begun.
     template <int J, typename Add> __device__ __forceinline__ void finish(Add add) {
         const int BEGUN = J + AT_ONCE < COUNT ? J + AT_ONCE : COUNT;
-        load<BEGUN>();
-        await_products<BEGUN - J - 1>(sums[J % AT_ONCE], a[J % (AT_ONCE + 1)]);
+        if (AT_ONCE == 1) load<BEGUN>();
+        await_products<BEGUN - J - 1>(sums[J % AT_ONCE], a[J % 2]);
+        if (AT_ONCE == 2) load<BEGUN>();
         add(sums[J % AT_ONCE]);
         if constexpr (BEGUN < COUNT) begin<BEGUN>();
         if constexpr (J + 1 < COUNT) finish<J + 1>(add);
@@ -285,17 +286,16 @@ __device__ __forceinline__ void for_tiles(
     Pipe<N, GATED> pipe;
     pipe.thread = (role - 1) * 32 + lane;
     pipe.to = place(pipe.thread / 8, pipe.thread % 8);
-    pipe.tile = tile;
-    pipe.end = sends && four < steps ? end : tile;
+    pipe.tile = sends && four < steps ? tile : end;
     pipe.locate(matrices, inputs, four);
 #pragma unroll 1
-    for (int s = 0; s < STAGES - 1; s++) pipe.send(matrices, inputs, four, s);
+    for (int s = 0; s < STAGES - 1; s++) pipe.send(matrices, inputs, four, s, end);
     await_previous();
 
     int slot = 0, staged = four, group = 0;
     u32 parity = 0, weights = along(shared_address(memory + four * STAGES * STAGE));
 #pragma unroll 1
-    for (int turn = 0; tile < end; tile++, turn ^= 1) {
+    for (; tile < end; tile++) {
         if (!GATED && !NORMED) {
             int own = tile * S::ROWS / per_group;
             if (own != group) {
@@ -318,7 +318,7 @@ __device__ __forceinline__ void for_tiles(
                 publish();  // here, where no copies are on their way
             }
             meet(1 + four, 128);  // which says as well that all are done with the step before
-            pipe.send(matrices, inputs, four, slot ? slot - 1 : STAGES - 1);
+            pipe.send(matrices, inputs, four, slot ? slot - 1 : STAGES - 1, end);
 #pragma unroll 1
             for (int b = 0; b < S::BLOCKS; b++) {
                 int block = step * S::BLOCKS + b;
@@ -349,11 +349,11 @@ __device__ __forceinline__ void for_tiles(
                 parity ^= 1;
             }
         }
-        // Two sets of sums take turns: one is written while others still read the last.
+        // While others may still read those of the tile before.
         if (mine)
 #pragma unroll
             for (int j = 0; j < N / 8; j++)
-                *reinterpret_cast<Floats<2>*>(&shared.sums[turn][four][token][8 * j + 2 * quad]) =
+                *reinterpret_cast<Floats<2>*>(&shared.sums[tile & 1][four][token][8 * j + 2 * quad]) =
                     Floats<2>{total[2 * j], total[2 * j + 1]};
         __syncthreads();
         int of = threadIdx.x / S::ROWS, row = threadIdx.x % S::ROWS;
@@ -370,7 +370,7 @@ __device__ __forceinline__ void for_tiles(
         for (int k = 0; k < S::KINDS; k++) {
             both[k] = 0.0f;
 #pragma unroll
-            for (int f = 0; f < FOURS; f++) both[k] += shared.sums[turn][f][of][k * S::ROWS + row];
+            for (int f = 0; f < FOURS; f++) both[k] += shared.sums[tile & 1][f][of][k * S::ROWS + row];
             if (NORMED) both[k] *= root;
         }
         take(place_of(matrices, tile * S::ROWS), row, of, both);
