@@ -71,6 +71,16 @@ __device__ __forceinline__ void values_of(u32 e4m3s, float& low, float& high) {
         "}\n" : "=f"(low), "=f"(high) : "h"((unsigned short)e4m3s));
 }
 __device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
+// 16 bytes of shared memory.
+__device__ __forceinline__ void load(u32 (&words)[4], u32 address) {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "r"(address) : "memory");
+}
+// A value that the compiler keeps, rather than compute it anew for each use.
+__device__ __forceinline__ int settled(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
 #endif
 
 // [rows, inputs] e4m3, and a scale for 128 x 128 of them.
@@ -232,15 +242,16 @@ template <int N> struct Products {
     static const int COUNT = 4, AT_ONCE = 32 / N;  // on their way, one or two: as many as there are registers for
     float sums[AT_ONCE][N / 2];
     u32 a[2][4];
-    const Words* terms;  // of this lane, for the first product; null if it has no token
-    int apart;           // from a product's to the next one's
+    bool mine;    // this lane has a token: else it multiplies zeros
+    u32 terms;    // where its terms are for the first product
+    int apart;    // from a product's to the next one's
     u32 weights;
 
-    template <int J> __device__ __forceinline__ void load() {
+    template <int J> __device__ __forceinline__ void take() {
         if constexpr (J < COUNT) {
-            Words own = terms ? terms[J * apart] : Words{};
 #pragma unroll
-            for (int i = 0; i < 4; i++) a[J % 2][i] = own.w[i];
+            for (int i = 0; i < 4; i++) a[J % 2][i] = 0;
+            if (mine) load(a[J % 2], terms + J * apart);
         }
     }
     template <int J> __device__ __forceinline__ void begin() {
@@ -251,15 +262,15 @@ template <int N> struct Products {
     // add(sums) of product J and all behind it. Those before it were added, what AT_ONCE have room for has begun.
     template <int J, typename Add> __device__ __forceinline__ void finish(Add add) {
         const int BEGUN = J + AT_ONCE < COUNT ? J + AT_ONCE : COUNT;
-        if (AT_ONCE == 1) load<BEGUN>();
+        if (AT_ONCE == 1) take<BEGUN>();
         await_products<BEGUN - J - 1>(sums[J % AT_ONCE], a[J % 2]);
-        if (AT_ONCE == 2) load<BEGUN>();
+        if (AT_ONCE == 2) take<BEGUN>();
         add(sums[J % AT_ONCE]);
         if constexpr (BEGUN < COUNT) begin<BEGUN>();
         if constexpr (J + 1 < COUNT) finish<J + 1>(add);
     }
     template <int J> __device__ __forceinline__ void start() {
-        load<J>();
+        take<J>();
         begin<J>();
         if constexpr (J + 1 < AT_ONCE) start<J + 1>();
     }
@@ -285,7 +296,7 @@ __device__ __forceinline__ void for_tiles(
 
     Pipe<N, GATED> pipe;
     pipe.thread = (role - 1) * 32 + lane;
-    pipe.to = place(pipe.thread / 8, pipe.thread % 8);
+    pipe.to = settled(place(pipe.thread / 8, pipe.thread % 8));
     pipe.tile = sends && four < steps ? tile : end;
     pipe.locate(matrices, inputs, four);
 #pragma unroll 1
@@ -293,6 +304,7 @@ __device__ __forceinline__ void for_tiles(
     await_previous();
 
     int slot = 0, staged = four, group = 0;
+    u32 own = settled(shared_address(terms) + lane * 16);
     u32 parity = 0, weights = along(shared_address(memory + four * STAGES * STAGE));
 #pragma unroll 1
     for (; tile < end; tile++) {
@@ -322,10 +334,10 @@ __device__ __forceinline__ void for_tiles(
 #pragma unroll 1
             for (int b = 0; b < S::BLOCKS; b++) {
                 int block = step * S::BLOCKS + b;
-                const Words* own = reinterpret_cast<const Words*>(terms) + (block * 4 * tokens + token) * 4 + quad;
                 Products<N> products;
-                products.terms = mine ? own : nullptr;
-                products.apart = tokens * 4;
+                products.mine = mine;
+                products.terms = own + block * 4 * tokens * 64;
+                products.apart = tokens * 64;
                 products.weights = weights + (slot * STAGE + b * N * SLAB_ROW) / 16;
                 products.template start<0>();
                 float scale[S::KINDS];

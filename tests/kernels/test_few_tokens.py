@@ -24,12 +24,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 P, N, L, F = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
 
 
-def call(function, fields: list[tuple[object, object]], *more: int) -> None:
+def call(function, fields: list[tuple[object, object]], *more: int) -> int:
     """Call with a struct of these (type, value) fields."""
     kinds = [(f"f{n}", kind) for n, (kind, _) in enumerate(fields)]
     struct = type("Call", (ctypes.Structure,), {"_fields_": kinds})
     values = [value.data_ptr() if isinstance(value, Tensor) else value for _, value in fields]
-    function(ctypes.byref(struct(*values)), *map(ctypes.c_uint, more))
+    return int(function(ctypes.byref(struct(*values)), *map(ctypes.c_uint, more)))
 
 
 def generator(seed: int) -> torch.Generator:
