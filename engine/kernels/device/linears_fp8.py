@@ -1,7 +1,7 @@
 """The binding of engine/csrc/linears_fp8.cu: products of up to eight tokens with e4m3 matrices, at the speed of memory.
 
-Tokens are two e4m3 terms, which is as good as bf16. Which blocks and warps take a matrix depends on its shape alone, so a
-token's result depends on no other token. `few_tokens` asks here first.
+Tokens are two e4m3 terms, which is as good as bf16. Which blocks and warps take a matrix depends on its shape alone, so
+a token's result depends on no other token. `few_tokens` asks here first.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Matrices = Sequence[tuple[Tensor, Tensor]]
 
 
 def takes(weights: Sequence[Tensor], groups: int = 1) -> bool:
-    """Whether `products` takes these matrices [G * N, K], or `gated` these two of one shape."""
+    """Whether `products` takes these matrices [G * N, K]."""
     inputs = weights[0].shape[1]
     return (
         all(weight.dtype == torch.uint8 for weight in weights)
@@ -42,10 +42,16 @@ def takes(weights: Sequence[Tensor], groups: int = 1) -> bool:
     )
 
 
+def takes_gated(weight: Tensor) -> bool:
+    """Whether `gated` takes two such matrices [N, K]."""
+    rows, inputs = weight.shape
+    return shared_bytes(inputs, TOKENS) <= _SHARED_BYTES and plan((rows,), inputs, kinds=2) is not None
+
+
 @lru_cache(maxsize=1024)
 def plan(rows: tuple[int, ...], inputs: int, groups: int = 1, kinds: int = 1) -> tuple[int, int, int] | None:
-    """(rows of weights in a tile, tiles, tiles of a block) for matrices of so many rows in `groups` groups each, `kinds`
-    of which share a tile. A block has a multiprocessor to itself, and the one with most to read decides.
+    """(rows of weights in a tile, tiles, tiles of a block) for matrices of so many rows in `groups` groups each, of which
+    `kinds` share a tile. A block has a multiprocessor to itself, and the one with most to read decides.
     """
     best = None
     for width in (32, 16):
@@ -96,7 +102,7 @@ def products(
 
 
 def gated(x: Tensor, gate: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor], limit: float) -> Tensor:
-    """As `few_tokens.gated`, where `takes` says so of both."""
+    """As `few_tokens.gated`, where `takes_gated` says so."""
     from engine.kernels.device.cuda import kernel, run
 
     tokens, (rows, inputs) = x.shape[0], gate[0].shape
