@@ -76,12 +76,10 @@ __device__ __forceinline__ void load(u32 (&words)[4], u32 address) {
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
         : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "r"(address) : "memory");
 }
-// A value that the compiler keeps, rather than compute it anew for each use.
-__device__ __forceinline__ int settled(int value) {
-    asm volatile("" : "+r"(value));
-    return value;
-}
 #endif
+
+// A lane's own value, which the compiler keeps, rather than compute it anew for each use.
+__device__ __forceinline__ int settled(int value) { return __shfl_sync(ALL, value, lane_id()); }
 
 // [rows, inputs] e4m3, and a scale for 128 x 128 of them.
 struct Matrix {
@@ -134,18 +132,16 @@ __device__ __forceinline__ Place place_of(const Matrix (&matrices)[MATRICES], in
 // rows of a step, each eight behind the one before.
 template <int N, bool GATED> struct Pipe {
     typedef Shape<N, GATED> S;
-    int thread, to;      // of the 64, and where in a stage its first 16 bytes go
+    int thread, to;       // of the 64, and where in a stage its first 16 bytes go
     const u8* next;
-    const float* scale;  // of those who send for one
+    const float* scales;  // of the next step: the first one, of the first matrix
     int tile, step;
 
     __device__ __forceinline__ void locate(const Matrix (&matrices)[MATRICES], int inputs, int four) {
         Place found = place_of(matrices, tile * S::ROWS);
-        int kind = GATED ? thread / S::BLOCKS % 2 : 0;
         step = four;
         next = found.of.weights + (long long)(found.row + thread / 8) * inputs + step * S::STEP + thread % 8 * 16;
-        scale = (kind ? matrices[1].scales : found.of.scales) + found.row / BLOCK * (inputs / BLOCK) + step * S::BLOCKS +
-            thread % S::BLOCKS;
+        scales = found.of.scales + found.row / BLOCK * (inputs / BLOCK) + step * S::BLOCKS;
     }
 
     __device__ __forceinline__ void send(const Matrix (&matrices)[MATRICES], int inputs, int four, int stage, int end) {
@@ -157,10 +153,13 @@ template <int N, bool GATED> struct Pipe {
 #pragma unroll
         for (int i = 0; i < 4; i++)
             fetch16(ring + i * 8 * SLAB_ROW, next + i % 2 * first + i / 2 * second);
-        if (thread < S::KINDS * S::BLOCKS) fetch4(&shared.scales[four][stage][thread], scale);
+        if (thread < S::KINDS * S::BLOCKS) {
+            long long kind = GATED && thread >= S::BLOCKS ? matrices[1].scales - matrices[0].scales : 0;
+            fetch4(&shared.scales[four][stage][thread], scales + kind + thread % S::BLOCKS);
+        }
         arrive_when_there(&shared.barriers[four][stage]);
         next += FOURS * S::STEP;
-        scale += FOURS * S::BLOCKS;
+        scales += FOURS * S::BLOCKS;
         step += FOURS;
         if (step * S::STEP >= inputs && ++tile < end) locate(matrices, inputs, four);
     }
@@ -286,7 +285,8 @@ __device__ __forceinline__ void for_tiles(
     Fixed& shared = fixed();
     float* units = reinterpret_cast<float*>(&shared + 1);
     u8* terms = reinterpret_cast<u8*>(units + inputs / BLOCK * TOKENS);
-    int warp = __shfl_sync(ALL, warp_id(), 0), four = warp / 4, role = warp % 4 ^ four;  // the compiler sees that lanes agree
+    // The compiler sees that lanes agree.
+    int warp = __shfl_sync(ALL, warp_id(), 0), four = warp / 4, role = __shfl_sync(ALL, warp_id() % 4 ^ warp_id() / 4, 0);
     int lane = lane_id(), token = lane / 4, quad = lane % 4, steps = inputs / S::STEP;
     bool holds = role == 0, sends = role == 1 || role == 2, mine = holds && token < tokens;
     int tile = blockIdx.x * share, end = tile + share < tiles ? tile + share : tiles;
@@ -304,7 +304,7 @@ __device__ __forceinline__ void for_tiles(
     await_previous();
 
     int slot = 0, staged = four, group = 0;
-    u32 own = settled(shared_address(terms) + lane * 16);
+    u32 own = shared_address(terms) + lane * 16;
     u32 parity = 0, weights = along(shared_address(memory + four * STAGES * STAGE));
 #pragma unroll 1
     for (; tile < end; tile++) {

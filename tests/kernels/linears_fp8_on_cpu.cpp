@@ -15,7 +15,6 @@ static void fault(const char* what) {
     if (!faults++) std::fprintf(stderr, "%s\n", what);
 }
 static uint32_t shared_address(const void* at) { return (uint32_t)((const unsigned char*)at - memory); }
-static int settled(int value) { return value; }
 static void load(uint32_t (&words)[4], uint32_t address) { std::memcpy(words, memory + address, 16); }
 static float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 

@@ -1,7 +1,7 @@
 """Products of up to eight tokens, weights as the checkpoint holds them: the binding of engine/csrc/few_tokens.cu.
 
-Where all matrices of a call are e4m3 of shapes that it takes, `linears_fp8` computes them. The others are computed here.
-Which blocks and warps take a matrix depends on its shape alone, so a token's result depends on no other token.
+Where all matrices of a call are e4m3 of shapes that it takes, `linears_fp8` computes them; all others are computed
+here. Which blocks and warps take a matrix depends on its shape alone, so a token's result depends on no other token.
 """
 
 from __future__ import annotations
