@@ -115,16 +115,16 @@ struct Place {
     Matrix of;
     int row, before;
 };
+template <int NEXT> __device__ __forceinline__ void pass(const Matrix (&matrices)[MATRICES], Place& found) {
+    if constexpr (NEXT < MATRICES)
+        if (found.row >= found.of.rows) {
+            found = {matrices[NEXT], found.row - found.of.rows, found.before + found.of.rows};
+            pass<NEXT + 1>(matrices, found);
+        }
+}
 __device__ __forceinline__ Place place_of(const Matrix (&matrices)[MATRICES], int row) {
     Place found = {matrices[0], row, 0};
-#pragma unroll
-    for (int i = 1; i < MATRICES; i++) {
-        if (found.row >= found.of.rows) {
-            found.row -= found.of.rows;
-            found.before += found.of.rows;
-            found.of = matrices[i];
-        }
-    }
+    pass<1>(matrices, found);
     return found;
 }
 
@@ -132,7 +132,8 @@ __device__ __forceinline__ Place place_of(const Matrix (&matrices)[MATRICES], in
 // rows of a step, each eight behind the one before.
 template <int N, bool GATED> struct Pipe {
     typedef Shape<N, GATED> S;
-    int thread, to;       // of the 64, and where in a stage its first 16 bytes go
+    u32 thread;           // of the 64
+    int to;               // where in a stage its first 16 bytes go
     const u8* next;
     const float* scales;  // of the next step: the first one, of the first matrix
     int tile, step;
@@ -141,7 +142,7 @@ template <int N, bool GATED> struct Pipe {
         Place found = place_of(matrices, tile * S::ROWS);
         step = four;
         next = found.of.weights + (long long)(found.row + thread / 8) * inputs + step * S::STEP + thread % 8 * 16;
-        scales = found.of.scales + found.row / BLOCK * (inputs / BLOCK) + step * S::BLOCKS;
+        scales = found.of.scales + (int)((u32)found.row / BLOCK * ((u32)inputs / BLOCK)) + step * S::BLOCKS;
     }
 
     __device__ __forceinline__ void send(const Matrix (&matrices)[MATRICES], int inputs, int four, int stage, int end) {
@@ -330,7 +331,6 @@ __device__ __forceinline__ void for_tiles(
                 publish();  // here, where no copies are on their way
             }
             meet(1 + four, 128);  // which says as well that all are done with the step before
-            pipe.send(matrices, inputs, four, slot ? slot - 1 : STAGES - 1, end);
 #pragma unroll 1
             for (int b = 0; b < S::BLOCKS; b++) {
                 int block = step * S::BLOCKS + b;
@@ -356,6 +356,8 @@ __device__ __forceinline__ void for_tiles(
                                     total[2 * j + c]);
                 });
             }
+            // While the one with the tokens waits for the next step.
+            pipe.send(matrices, inputs, four, slot ? slot - 1 : STAGES - 1, end);
             if (++slot == STAGES) {
                 slot = 0;
                 parity ^= 1;

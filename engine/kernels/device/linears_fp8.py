@@ -50,8 +50,8 @@ def takes_gated(weight: Tensor) -> bool:
 
 @lru_cache(maxsize=1024)
 def plan(rows: tuple[int, ...], inputs: int, groups: int = 1, kinds: int = 1) -> tuple[int, int, int] | None:
-    """(rows of weights in a tile, tiles, tiles of a block) for matrices of so many rows in `groups` groups each; `kinds`
-    of them share a tile. Of blocks, one to a multiprocessor, the one with most to read decides.
+    """(rows of weights in a tile, tiles, tiles of a block) for matrices of so many rows in `groups` groups each, of
+    which `kinds` share a tile. Of blocks, one to a multiprocessor, the one with most to read decides.
     """
     best = None
     for width in (32, 16):
