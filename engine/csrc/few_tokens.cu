@@ -1,5 +1,6 @@
-// Products of up to eight tokens with matrices as the checkpoint quantised them: most of a decode step, and all of it
-// is reading weights. A weight is read once, becomes half precision in registers and goes to the tensor cores from there.
+// Products of up to eight tokens with matrices as the checkpoint has them: bf16 ones, FP8 ones that share a launch with
+// those (linears_fp8.cu has most others), and FP4 experts. All of it is reading weights: each is read once, becomes half
+// precision in registers and goes to the tensor cores from there.
 //
 // A warp multiplies tiles of 16 rows by 8 tokens (mma m16n8k16: weights are its 16 rows, tokens its 8 columns). The
 // warps of a block share the block's rows and cut the inputs between them; their sums are added in order at the end, so
@@ -420,16 +421,15 @@ __device__ __forceinline__ float gated(float gate, float up, float limit) {
     return gate / (1.0f + expf(-gate)) * up;
 }
 
-// y [tokens, rows]: gated(gate x, up x), both of one shape and format; `span` times 16 rows of each to a block.
+// y [tokens, rows]: gated(gate x, up x), both bf16 of one shape; `span` times 16 rows of each to a block.
 extern "C" __global__ void __launch_bounds__(512, 1) penumbra_gated(
-    const u8* gate, const float* gate_scales, const u8* up, const float* up_scales, int rows, int columns,
-    const float* x, long long x_row, float* y, int tokens, int inputs, float limit, int span) {
-    const Matrix both[2] = {{gate, gate_scales, rows, columns}, {up, up_scales, rows, columns}};
+    const u8* gate, const u8* up, int rows, const float* x, long long x_row, float* y, int tokens, int inputs,
+    float limit, int span) {
+    const Matrix both[2] = {{gate, nullptr, rows, 0}, {up, nullptr, rows, 0}};
     int first = blockIdx.x * 16 * span, left = (rows - first) / 16, groups = left < span ? left : span;
-    auto take = [&](int row, int of, const float (&total)[2]) {
-        y[(long long)of * rows + row] = gated(total[0], total[1], limit);
-    };
-    Norm none = {nullptr, 0.0f};
-    if (gate_scales) for_tokens<FP8, 2, false>(x, x_row, none, both, first, groups, tokens, inputs, take);
-    else for_tokens<BF16, 2, false>(x, x_row, none, both, first, groups, tokens, inputs, take);
+    for_tokens<BF16, 2, false>(
+        x, x_row, Norm{nullptr, 0.0f}, both, first, groups, tokens, inputs,
+        [&](int row, int of, const float (&total)[2]) {
+            y[(long long)of * rows + row] = gated(total[0], total[1], limit);
+        });
 }

@@ -41,10 +41,6 @@ __device__ __forceinline__ void arrive(u64* barrier, int times) {
     asm volatile("{.reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0], %1;}"
         :: "r"(shared_address(barrier)), "r"(times) : "memory");
 }
-// Arrives when all that this thread has sent for is there.
-__device__ __forceinline__ void arrive_when_there(u64* barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(shared_address(barrier)) : "memory");
-}
 // As meet(), for those who only say that they were there.
 __device__ __forceinline__ void pass_on(int name, int threads) {
     asm volatile("barrier.cta.arrive.aligned %0, %1;" :: "r"(name), "r"(threads) : "memory");

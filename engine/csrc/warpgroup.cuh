@@ -27,6 +27,10 @@ __device__ __forceinline__ void meet(int name, int threads) {
 __device__ __forceinline__ void make_barrier(u64* barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
+// Arrives when all that this thread has sent for is there.
+__device__ __forceinline__ void arrive_when_there(u64* barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(shared_address(barrier)) : "memory");
+}
 // Until the phase of this parity has ended; before the first one, an odd one has.
 __device__ __forceinline__ void await(u64* barrier, u32 parity) {
     asm volatile(

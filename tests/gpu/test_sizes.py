@@ -66,7 +66,7 @@ def apart(got: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize(
     ("outputs", "inputs", "groups"),
     [(1536, 4096, 1), (32_768, 1024, 1), (8192, 4096, 8), (4096, 8192, 1), (4096, 2048, 1),
-     (2048, 7168, 1), (65_536, 1536, 1), (16_384, 4096, 16), (7168, 3072, 1)],
+     (2048, 7168, 1), (65_536, 1536, 1), (16_384, 4096, 16), (7168, 3072, 1), (129_280, 4096, 1)],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["fp8", "bf16"])
 def test_products_of_few_tokens(kind: str, outputs: int, inputs: int, groups: int) -> None:
@@ -80,13 +80,14 @@ def test_products_of_few_tokens(kind: str, outputs: int, inputs: int, groups: in
         weight, scales = torch.randn(outputs, inputs, device="cuda").bfloat16(), None
         meant = weight.float()
     x = torch.randn(8, groups * inputs, device="cuda")
-    rounded = (x.half() if kind == "fp8" else x.bfloat16()).double()
+    # Two e4m3 terms of an activation are within 2e-7 of it in this measure, where bf16 is within 1e-6.
+    rounded, most = (x.double(), 5e-7) if kind == "fp8" else (x.bfloat16().double(), 1e-9)
     parts = zip(rounded.split(inputs, 1), meant.split(outputs // groups), strict=True)
     expected = torch.cat([part @ rows.double().T for part, rows in parts], dim=1)
     for tokens in (1, 4, 8):
         assert few_tokens.takes(tokens, weight, groups)
         got = ten_times(lambda count=tokens: linear.product(x[:count], weight, scales, groups))
-        assert apart(got, expected[:tokens]) < 1e-9
+        assert apart(got, expected[:tokens]) < most
     together = linear.product(x, weight, scales, groups)
     for token in (0, 5):
         assert torch.equal(linear.product(x[token : token + 1], weight, scales, groups)[0], together[token])
@@ -108,7 +109,7 @@ def test_products_of_a_few_normed_tokens(outputs: int, more: int, inputs: int) -
         for n, wanted in enumerate(expected):
             got = ten_times(lambda n=n, t=tokens: few_tokens.products(x[:t], matrices, norm=norm, eps=1e-6)[n])
             assert torch.equal(got, together[n][:tokens])
-            assert apart(got, wanted[:tokens]) < 1e-8
+            assert apart(got, wanted[:tokens]) < 1e-6, "both round to two terms, one before the norm's root"
 
 
 @pytest.mark.parametrize(("hidden", "inner"), [(4096, 2048), (7168, 3072)])

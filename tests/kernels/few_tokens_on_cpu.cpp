@@ -44,7 +44,6 @@ extern "C" void run_gated(const Gated* call, unsigned threads) {
     s = *call;
     blocks((s.both->rows + 16 * s.span - 1) / (16 * s.span), threads, [] {
         const Matrix &gate = s.both[0], &up = s.both[1];
-        penumbra_gated(gate.weights, gate.scales, up.weights, up.scales, gate.rows, gate.columns, s.x, s.x_row, s.y,
-                       s.tokens, s.inputs, s.limit, s.span);
+        penumbra_gated(gate.weights, up.weights, gate.rows, s.x, s.x_row, s.y, s.tokens, s.inputs, s.limit, s.span);
     });
 }

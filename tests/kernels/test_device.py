@@ -138,8 +138,9 @@ def test_products(kind, tokens, outputs, inputs, groups):
         weight = (weight * 16).to(torch.float8_e4m3fn)
         dense = weight.float() * scales.repeat_interleave(128, 0)[:outputs].repeat_interleave(128, 1)[:, :inputs]
         weight = weight.view(torch.uint8)
-    halves = kind == "fp8" and few_tokens.takes(tokens, there(weight), groups)  # CUDA C++ rounds e4m3's factors to fp16
-    rounded = x if kind == "fp32" else x.half().float() if halves else x.bfloat16().float()
+    # CUDA C++ splits e4m3's factors into two e4m3 terms, better than bf16.
+    terms = kind == "fp8" and few_tokens.takes(tokens, there(weight), groups)
+    rounded = x if kind == "fp32" or terms else x.bfloat16().float()
     per_group = outputs // groups
     expected = torch.cat(
         [
@@ -149,7 +150,7 @@ def test_products(kind, tokens, outputs, inputs, groups):
         1,
     )
     got = device_linear.product(there(x), there(weight), None if scales is None else there(scales), groups)
-    assert apart(got, expected) < (1e-10 if kind == "fp32" else 1e-9)
+    assert apart(got, expected) < (5e-7 if terms else 1e-10 if kind == "fp32" else 1e-9)
 
 
 @pytest.mark.parametrize(("kind", "dim"), [("latent", 512), ("index", 128)])
@@ -640,7 +641,7 @@ def test_both_products_of_a_gate_give_what_each_gives_alone(tokens, kind):
 
 @pytest.mark.parametrize("tokens", [1, 5, 20])
 def test_several_matrices_give_what_each_gives_alone(tokens):
-    """On a GPU few tokens take one launch, in which a token's result is as ever."""
+    """On a GPU few tokens take one launch, in which a token's result is as ever; e4m3 alone is computed elsewhere."""
     matrices = [(randn(n, 256, seed=n).bfloat16(), None) for n in (64, 16, 48)]
     matrices.append((torch.randint(0x70, (32, 256), dtype=torch.uint8), torch.rand(1, 2)))
     x = randn(tokens, 256)
@@ -648,7 +649,7 @@ def test_several_matrices_give_what_each_gives_alone(tokens):
     together = device_linear.products(there(x), ours)
     for got, (weight, scales), (dense, blocks) in zip(together, ours, matrices, strict=True):
         alone = device_linear.product(there(x), weight, scales, 1)
-        assert torch.equal(got, alone)
+        assert torch.equal(got, alone) if blocks is None else apart(got, alone) < 5e-7
         if blocks is not None:
             dense = dense.view(torch.float8_e4m3fn).float() * blocks.repeat_interleave(128, 1)
         assert apart(got, x @ dense.float().T) < 3e-5

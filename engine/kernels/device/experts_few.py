@@ -26,8 +26,6 @@ _MOST_STAGES = 2
 """Of a warp's ring, for which there is place for barriers of eight. At 1, 4 and 8 tokens on an H200 two were faster
 than three, four or five, when each product was a kernel of its own."""
 MOST_TOKENS = 256
-_TOKENS = 8
-"""Of a block of work, as `few_tokens.TOKENS`."""
 
 
 def arranges(hidden: int, inner: int) -> bool:

@@ -1,6 +1,7 @@
-"""The binding of engine/csrc/few_tokens.cu: products of up to eight tokens, weights as the checkpoint holds them.
+"""Products of up to eight tokens, weights as the checkpoint holds them: the binding of engine/csrc/few_tokens.cu.
 
-Which blocks and warps take a matrix depends on its shape alone, so a token's result depends on no other token.
+Where all matrices of a call are e4m3 of shapes that it takes, `linears_fp8` computes them; all others are computed
+here. Which blocks and warps take a matrix depends on its shape alone, so a token's result depends on no other token.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from engine.kernels.device import cuda_products
+from engine.kernels.device import cuda_products, linears_fp8
 
 TOKENS = 8
 MATRICES = 8
@@ -55,12 +56,11 @@ def takes_normed(tokens: int, weight: Tensor) -> bool:
 
 def takes_gated(tokens: int, gate: Tensor, up: Tensor) -> bool:
     """Whether `gated` takes these matrices [N, K]."""
-    return (
-        takes(tokens, gate)
-        and gate.shape == up.shape
-        and gate.dtype == up.dtype
-        and _shared(2, _LEAST_WARPS, TOKENS, gate.shape[1], "bf16") <= _SHARED_BYTES
-    )
+    if gate.shape != up.shape or gate.dtype != up.dtype or not takes(tokens, gate):
+        return False
+    if gate.dtype == torch.uint8:
+        return linears_fp8.takes_gated(gate)
+    return _shared(2, _LEAST_WARPS, TOKENS, gate.shape[1], "bf16") <= _SHARED_BYTES
 
 
 def products(
@@ -72,12 +72,15 @@ def products(
     Each of them, alone, is as `engine.kernels.device.linear.product` says. norm [K], of one group: x goes through an
     RMSNorm of these weights first.
     """
+    quantised = [(weight, scales) for weight, scales in matrices if scales is not None]
+    if len(quantised) == len(matrices) and linears_fp8.takes([weight for weight, _ in matrices], groups):
+        return linears_fp8.products(x, quantised, groups, norm, eps)
     from engine.kernels.device.cuda import kernel, run
 
     tokens, inputs = x.shape[0], matrices[0][0].shape[1]
     rows = tuple(len(weight) for weight, _ in matrices)
     warps, shared, span = plan(rows, inputs, groups, tokens, _kind(matrices))
-    x = _aligned(x)
+    x = linears_fp8.aligned(x)
     y = torch.empty(tokens * sum(rows), dtype=torch.float32, device=x.device)
     table: list[object] = []
     for weight, scales in matrices:
@@ -102,15 +105,16 @@ def gated(x: Tensor, gate: tuple[Tensor, Tensor | None], up: tuple[Tensor, Tenso
     """
     from engine.kernels.device.cuda import kernel, run
 
-    (weight, scales), tokens = gate, x.shape[0]
+    (weight, scales), (other, other_scales), tokens = gate, up, x.shape[0]
+    if scales is not None and other_scales is not None:
+        return linears_fp8.gated(x, (weight, scales), (other, other_scales), limit)
     rows, inputs = weight.shape
-    warps, shared, span = plan((rows,), inputs, 1, tokens, _kind((gate, up)), tiles=2)
-    x = _aligned(x)
+    warps, shared, span = plan((rows,), inputs, 1, tokens, "bf16", tiles=2)
+    x = linears_fp8.aligned(x)
     y = torch.empty(tokens, rows, dtype=torch.float32, device=x.device)
     run(
         kernel("few_tokens.cu", "penumbra_gated", _SHARED_BYTES), -(-rows // (16 * span)), 32 * warps, shared,
-        *(0 if t is None else t for t in (*gate, *up)), ctypes.c_int32(rows),
-        ctypes.c_int32(0 if scales is None else scales.shape[1]), x, ctypes.c_int64(x.stride(0)), y,
+        weight, other, ctypes.c_int32(rows), x, ctypes.c_int64(x.stride(0)), y,
         *map(ctypes.c_int32, (tokens, inputs)), ctypes.c_float(limit), ctypes.c_int32(span), waits=True,
     )  # fmt: skip
     return y
@@ -118,11 +122,6 @@ def gated(x: Tensor, gate: tuple[Tensor, Tensor | None], up: tuple[Tensor, Tenso
 
 def _kind(matrices: Sequence[tuple[Tensor, Tensor | None]]) -> str:
     return "bf16" if any(scales is None for _, scales in matrices) else "fp8"
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """Rows are read by 16 bytes."""
-    return x.clone(memory_format=torch.contiguous_format) if x.stride(0) % 4 or x.data_ptr() % 16 else x
 
 
 @lru_cache(maxsize=1024)

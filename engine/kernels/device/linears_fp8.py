@@ -1,0 +1,124 @@
+"""The binding of engine/csrc/linears_fp8.cu: products of up to eight tokens with e4m3 matrices, at the speed of memory.
+
+Tokens are two e4m3 terms, which is as good as bf16. Which blocks and warps take a matrix depends on its shape alone, so
+a token's result depends on no other token. `few_tokens` asks here first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+TOKENS = 8
+MATRICES = 8
+"""Of one launch."""
+BLOCK = 128
+"""Inputs, and rows, that share a scale."""
+_THREADS = 512
+_STAGE_BYTES = 4096
+"""Of weights, in a warpgroup's step."""
+_RING_BYTES = 4 * 5 * _STAGE_BYTES
+_FIXED_BYTES = 10_848
+"""Of shared memory, whatever the shape: scales, sums and barriers."""
+_SHARED_BYTES = 227 << 10
+"""What a block may have on Hopper."""
+_PROCESSORS = 132
+
+Matrices = Sequence[tuple[Tensor, Tensor]]
+"""Weights [N, K] uint8 and their scales [ceil(N / 128), K / 128] fp32."""
+
+
+def takes(weights: Sequence[Tensor], groups: int = 1) -> bool:
+    """Whether `products` takes these matrices [G * N, K]."""
+    inputs = weights[0].shape[1]
+    return (
+        all(weight.dtype == torch.uint8 for weight in weights)
+        and shared_bytes(inputs, TOKENS) <= _SHARED_BYTES
+        and plan(tuple(len(weight) for weight in weights), inputs, groups) is not None
+    )
+
+
+def takes_gated(weight: Tensor) -> bool:
+    """Whether `gated` takes two such matrices [N, K]."""
+    rows, inputs = weight.shape
+    return shared_bytes(inputs, TOKENS) <= _SHARED_BYTES and plan((rows,), inputs, kinds=2) is not None
+
+
+@lru_cache(maxsize=1024)
+def plan(rows: tuple[int, ...], inputs: int, groups: int = 1, kinds: int = 1) -> tuple[int, int, int] | None:
+    """(rows of weights in a tile, tiles, tiles of a block) for matrices of so many rows in `groups` groups each, of
+    which `kinds` share a tile. Of blocks, one to a multiprocessor, the one with most to read decides.
+    """
+    best = None
+    for width in (32, 16):
+        own = width // kinds
+        if inputs % (_STAGE_BYTES // width) or any(n % groups or n // groups % own for n in rows):
+            continue
+        tiles = sum(rows) // own
+        share = -(-tiles // _PROCESSORS)
+        if best is None or share * width < best[2] * best[0]:
+            best = width, tiles, share
+    return best
+
+
+def shared_bytes(inputs: int, tokens: int) -> int:
+    """Of a block: the ring of weights, and of each token two terms and a unit for 128 inputs."""
+    return _RING_BYTES + _FIXED_BYTES + inputs // BLOCK * TOKENS * 4 + tokens * inputs * 2
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Rows are read by 16 bytes."""
+    return x.clone(memory_format=torch.contiguous_format) if x.stride(0) % 4 or x.data_ptr() % 16 else x
+
+
+def products(
+    x: Tensor, matrices: Matrices, groups: int = 1, norm: Tensor | None = None, eps: float = 0.0
+) -> list[Tensor]:
+    """As `few_tokens.products`, where `takes` says so."""
+    from engine.kernels.device.cuda import kernel, run
+
+    tokens, inputs = x.shape[0], matrices[0][0].shape[1]
+    rows = tuple(len(weight) for weight, _ in matrices)
+    width, tiles, share = _planned(rows, inputs, groups)
+    x = aligned(x)
+    y = torch.empty(tokens * sum(rows), dtype=torch.float32, device=x.device)
+    table: list[object] = []
+    for weight, scales in matrices:
+        table += [weight, scales, ctypes.c_int32(len(weight))]
+    table += [0, 0, ctypes.c_int32(0)] * (MATRICES - len(matrices))
+    name, normed = ("penumbra_fp8_linears", ()) if norm is None else (
+        "penumbra_fp8_linears_normed", (norm, ctypes.c_float(eps))
+    )  # fmt: skip
+    run(
+        kernel("linears_fp8.cu", f"{name}_{width}", _SHARED_BYTES), -(-tiles // share), _THREADS,
+        shared_bytes(inputs, tokens), *table, x, ctypes.c_int64(x.stride(0)), *normed, y,
+        *map(ctypes.c_int32, (tokens, inputs, sum(rows) // groups, tiles, share)), waits=True,
+    )  # fmt: skip
+    return [part.view(tokens, -1) for part in y.split([tokens * n for n in rows])]
+
+
+def gated(x: Tensor, gate: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor], limit: float) -> Tensor:
+    """As `few_tokens.gated`, where `takes_gated` says so."""
+    from engine.kernels.device.cuda import kernel, run
+
+    tokens, (rows, inputs) = x.shape[0], gate[0].shape
+    width, tiles, share = _planned((rows,), inputs, kinds=2)
+    x = aligned(x)
+    y = torch.empty(tokens, rows, dtype=torch.float32, device=x.device)
+    run(
+        kernel("linears_fp8.cu", f"penumbra_fp8_gated_{width}", _SHARED_BYTES), -(-tiles // share), _THREADS,
+        shared_bytes(inputs, tokens), *gate, *up, ctypes.c_int32(rows), x, ctypes.c_int64(x.stride(0)), y,
+        *map(ctypes.c_int32, (tokens, inputs)), ctypes.c_float(limit), *map(ctypes.c_int32, (tiles, share)), waits=True,
+    )  # fmt: skip
+    return y
+
+
+def _planned(rows: tuple[int, ...], inputs: int, groups: int = 1, kinds: int = 1) -> tuple[int, int, int]:
+    planned = plan(rows, inputs, groups, kinds)
+    if planned is None:
+        raise ValueError(f"matrices of {rows} rows and {inputs} inputs can not be cut into tiles; ask `takes` before")
+    return planned

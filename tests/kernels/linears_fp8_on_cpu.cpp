@@ -1,0 +1,255 @@
+// The blocks of engine/csrc/linears_fp8.cu, one after another, on the CPU.
+#include <cmath>
+#include <deque>
+#define fetch16 fetch16_at_once
+#include "cuda_on_cpu.h"
+#undef fetch16
+
+#define __shared__
+typedef unsigned long long u64;
+unsigned char memory[232448] __attribute__((aligned(1024)));
+static unsigned char published[sizeof memory];  // what products see of it
+static int faults;                              // of the kernel: what a GPU may not do either
+
+static void fault(const char* what) {
+    if (!faults++) std::fprintf(stderr, "%s\n", what);
+}
+static uint32_t shared_address(const void* at) { return (uint32_t)((const unsigned char*)at - memory); }
+static void load(uint32_t (&words)[4], uint32_t address) { std::memcpy(words, memory + address, 16); }
+static float inverse_root(float x) { return 1.0f / std::sqrt(x); }
+
+// A barrier's 8 bytes: how many it is made for, how many are still to come, and the parity of the phase that runs.
+struct Barrier {
+    uint16_t arrivals, missing;
+    uint32_t parity;
+};
+static Barrier& at(u64* barrier) { return *reinterpret_cast<Barrier*>(barrier); }
+static void make_barrier(u64* barrier, int arrivals) { at(barrier) = {(uint16_t)arrivals, (uint16_t)arrivals, 0}; }
+
+// Copies come late, a while after those of all others that were sent for before; until then there is nothing.
+struct Copy {
+    unsigned char* to;
+    const void* from;
+    int bytes;
+};
+struct Delivery {
+    std::vector<Copy> copies;
+    u64* barrier;
+    long due;
+};
+static std::vector<std::vector<Copy>> sent;  // of a thread, since it last said what shall know of it
+static std::deque<Delivery> deliveries;
+static std::vector<Copy> unpublished;
+static long polls;
+static void fetch(void* to, const void* from, int bytes) {
+    if ((uintptr_t)to % bytes || (uintptr_t)from % bytes) fault("a copy of bytes that are not aligned");
+    std::memset(to, 0xff, bytes);
+    std::memset(published + shared_address(to), 0xff, bytes);
+    sent[threadIdx.x].push_back({(unsigned char*)to, from, bytes});
+}
+static void fetch16(void* to, const void* from) { fetch(to, from, 16); }
+static void fetch4(void* to, const void* from) { fetch(to, from, 4); }
+static void arrive_when_there(u64* barrier) {
+    deliveries.push_back({std::move(sent[threadIdx.x]), barrier, polls + 40});
+    sent[threadIdx.x].clear();
+}
+static void poll() {
+    for (polls++; !deliveries.empty() && deliveries.front().due <= polls; deliveries.pop_front()) {
+        for (const Copy& copy : deliveries.front().copies) {
+            std::memcpy(copy.to, copy.from, copy.bytes);
+            unpublished.push_back(copy);
+        }
+        Barrier& b = at(deliveries.front().barrier);
+        if (b.missing == 0) fault("more arrive at a barrier than it is made for");
+        if (--b.missing == 0) b.missing = b.arrivals, b.parity ^= 1;
+    }
+}
+static void await(u64* barrier, uint32_t parity) {
+    for (poll(); at(barrier).parity == parity; poll()) block::pause();
+    block::sync_warp();
+}
+static void publish() {
+    for (const Copy& copy : unpublished) std::memcpy(published + shared_address(copy.to), copy.to, copy.bytes);
+    unpublished.clear();
+}
+static struct { int count, times; } named[16];
+static void meet(int name, int threads) {
+    int times = named[name].times;
+    block::sync_warp();
+    if (++named[name].count == threads) named[name].count = 0, named[name].times++;
+    while (named[name].times == times) block::pause();
+    block::sync_warp();
+}
+
+static float e4m3_of(uint32_t code) {
+    int exponent = code >> 3 & 15, mantissa = code & 7;
+    float size = (code & 127) == 127 ? NAN : exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
+    return code & 128 ? -size : size;
+}
+static const std::vector<float> values = [] {
+    std::vector<float> all(256);
+    for (int i = 0; i < 256; i++) all[i] = e4m3_of(i);
+    return all;
+}();
+static uint32_t e4m3(float x) {
+    uint32_t sign = std::signbit(x) ? 128 : 0;
+    x = std::fabs(x);
+    if (x != x) return sign | 127;
+    if (x >= 448) return sign | 126;
+    int exponent = x < 0.015625f ? -6 : std::ilogb(x);
+    float last = std::ldexp(1.0f, exponent - 3);
+    uint32_t count = (uint32_t)std::nearbyint(x / last);  // 8..16 of a normal one
+    return sign | (exponent == -6 && x < 0.015625f ? count : (uint32_t)(exponent + 6) * 8 + count);
+}
+static uint32_t e4m3s(float low, float high) { return e4m3(low) | e4m3(high) << 8; }
+static void values_of(uint32_t both, float& low, float& high) { low = e4m3_of(both & 255); high = e4m3_of(both >> 8 & 255); }
+
+// Hopper's wgmma of e4m3 keeps `kept` = 13 bits behind the point of products that are all shifted to the largest exponent
+// among them, and as many of their sum's mantissa, and cuts off the rest. Here all bits, where it is 0.
+static int kept = 0;
+static double cut_off(double x, int last) { return std::ldexp(std::trunc(std::ldexp(x, -last)), last); }
+static int exponent_of(float x) { return x == 0 ? -126 : std::max(-6, std::ilogb(x)); }
+
+// 16 inputs of a row of weights, by the descriptor's bits: PTX ISA, asynchronous warpgroup-level matrix shared memory
+// layout, K-major, swizzle of 128 bytes: bits 4-6 of an address are changed by its bits 7-9.
+static const unsigned char* inputs_of(u64 descriptor, int row, int sixteen) {
+    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) fault("a factor that is not swizzled by 128 bytes");
+    uint32_t start = (descriptor & 0x3fff) << 4, eight_rows = (descriptor >> 32 & 0x3fff) << 4;
+    uint32_t address = start + row / 8 * eight_rows + row % 8 * 128 + 16 * sixteen;
+    address ^= (address >> 7 & 7) << 4;
+    if (address < sizeof memory) return published + address;
+    fault("a factor outside of shared memory");
+    return published;
+}
+
+// wgmma reads registers and shared memory at any time until it has been waited for, and owns its sums as long: they hold
+// nothing until then, and what the factors were at first they must still be at last.
+static const uint32_t IN_FLIGHT = 0x7fc0dead;
+struct Product {
+    float* sums;
+    const uint32_t (*a)[4];
+    u64 weights;
+    int count, batch;
+    std::vector<float> first;
+};
+static std::vector<std::deque<Product>> pending;
+static std::vector<int> batches;
+static std::vector<char> begun;
+static std::vector<float> made(const Product& p) {
+    static uint32_t operands[512][4];
+    int lane = threadIdx.x % 32, quad = threadIdx.x - lane % 4;
+    for (int i = 0; i < 4; i++) operands[threadIdx.x][i] = (*p.a)[i];
+    block::sync_warp();
+    float a[2][32];
+    bool none = true;
+    for (int r = 0; r < 2; r++)
+        for (int k = 0; k < 32; k++) {
+            uint32_t code = operands[quad + k % 16 / 4][k / 16 * 2 + r] >> k % 4 * 8 & 255;
+            a[r][k] = values[code];
+            none &= code == 0;
+        }
+    std::vector<float> sums(p.count);
+    for (int j = 0; j < p.count / 4 && !none; j++)
+        for (int c = 0; c < 2; c++) {
+            int row = 8 * j + lane % 4 * 2 + c;
+            const unsigned char* codes[2] = {inputs_of(p.weights, row, 0), inputs_of(p.weights, row, 1)};
+            for (int r = 0; r < 2; r++) {
+                double sum = 0;
+                int most = -999;
+                for (int k = 0; k < 32 && kept; k++)
+                    most = std::max(most, exponent_of(a[r][k]) + exponent_of(values[codes[k / 16][k % 16]]));
+                for (int k = 0; k < 32; k++) {
+                    double product = (double)a[r][k] * values[codes[k / 16][k % 16]];
+                    sum += kept ? cut_off(product, most - kept) : product;
+                }
+                sums[4 * j + 2 * r + c] = (float)(kept && sum != 0 && sum == sum ? cut_off(sum, std::ilogb(sum) - kept) : sum);
+            }
+        }
+    block::sync_warp();
+    return sums;
+}
+static void begin_products() {
+    block::sync_warp();
+    begun[threadIdx.x] = true;
+}
+static void close_products() { batches[threadIdx.x]++; }
+template <int COUNT> static void multiply(float (&sums)[COUNT], const uint32_t (&a)[4], u64 weights) {
+    if (!begun[threadIdx.x]) fault("registers of a product that nobody has fenced");
+    begun[threadIdx.x] = false;
+    if (block::exchange((uint32_t)weights)[0] != (uint32_t)weights) fault("lanes multiply different factors");
+    Product product{sums, &a, weights, COUNT, batches[threadIdx.x], {}};
+    product.first = made(product);
+    pending[threadIdx.x].push_back(product);
+    for (float& sum : sums) std::memcpy(&sum, &IN_FLIGHT, 4);
+}
+template <int LEFT, int COUNT> static void await_products(float (&)[COUNT], uint32_t (&)[4]) {
+    block::sync_warp();
+    auto& mine = pending[threadIdx.x];
+    for (; !mine.empty() && mine.front().batch < batches[threadIdx.x] - LEFT; mine.pop_front()) {
+        const Product& product = mine.front();
+        std::vector<float> last = made(product);
+        if (std::memcmp(last.data(), product.first.data(), 4 * last.size())) fault("factors were written over in flight");
+        for (int i = 0; i < product.count; i++) {
+            if (__float_as_uint(product.sums[i]) != IN_FLIGHT) fault("sums were touched in flight");
+            product.sums[i] = last[i];
+        }
+    }
+}
+
+#include "linears_fp8.cu"
+
+struct Linears { const float* x; const float* norm; float* y; const Matrix* matrices; long long x_row; int tokens, inputs, per_group, tiles, share, width; float eps; };
+struct Gated { const float* x; float* y; const Matrix* both; long long x_row; int tokens, inputs, tiles, share, width; float limit; };
+static Linears l;
+static Gated s;
+
+// -> faults
+static int blocks(int tiles, int share, void (*kernel)()) {
+    faults = 0;
+    blockDim.x = THREADS;
+    for (blockIdx.x = 0; blockIdx.x < (unsigned)((tiles + share - 1) / share); blockIdx.x++) {
+        std::fill(std::begin(memory), std::end(memory), 0xff);  // NaN
+        std::fill(std::begin(published), std::end(published), 0xff);
+        sent.assign(THREADS, {});
+        pending.assign(THREADS, {});
+        batches.assign(THREADS, 0);
+        begun.assign(THREADS, false);
+        block::run(THREADS, kernel);
+        if (!deliveries.empty()) fault("a block leaves before what it sent for is there");
+        for (auto& queue : pending)
+            if (!queue.empty()) fault("a block leaves products that nobody awaits");
+        for (auto& name : named)
+            if (name.count) fault("a block leaves a barrier that some wait at");
+    }
+    return faults;
+}
+
+#define ENTRY_OF(I) l.matrices[I].weights, l.matrices[I].scales, l.matrices[I].rows,
+#define RUN_LINEARS(N)                                                                                                \
+    [] {                                                                                                              \
+        if (l.norm)                                                                                                   \
+            penumbra_fp8_linears_normed_##N(EACH(ENTRY_OF) l.x, l.x_row, l.norm, l.eps, l.y, l.tokens, l.inputs,      \
+                                            l.per_group, l.tiles, l.share);                                           \
+        else                                                                                                          \
+            penumbra_fp8_linears_##N(EACH(ENTRY_OF) l.x, l.x_row, l.y, l.tokens, l.inputs, l.per_group, l.tiles,      \
+                                     l.share);                                                                        \
+    }
+#define RUN_GATED(N)                                                                                                  \
+    [] {                                                                                                              \
+        const Matrix &gate = s.both[0], &up = s.both[1];                                                              \
+        penumbra_fp8_gated_##N(gate.weights, gate.scales, up.weights, up.scales, gate.rows, s.x, s.x_row, s.y,        \
+                               s.tokens, s.inputs, s.limit, s.tiles, s.share);                                        \
+    }
+extern "C" void order(int eager, int backwards) { block::eager = eager; block::backwards = backwards; }
+extern "C" void keep(int bits) { kept = bits; }
+extern "C" unsigned shared_bytes(unsigned inputs, unsigned tokens) {
+    return FOURS * STAGES * STAGE + sizeof(Fixed) + inputs / BLOCK * TOKENS * 4 + inputs * tokens * 2;
+}
+extern "C" int run_linears(const Linears* call) {
+    l = *call;
+    return l.width == 16 ? blocks(l.tiles, l.share, RUN_LINEARS(16)) : blocks(l.tiles, l.share, RUN_LINEARS(32));
+}
+extern "C" int run_gated(const Gated* call) {
+    s = *call;
+    return s.width == 16 ? blocks(s.tiles, s.share, RUN_GATED(16)) : blocks(s.tiles, s.share, RUN_GATED(32));
+}
