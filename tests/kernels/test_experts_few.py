@@ -10,9 +10,10 @@ from torch import Tensor
 
 from engine.kernels.device import experts_few
 from tests.kernels.cuda_on_cpu import compiled
-from tests.kernels.test_few_tokens import F, N, P, call, fp4, generator
+from tests.kernels.test_few_tokens import F, N, P, call, generator
 
 LIMIT = 10.0
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +26,15 @@ def library(built: ctypes.CDLL, request: pytest.FixtureRequest) -> ctypes.CDLL:
     """Warps run in step, or one by one as far as they can: what they do not wait for is not there."""
     built.order(request.param != "in step", request.param == "last ahead")
     return built
+
+
+def fp4(shape: tuple[int, int, int], g: torch.Generator, low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
+    """codes, scales, and what they mean [E, N, K] in fp64."""
+    count, outputs, inputs = shape
+    codes = torch.randint(256, (count, outputs, inputs // 2), dtype=torch.uint8, generator=g)
+    scales = torch.randint(low, high + 1, (count, outputs, inputs // 32), dtype=torch.uint8, generator=g)
+    nibbles = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(2).long()
+    return codes, scales, E2M1[nibbles] * torch.exp2(scales.double() - 127).repeat_interleave(32, 2)
 
 
 def held(x: Tensor) -> Tensor:
