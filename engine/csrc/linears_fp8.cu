@@ -3,9 +3,9 @@
 // wgmma multiplies tokens, its 64 rows, e4m3 in registers, by N rows of weights, its columns, where copies laid them. A
 // token is two rows, as no e4m3 holds an activation: x = unit (c0 + c1 / 16), whose error is at most 2^-9 of a value that
 // is no smaller than 2^-13 of the largest among the 128 inputs for which a unit is made. Eight tokens so fill the 16 rows
-// of one warp, a lane has both sums of its token, and the other three warps multiply zeros: warpgroup g's warp g has the
-// tokens, so that the four of a block are served by four schedulers. wgmma counts few bits of a sum, so 32 inputs are a
-// product of their own: sum += weights' scale * unit * (d0 + d1 / 16) in fp32.
+// of one warp, a lane has both sums of its token, and the other three warps multiply zeros; two of those send for weights.
+// Warpgroup g's warp g has the tokens, so that the four of a block are served by four schedulers. wgmma counts few bits of
+// a sum, so 32 inputs are a product of their own: sum += weights' scale * unit * (d0 + d1 / 16) in fp32.
 //
 // A block takes its share of all tiles of N rows, one behind the other, and its warpgroups take turns at the steps of
 // 4,096 / N inputs, so that together they read rows in pieces of 16,384 / N bytes. Each has a ring of steps, filled by
@@ -27,6 +27,7 @@
 #define BLOCK 128   // inputs, and rows, that share a scale
 #define STAGES 5    // steps of a warpgroup's ring
 #define STAGE 4096  // bytes of weights
+#define TERMS 64    // bytes of a token for a product
 #define PITCH 40    // of a token's sums: eight more than the most rows, so that four tokens meet in no bank
 
 #ifndef ON_CPU
@@ -101,11 +102,12 @@ template <int N, bool GATED> struct Shape {
 };
 
 // Shared memory of a block: each warpgroup's ring, this, a unit for each block of inputs and token, the tokens' terms.
-struct Fixed {
+struct __align__(16) Fixed {
     float scales[FOURS][STAGES][4];  // of a step: [matrix][block of inputs]
     float sums[2][FOURS][TOKENS][PITCH];  // of even tiles and odd ones
     float squares[FOURS][TOKENS];
     u64 barriers[FOURS][STAGES];
+    u8 zeros[4 * TERMS];
 };
 extern __shared__ __align__(1024) unsigned char memory[];
 __device__ __forceinline__ Fixed& fixed() { return *reinterpret_cast<Fixed*>(memory + FOURS * STAGES * STAGE); }
@@ -171,7 +173,7 @@ struct __align__(8) Terms {
     u32 w[2];
 };
 
-// 128 inputs of a token, four to a lane, which become terms: of 32 inputs, what a product's lanes have of each token,
+// 128 inputs of a token, four to a lane, which become terms: for each of four products what its lanes have of the token,
 // 16 bytes a lane. Gives back their unit.
 __device__ __forceinline__ float split(Floats<4> x, u8* terms, int tokens, int token, int block) {
     u32 most = 0;
@@ -194,7 +196,7 @@ __device__ __forceinline__ float split(Floats<4> x, u8* terms, int tokens, int t
 #pragma unroll
     for (int i = 0; i < 4; i++) x.f[i] = (x.f[i] - held.f[i]) * 16.0f;
     Terms made = {{low | high << 16, e4m3s(x.f[0], x.f[1]) | e4m3s(x.f[2], x.f[3]) << 16}};
-    int at = ((block * 4 + lane / 8) * tokens + token) * 64 + lane % 4 * 16 + lane / 4 % 2 * 8;
+    int at = ((block * tokens + token) * 4 + lane / 8) * TERMS + lane % 4 * 16 + lane / 4 % 2 * 8;
     *reinterpret_cast<Terms*>(terms + at) = made;
     return __uint_as_float(finite ? (u32)(exponent - 7) << 23 : 0x7fc00000u);
 }
@@ -242,17 +244,10 @@ template <int N> struct Products {
     static const int COUNT = 4, AT_ONCE = 32 / N;  // on their way, one or two: as many as there are registers for
     float sums[AT_ONCE][N / 2];
     u32 a[2][4];
-    bool mine;    // this lane has a token: else it multiplies zeros
-    u32 terms;    // where its terms are for the first product
-    int apart;    // from a product's to the next one's
-    u32 weights;
+    u32 terms, weights;  // of this lane, and all, for the first product
 
-    template <int J> __device__ __forceinline__ void take() {
-        if constexpr (J < COUNT) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) a[J % 2][i] = 0;
-            if (mine) load(a[J % 2], terms + J * apart);
-        }
+    template <int J> __device__ __forceinline__ void fetch() {
+        if constexpr (J < COUNT) load(a[J % 2], terms + J * TERMS);
     }
     template <int J> __device__ __forceinline__ void begin() {
         begin_products();
@@ -262,15 +257,15 @@ template <int N> struct Products {
     // add(sums) of product J and all behind it. Those before it were added, what AT_ONCE have room for has begun.
     template <int J, typename Add> __device__ __forceinline__ void finish(Add add) {
         const int BEGUN = J + AT_ONCE < COUNT ? J + AT_ONCE : COUNT;
-        if (AT_ONCE == 1) take<BEGUN>();
+        if (AT_ONCE == 1) fetch<BEGUN>();
         await_products<BEGUN - J - 1>(sums[J % AT_ONCE], a[J % 2]);
-        if (AT_ONCE == 2) take<BEGUN>();
+        if (AT_ONCE == 2) fetch<BEGUN>();
         add(sums[J % AT_ONCE]);
         if constexpr (BEGUN < COUNT) begin<BEGUN>();
         if constexpr (J + 1 < COUNT) finish<J + 1>(add);
     }
     template <int J> __device__ __forceinline__ void start() {
-        take<J>();
+        fetch<J>();
         begin<J>();
         if constexpr (J + 1 < AT_ONCE) start<J + 1>();
     }
@@ -290,8 +285,9 @@ __device__ __forceinline__ void for_tiles(
     int warp = __shfl_sync(ALL, warp_id(), 0), four = warp / 4, role = __shfl_sync(ALL, warp_id() % 4 ^ warp_id() / 4, 0);
     int lane = lane_id(), token = lane / 4, quad = lane % 4, steps = inputs / S::STEP;
     bool holds = role == 0, sends = role == 1 || role == 2, mine = holds && token < tokens;
-    int tile = blockIdx.x * share, end = tile + share < tiles ? tile + share : tiles;
+    int tile = blockIdx.x * share, end = settled(tile + share < tiles ? tile + share : tiles);
     if (NORMED && lane < TOKENS && lane % 4 == warp % 4) shared.squares[four][lane] = 0.0f;
+    if (threadIdx.x < sizeof(shared.zeros)) shared.zeros[threadIdx.x] = 0;
     if (threadIdx.x < FOURS * STAGES) make_barrier(shared.barriers[0] + threadIdx.x, 64);
     __syncthreads();
 
@@ -305,8 +301,10 @@ __device__ __forceinline__ void for_tiles(
     await_previous();
 
     int slot = 0, staged = four, group = 0;
-    u32 own = shared_address(terms) + lane * 16;
-    u32 parity = 0, weights = along(shared_address(memory + four * STAGES * STAGE));
+    // This lane's terms, of zeros where it has no token, and how far it is to those of the next block.
+    u32 own = settled(shared_address(mine ? terms + token * 4 * TERMS : shared.zeros) + quad * 16);
+    u32 apart = mine ? tokens * 4 * TERMS : 0;
+    u32 parity = 0, weights = __shfl_sync(ALL, along(shared_address(memory + four * STAGES * STAGE)), 0);
 #pragma unroll 1
     for (; tile < end; tile++) {
         if (!GATED && !NORMED) {
@@ -335,9 +333,7 @@ __device__ __forceinline__ void for_tiles(
             for (int b = 0; b < S::BLOCKS; b++) {
                 int block = step * S::BLOCKS + b;
                 Products<N> products;
-                products.mine = mine;
-                products.terms = own + block * 4 * tokens * 64;
-                products.apart = tokens * 64;
+                products.terms = own + block * apart;
                 products.weights = weights + (slot * STAGE + b * N * SLAB_ROW) / 16;
                 products.template start<0>();
                 float scale[S::KINDS];
@@ -407,7 +403,7 @@ __device__ __forceinline__ void linears(
 }
 
 // y: up to eight matrices' products of the same inputs, [tokens, rows] of one behind the other. N rows of one to a tile.
-#define LINEARS_OF(N)                                                                                                   \
+#define LINEARS_OF(N)                                                                                                \
     extern "C" __global__ void __launch_bounds__(THREADS, 2) penumbra_fp8_linears_##N(                               \
         EACH(PARAMETERS) const float* x, long long x_row, float* y, int tokens, int inputs, int per_group, int tiles, \
         int share) {                                                                                                 \
@@ -439,7 +435,7 @@ __device__ __forceinline__ void gated(
 
 // y [tokens, rows]: silu(min(gate x, limit)) * clamp(up x, -limit, limit), both [rows, inputs]. N / 2 rows of each to a
 // tile.
-#define GATED_OF(N)                                                                                                    \
+#define GATED_OF(N)                                                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS, 2) penumbra_fp8_gated_##N(                                 \
         const u8* gate, const float* gate_scales, const u8* up, const float* up_scales, int rows, const float* x,    \
         long long x_row, float* y, int tokens, int inputs, float limit, int tiles, int share) {                      \

@@ -22,8 +22,8 @@ _THREADS = 512
 _STAGE_BYTES = 4096
 """Of weights, in a warpgroup's step."""
 _RING_BYTES = 4 * 5 * _STAGE_BYTES
-_FIXED_BYTES = 10_848
-"""Of shared memory, whatever the shape: scales, sums and barriers."""
+_FIXED_BYTES = 11_104
+"""Of shared memory, whatever the shape: scales, sums, barriers and some zeros."""
 _SHARED_BYTES = 227 << 10
 """What a block may have on Hopper."""
 _PROCESSORS = 132
