@@ -56,7 +56,7 @@ template <> struct Shape<FP8> { static const int LOADS = 2, BYTES = 128; };
 // What a warp keeps of one step of R tiles. A lane's own weights; scales are shared.
 template <Format F, int R> struct __align__(16) Stage {
     Words weights[R][2][Shape<F>::LOADS][32];
-    u32 scales[4];  // FP8: one float of each tile
+    u32 scales[32];  // FP8: one float of each tile, and room for stages to begin at multiples of 128 bytes
 };
 
 extern __shared__ __align__(16) unsigned char memory[];
@@ -224,7 +224,7 @@ template <Format F, int R> struct Pipe {
 
     // Sends for a step, or closes an empty group behind the end.
     __device__ __forceinline__ void send() {
-        int lane = lane_id(), quad = lane & 3;
+        int lane = lane_id();
         if (groups > 0) {
             Stage<F, R>& stage = ring[in];
 #pragma unroll

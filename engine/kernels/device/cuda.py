@@ -30,7 +30,9 @@ def _compiled(source: str) -> Any:
     device = Device(torch.cuda.current_device())
     device.set_current()
     arch = "".join(str(part) for part in device.compute_capability)
-    options = ProgramOptions(std="c++17", arch=f"sm_{arch}a", include_path=str(SOURCES))
+    options = ProgramOptions(
+        std="c++17", arch=f"sm_{arch}a", include_path=str(SOURCES), device_as_default_execution_space=True
+    )
     return Program((SOURCES / source).read_text(), "c++", options).compile("cubin")
 
 

@@ -28,21 +28,23 @@ def _widen(panels, wide, steps, first, ROWS: tl.constexpr):
     """One step of a panel, 64 rows by 256 inputs -> wide [experts, panels * 64, K] bf16, rows as they lie in panels."""
     panel, step = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    k = tl.arange(0, _STEP)
+    four = tl.arange(0, _STEP // 4)  # inputs, which are four bytes of what one word unpacks to
     panels += ((first + panel) * steps + step) * 4 * _WORDS
     warp = row // 16 * _WORDS
     half, within = row % 16 // 8, row % 8
-    group, second, quad, byte = k // 32, k % 32 // 16, k % 16 // 4, k % 4
-    of_row, of_input = warp + within * 16 + half, group // 2 * 128 + quad * 4 + group % 2 * 2
-    w = tl.load(panels + of_row[:, None] + of_input[None, :]).to(tl.uint32, bitcast=True)
-    four = tl.where(second[None, :] > 0, (w << 2) ^ (w >> 2), w) & 0x9C9C9C9C
-    code = four >> (8 * byte)[None, :].to(tl.uint32)
-    bits = (code & 0x80) << 24 | (code & 0x1C) << 20
-    codes = tl.load(panels + (warp + 512 + half * 8 + within)[:, None] + (group // 4 * 16)[None, :])
+    group, second, quad = four // 8, four % 8 // 4, four % 4
+    of_row, of_four = warp + within * 16 + half, group // 2 * 128 + quad * 4 + group % 2 * 2
+    w = tl.load(panels + of_row[:, None] + of_four[None, :]).to(tl.uint32, bitcast=True)
+    codes = tl.where(second[None, :] > 0, (w << 2) ^ (w >> 2), w) & 0x9C9C9C9C
+    scales = tl.load(panels + (warp + 512 + half * 8 + within)[:, None] + (group // 4 * 16)[None, :])
     # 2^(code - 127) * 2^126: the bits of a weight, as fp32, are its value over 2^126.
-    scale = (((codes >> (group % 4 * 8)[None, :]) & 255) + 126) << 23
-    value = bits.to(tl.float32, bitcast=True) * scale.to(tl.float32, bitcast=True)
-    at = (panel * 64 + row)[:, None] * (steps * _STEP) + (step * _STEP + k)[None, :]
+    scale = (((scales >> (group % 4 * 8)[None, :]) & 255) + 126) << 23
+    byte = tl.arange(0, 4).to(tl.uint32)
+    code = codes[:, :, None] >> (8 * byte)[None, None, :]
+    bits = (code & 0x80) << 24 | (code & 0x1C) << 20
+    value = bits.to(tl.float32, bitcast=True) * scale.to(tl.float32, bitcast=True)[:, :, None]
+    k = step * _STEP + 4 * four[:, None] + tl.arange(0, 4)[None, :]
+    at = (panel * 64 + row)[:, None, None] * (steps * _STEP) + k[None, :, :]
     tl.store(wide + at, operand(value, True).to(tl.bfloat16))
 
 

@@ -161,5 +161,5 @@ def _span(runs: list[int], whole: bool, resident: int) -> int:
 
 def _shared(tiles: int, warps: int, tokens: int, inputs: int, kind: str, turns: int = 2) -> int:
     """Bytes of shared memory: each warp's ring of steps, the tokens, and the warps' sums for so many turns."""
-    ring = warps * _AHEAD * (tiles * 16 * _ROW_BYTES[kind] + 16)
+    ring = warps * _AHEAD * (tiles * 16 * _ROW_BYTES[kind] + 128)
     return ring + tokens * (2 * inputs + _PAD_BYTES) + turns * warps * tiles * tokens * 64
