@@ -179,6 +179,13 @@ def captured(call: Callable[..., T], *args: object) -> tuple[torch.cuda.CUDAGrap
 
 def drafts(draft: DraftLayer, streams: Tensor, ids: Tensor, meta: StepMeta, kept: Tensor, pools: KvPools) -> Tensor:
     """All tokens of a step remembered, and three guesses behind them, as `engine.steps` does after a step."""
+
+    def likeliest_of(logits: Tensor) -> Tensor:
+        """[B]: of each row, in two reductions, for one block reads all of a row in torch's."""
+        tops, places = logits.unflatten(-1, (-1, 256)).max(dim=-1)
+        first = tops.argmax(dim=-1, keepdim=True)
+        return (256 * first + places.gather(-1, first)).squeeze(-1)
+
     before, oldest = draft.remember(streams, ids, meta, kept, pools)
     likeliest = ids[meta.offsets[1:].long() - 1]
     batch = len(kept)
@@ -189,7 +196,7 @@ def drafts(draft: DraftLayer, streams: Tensor, ids: Tensor, meta: StepMeta, kept
             page_table=meta.page_table, swa_table=meta.swa_table, slots=meta.slots, oldest=oldest,
         )  # fmt: skip
         logits, before = draft.guess(likeliest, before, at, pools)
-        likeliest = logits.argmax(-1)
+        likeliest = likeliest_of(logits)
     return likeliest
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.batch import StepMeta
 from engine.cache.pools import KvPools
 from engine.config import C4_RATIO, ModelConfig
+from engine.kernels.beside import Beside
 from engine.kernels.compress import Latents, Pooling, write_c4, write_c128
 from engine.kernels.index_topk import select_blocks
 from engine.kernels.linear import Matrix, grouped_linear, linear, linears
@@ -110,14 +111,21 @@ class Attention:
         # gives the queries, whose weights a GPU sends for meanwhile.
         window = pools.window[self.layer]
         self._write(Latents(window, window_rows, kv, self.kv_norm), more, meta, pools)
-        q, *index_q = linears_of_normed(low, self.q_norm, self.eps, self.of_low)
-        q = q.view(-1, self.heads, self.head_dim)
         compressed, selected = None, None
-        if self.indexer is not None:
-            compressed = pools.c4[self.layer]
-            selected = self.indexer.select(index_q[0], more[-1], meta, self.freqs, pools, self.layer)
-        elif self.compressor is not None:
-            compressed = pools.c128[self.layer]
+        if self.indexer is not None and Beside.pays(x):
+            beside = Beside(x.device)
+            with beside:
+                (index_q,) = linears_of_normed(low, self.q_norm, self.eps, [self.indexer.wq_b])
+                selected = self.indexer.select(index_q, more[-1], meta, self.freqs, pools, self.layer)
+            (q,) = linears_of_normed(low, self.q_norm, self.eps, [self.wq_b])
+            beside.join()
+        else:
+            q, *index_qs = linears_of_normed(low, self.q_norm, self.eps, self.of_low)
+            if self.indexer is not None:
+                selected = self.indexer.select(index_qs[0], more[-1], meta, self.freqs, pools, self.layer)
+        q = q.view(-1, self.heads, self.head_dim)
+        if self.compressor is not None:
+            compressed = (pools.c128 if self.indexer is None else pools.c4)[self.layer]
         scale, half = self.head_dim**-0.5, self.wq_b.half
         out = sparse_attention(
             q, self.sink, meta, window, compressed, self.ratio, selected, scale, half, self.freqs, self.eps
