@@ -21,9 +21,9 @@ BLOCK = 128
 _THREADS = 512
 _STAGE_BYTES = 4096
 """Of weights, in a warpgroup's step."""
-_RING_BYTES = 4 * 5 * _STAGE_BYTES
-_FIXED_BYTES = 11_104
-"""Of shared memory, whatever the shape: scales, sums, barriers and some zeros."""
+_RING_BYTES = 4 * 4 * _STAGE_BYTES
+_FIXED_BYTES = 10_624
+"""Of shared memory, whatever the shape: scales, sums and barriers."""
 _SHARED_BYTES = 227 << 10
 """What a block may have on Hopper."""
 _PROCESSORS = 132
@@ -66,8 +66,8 @@ def plan(rows: tuple[int, ...], inputs: int, groups: int = 1, kinds: int = 1) ->
 
 
 def shared_bytes(inputs: int, tokens: int) -> int:
-    """Of a block: the ring of weights, and of each token two terms and a unit for 128 inputs."""
-    return _RING_BYTES + _FIXED_BYTES + inputs // BLOCK * TOKENS * 4 + tokens * inputs * 2
+    """Of a block: the ring of weights, and for 128 inputs two terms of four tokens or eight, their units and squares."""
+    return _RING_BYTES + _FIXED_BYTES + inputs // BLOCK * (TOKENS * 8 + 2 * BLOCK * (8 if tokens > 4 else 4))
 
 
 def aligned(x: Tensor) -> Tensor:
