@@ -42,7 +42,8 @@ __device__ __forceinline__ void multiply(float (&sums)[8], u64 weights, u64 term
     asm volatile(
         "{.reg .pred add; setp.ne.b32 add, 0, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, add, 1, 1;}"
-        : "=f"(sums[0]), "=f"(sums[1]), "=f"(sums[2]), "=f"(sums[3]), "=f"(sums[4]), "=f"(sums[5]), "=f"(sums[6]), "=f"(sums[7])
+        : "=f"(sums[0]), "=f"(sums[1]), "=f"(sums[2]), "=f"(sums[3]), "=f"(sums[4]), "=f"(sums[5]), "=f"(sums[6]),
+          "=f"(sums[7])
         : "l"(weights), "l"(terms));
 }
 // Nearest even, at most 448: low in bits 0..7.
@@ -84,8 +85,8 @@ template <int N, bool GATED> struct Shape {
     static const int STEP = STAGE / N, BLOCKS = STEP / BLOCK;
 };
 
-// Shared memory of a block: the tokens' terms, each warpgroup's ring, this, and of each block of inputs and token a unit and
-// the sum of squares. Products read up to 6 KB behind what they are meant to.
+// Shared memory of a block: the tokens' terms, each warpgroup's ring, this, and of each block of inputs and token a unit
+// and the sum of squares. Products read up to 6 KB behind what they are meant to.
 struct __align__(16) Fixed {
     struct Ring {
         float scales[STAGES][4];  // of a step: [matrix][block of inputs]
@@ -124,12 +125,11 @@ struct Share {
     __device__ __forceinline__ int stride(int tile) const { return tile < wholes ? 1 : FOURS; }
 };
 
-// A warpgroup's steps of one tile after the other, as two of its warps send for them. A thread sends for 16 bytes of four
-// rows of a step, each eight behind the one before.
+// A warpgroup's steps of one tile after the other, as one of its warps sends for them. A lane sends for 16 bytes of eight
+// rows of a step, each four behind the one before.
 template <int N, bool GATED> struct Pipe {
     typedef Shape<N, GATED> S;
-    u32 thread;           // of the 64
-    u8* to;               // in the first stage, its first 16 bytes
+    u32 to;               // in the first stage, its first 16 bytes
     Fixed::Ring* ring;
     const u8* next;
     const float* scales;  // of the next step: the first one, of the first matrix
@@ -138,21 +138,24 @@ template <int N, bool GATED> struct Pipe {
     __device__ __forceinline__ void locate(const Matrix (&matrices)[MATRICES], const Share& share, int inputs, int four) {
         Place found = place_of(matrices, tile * S::ROWS);
         step = tile < share.wholes ? 0 : four;
-        next = found.of.weights + (long long)(found.row + thread / 8) * inputs + step * S::STEP + thread % 8 * 16;
+        next = found.of.weights + (long long)(found.row + lane_id() / 8) * inputs + step * S::STEP + lane_id() % 8 * 16;
         scales = found.of.scales + (int)((u32)found.row / BLOCK * ((u32)inputs / BLOCK)) + step * S::BLOCKS;
     }
 
     __device__ __forceinline__ void send(
         const Matrix (&matrices)[MATRICES], const Share& share, int inputs, int four, int stage) {
         if (tile >= end) return;
-        long long rows = 8LL * inputs, other = matrices[1].weights - matrices[0].weights;
-        long long first = GATED && N == 16 ? other : rows, second = N == 16 ? BLOCK : GATED ? other : 2 * rows;
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            fetch16(to + stage * STAGE + i * 8 * SLAB_ROW, next + i % 2 * first + i / 2 * second);
-        if (thread < S::KINDS * S::BLOCKS) {
-            long long kind = GATED && thread >= S::BLOCKS ? matrices[1].scales - matrices[0].scales : 0;
-            fetch4(ring->scales[stage] + thread, scales + kind + thread % S::BLOCKS);
+        for (int i = 0; i < 8; i++) {
+            int row = i * 4 % N, block = i * 4 / N;
+            long long from = (long long)(row % S::ROWS) * inputs + block * BLOCK;
+            if (row >= S::ROWS) from += matrices[1].weights - matrices[0].weights;
+            fetch16(memory + (to ^ i % 2 * 64) + stage * STAGE + i * 4 * SLAB_ROW, next + from);
+        }
+        int lane = lane_id();
+        if (lane < S::KINDS * S::BLOCKS) {
+            long long kind = GATED && lane >= S::BLOCKS ? matrices[1].scales - matrices[0].scales : 0;
+            fetch4(ring->scales[stage] + lane, scales + kind + lane % S::BLOCKS);
         }
         arrive_when_there(ring->barriers + stage);
         int stride = share.stride(tile);
@@ -190,11 +193,11 @@ __device__ __forceinline__ float split(Floats<4> x, u8* slab, int token) {
     return __uint_as_float(finite ? (u32)(exponent - 7) << 23 : 0x7fc00000u);
 }
 
-// Tokens as terms, `apart` bytes for 128 inputs, by all warps, each with many loads on their way at once.
-template <bool NORMED>
+// Tokens as terms, `apart` bytes for 128 inputs, by all warps, each with AHEAD loads on their way.
+template <bool NORMED, int AHEAD>
 __device__ __forceinline__ void stage(
-    u8* terms, int apart, float* units, float* squares, const float* x, int x_row, const Norm& norm, int tokens, int blocks) {
-    const int AHEAD = NORMED ? 2 : 4;
+    u8* terms, int apart, float* units, float* squares, const float* x, int x_row, const Norm& norm, int tokens,
+    int blocks) {
     int count = blocks * tokens;
     u32 inverse = 65536u / tokens + 1;
     int lane = lane_id();
@@ -270,19 +273,18 @@ __device__ __forceinline__ void for_tiles(
     // The compiler sees that lanes agree.
     int warp = __shfl_sync(ALL, warp_id() % 4, 0), four = __shfl_sync(ALL, warp_id() / 4, 0);
     int lane = lane_id(), quad = lane % 4;
-    bool used = warp < N / 16, sends = warp >= 2;
+    bool used = warp < N / 16, sends = warp == 3;
     Share mine;
     mine.first = blockIdx.x * share;
     mine.end = mine.first + share < tiles ? mine.first + share : tiles;
     // Those that share tokens.
     mine.wholes = !GATED && (NORMED || per_group == tiles * S::ROWS) ? mine.first + (mine.end - mine.first) / FOURS * FOURS
                                                                      : mine.first;
-    if (warp == 0 && lane < STAGES) make_barrier(shared.rings[four].barriers + lane, 64);
+    if (warp == 0 && lane < STAGES) make_barrier(shared.rings[four].barriers + lane, 32);
     __syncthreads();
 
     Pipe<N, GATED> pipe;
-    pipe.thread = threadIdx.x % 64;
-    pipe.to = ring + four * STAGES * STAGE + place(pipe.thread / 8, pipe.thread % 8);
+    pipe.to = (u32)(ring - memory) + four * STAGES * STAGE + place(lane / 8, lane % 8);
     pipe.ring = shared.rings + four;
     pipe.end = !sends ? mine.first : four < steps ? mine.end : mine.wholes;
     pipe.tile = mine.begin(four);
@@ -293,32 +295,38 @@ __device__ __forceinline__ void for_tiles(
 
     u32 first_terms = along(shared_address(terms)), first_weights = along(shared_address(ring + four * STAGES * STAGE));
     u32 done = 0;  // steps
+    int group = GATED || NORMED ? 0 : mine.first * S::ROWS / per_group;
+    const int AHEAD = NORMED ? 4 : 8;
+    stage<NORMED, AHEAD>(
+        terms, apart, units, squares, x + (long long)group * inputs, (int)x_row, norm, tokens, blocks);
     float root = 1.0f;  // of token lane % 8
+    if (NORMED) {
+        float square = 0.0f;
+        for (int block = lane / 8; block < blocks; block += 4) square += squares[block * TOKENS + lane % 8];
+#pragma unroll
+        for (int d = 16; d >= 8; d /= 2) square += __shfl_xor_sync(ALL, square, d);
+        root = inverse_root(square / inputs + norm.eps);
+    }
 #pragma unroll 1
     for (int tile = mine.begin(four); tile < mine.end; tile = mine.after(tile)) {
-        int group = GATED || NORMED ? 0 : (u32)(tile * S::ROWS) / (u32)per_group;
-        if (tile == mine.begin(four) || tile * S::ROWS == group * per_group) {
+        if (!GATED && !NORMED && tile > mine.first && tile >= mine.wholes) {
+            int group = tile * S::ROWS / per_group;
             // Nobody needs the tokens before: behind the last product with them all met.
-            stage<NORMED>(
-                terms, apart, units, squares, x + (long long)group * inputs, (int)x_row, norm, tokens, blocks);
-            if (NORMED) {
-                float square = 0.0f;
-                for (int block = lane / 8; block < blocks; block += 4) square += squares[block * TOKENS + lane % 8];
-#pragma unroll
-                for (int d = 16; d >= 8; d /= 2) square += __shfl_xor_sync(ALL, square, d);
-                root = inverse_root(square / inputs + norm.eps);
-            }
+            if (tile * S::ROWS == group * per_group)
+                stage<NORMED, 1>(
+                    terms, apart, units, squares, x + (long long)group * inputs, (int)x_row, norm, tokens, blocks);
         }
         int stride = mine.stride(tile);
         float total[4] = {};  // total[2 j + r] of row 16 warp + lane / 4 + 8 r, token quad + 4 j
 #pragma unroll 1
         for (int step = stride == 1 ? 0 : four; step < steps; step += stride) {
             u32 slot = done % STAGES;
-            if (warp == 0) {
+            if (warp == 2) {
                 await(pipe.ring->barriers + slot, done / STAGES % 2);
-                publish();  // copies and terms, by a warp that has no copies on their way
+                publish();  // copies and terms, by a warp that has no copies on their way and no sums to add
             }
             meet(1 + four, 128);  // which says as well that all are done with the step before
+            if (done++ > 0) pipe.send(matrices, mine, inputs, four, (slot + STAGES - 1) % STAGES);
 #pragma unroll 1
             for (int b = 0; b < S::BLOCKS; b++) {
                 int block = step * S::BLOCKS + b;
@@ -333,7 +341,6 @@ __device__ __forceinline__ void for_tiles(
                 }
                 products.template add<0>(used, scale, total);
             }
-            if (done++ > 0) pipe.send(matrices, mine, inputs, four, (slot + STAGES - 1) % STAGES);
         }
         int row = 16 * warp + lane / 4;
         if constexpr (!GATED)
@@ -358,16 +365,17 @@ __device__ __forceinline__ void for_tiles(
         int of = threadIdx.x / S::ROWS;
         row = threadIdx.x % S::ROWS;
         float by = NORMED ? __shfl_sync(ALL, root, of % TOKENS) : 1.0f;
-        if (of >= tokens) continue;
-        float both[S::KINDS];
+        if (of < tokens) {
+            float both[S::KINDS];
 #pragma unroll
-        for (int k = 0; k < S::KINDS; k++) {
-            both[k] = 0.0f;
+            for (int k = 0; k < S::KINDS; k++) {
+                both[k] = 0.0f;
 #pragma unroll
-            for (int f = 0; f < FOURS; f++) both[k] += shared.sums[tile & 1][f][of][k * S::ROWS + row];
-            both[k] *= by;
+                for (int f = 0; f < FOURS; f++) both[k] += shared.sums[tile & 1][f][of][k * S::ROWS + row];
+                both[k] *= by;
+            }
+            take(place_of(matrices, tile * S::ROWS), row, of, both);
         }
-        take(place_of(matrices, tile * S::ROWS), row, of, both);
     }
 }
 

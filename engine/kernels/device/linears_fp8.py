@@ -66,7 +66,7 @@ def plan(rows: tuple[int, ...], inputs: int, groups: int = 1, kinds: int = 1) ->
 
 
 def shared_bytes(inputs: int, tokens: int) -> int:
-    """Of a block: the ring of weights, and for 128 inputs two terms of four tokens or eight, their units and squares."""
+    """Of a block: the ring of weights, and for 128 inputs two terms of four or eight tokens, their units and squares."""
     return _RING_BYTES + _FIXED_BYTES + inputs // BLOCK * (TOKENS * 8 + 2 * BLOCK * (8 if tokens > 4 else 4))
 
 
