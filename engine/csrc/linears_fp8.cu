@@ -1,20 +1,21 @@
-// Products of up to eight tokens with e4m3 matrices as the checkpoint holds them, at the speed at which weights are read.
+// Products of up to eight tokens with e4m3 matrices as the checkpoint holds them, at the speed at which weights are
+// read.
 //
-// wgmma multiplies 64 rows of weights by 16 columns of tokens, both e4m3 in shared memory: the weights where copies laid
-// them, a token as two columns, as no e4m3 holds an activation: x = unit (c0 + c1 / 16), whose error is at most 2^-9 of a
-// value that is no smaller than 2^-13 of the largest among the 128 inputs for which a unit is made. wgmma counts few bits
-// of a sum, so 32 inputs are a product of their own: sum += weights' scale * unit * (d0 + d1 / 16) in fp32.
+// wgmma multiplies 64 rows of weights by 16 columns of tokens, both e4m3 in shared memory: weights where copies laid
+// them, a token as two columns, as no e4m3 holds an activation: x = unit (c0 + c1 / 16), whose error is at most 2^-9 of
+// a value that is no smaller than 2^-13 of the largest among the 128 inputs for which a unit is made. wgmma counts few
+// bits of a sum, so 32 inputs are a product of their own: sum += weights' scale * unit * (d0 + d1 / 16) in fp32.
 //
-// Matrices are cut into tiles of N = 16 or 32 rows, so that all multiprocessors have as much to read. What a product has
-// of rows behind those, and of columns behind the tokens', is whatever lies there, and nobody looks at it.
+// Matrices are cut into tiles of N = 16 or 32 rows, so that all multiprocessors have as much to read. What a product
+// has of rows behind those, and of columns behind the tokens', is whatever lies there, and nobody looks at it.
 //
 // A block takes its share of all tiles. Its four warpgroups take a tile each, as long as there are four, and nothing is
-// exchanged; of others they take turns at the steps of 4,096 / N inputs, and the four sums of a tile are added in order.
-// Each has a ring of steps, filled by copies as soon as all its warps are done with one. What is added to what, and in
-// which order, depends on the shapes alone.
+// exchanged; of others they take turns at the steps of 4,096 / N inputs, and a tile's four sums are added in order.
+// Each has a ring of `stages` steps, filled by copies as soon as all its warps are done with one. What is added to
+// what, and in which order, depends on the shapes alone.
 //
-// Tokens become terms as soon as the kernel in front has ended, all at once, while the ring fills. So does an RMSNorm: x
-// times its weights is what becomes terms, the sum of squares comes along, and sums are multiplied by the root.
+// Tokens become terms as soon as the kernel in front has ended, all at once, while the ring fills. So does an RMSNorm:
+// x times its weights is what becomes terms, the sum of squares comes along, and sums are multiplied by the root.
 //
 // Written against little of CUDA, so that a test can run it on a CPU (tests/kernels/cuda_on_cpu.h), which brings its
 // own of what stands between #ifndef ON_CPU and #endif.
@@ -26,7 +27,7 @@
 #define THREADS 512
 #define FOURS 4     // warpgroups
 #define BLOCK 128   // inputs, and rows, that share a scale
-#define STAGES 4    // steps of a warpgroup's ring
+#define STAGES 8    // steps of a warpgroup's ring, at most
 #define STAGE 4096  // bytes of weights
 #define WARPS (THREADS / 32)
 #define COLUMNS 16  // of a product: both terms of eight tokens
@@ -264,11 +265,11 @@ struct Products {
 template <int N, bool GATED, bool NORMED, typename Take>
 __device__ __forceinline__ void for_tiles(
     const Matrix (&matrices)[MATRICES], const float* x, long long x_row, const Norm& norm, int tokens, int inputs,
-    int per_group, int tiles, int share, Take take) {
+    int per_group, int tiles, int share, int stages, Take take) {
     typedef Shape<N, GATED> S;
     int blocks = inputs / BLOCK, steps = inputs / S::STEP, apart = (tokens > 4 ? 2 : 1) * 8 * SLAB_ROW;
     u8 *terms = memory, *ring = terms + blocks * apart;
-    Fixed& shared = *reinterpret_cast<Fixed*>(ring + FOURS * STAGES * STAGE);
+    Fixed& shared = *reinterpret_cast<Fixed*>(ring + FOURS * stages * STAGE);
     float *units = reinterpret_cast<float*>(&shared + 1), *squares = units + blocks * TOKENS;
     // The compiler sees that lanes agree.
     int warp = __shfl_sync(ALL, warp_id() % 4, 0), four = __shfl_sync(ALL, warp_id() / 4, 0);
@@ -278,23 +279,24 @@ __device__ __forceinline__ void for_tiles(
     mine.first = blockIdx.x * share;
     mine.end = mine.first + share < tiles ? mine.first + share : tiles;
     // Those that share tokens.
-    mine.wholes = !GATED && (NORMED || per_group == tiles * S::ROWS) ? mine.first + (mine.end - mine.first) / FOURS * FOURS
-                                                                     : mine.first;
+    bool wholes = !GATED && (NORMED || per_group == tiles * S::ROWS);
+    mine.wholes = wholes ? mine.first + (mine.end - mine.first) / FOURS * FOURS : mine.first;
     if (warp == 0 && lane < STAGES) make_barrier(shared.rings[four].barriers + lane, 32);
     __syncthreads();
 
     Pipe<N, GATED> pipe;
-    pipe.to = (u32)(ring - memory) + four * STAGES * STAGE + place(lane / 8, lane % 8);
+    pipe.to = (u32)(ring - memory) + four * stages * STAGE + place(lane / 8, lane % 8);
     pipe.ring = shared.rings + four;
     pipe.end = !sends ? mine.first : four < steps ? mine.end : mine.wholes;
     pipe.tile = mine.begin(four);
     pipe.locate(matrices, mine, inputs, four);
 #pragma unroll 1
-    for (int s = 0; s < STAGES; s++) pipe.send(matrices, mine, inputs, four, s);
+    for (int s = 0; s < stages; s++) pipe.send(matrices, mine, inputs, four, s);
     await_previous();
 
-    u32 first_terms = along(shared_address(terms)), first_weights = along(shared_address(ring + four * STAGES * STAGE));
-    u32 done = 0;  // steps
+    u32 first_terms = along(shared_address(terms)), first_weights = along(shared_address(ring + four * stages * STAGE));
+    int slot = 0, behind = -1;  // where this step is, and the one before
+    u32 parity = 0;
     int group = GATED || NORMED ? 0 : mine.first * S::ROWS / per_group;
     const int AHEAD = NORMED ? 4 : 8;
     stage<NORMED, AHEAD>(
@@ -320,13 +322,12 @@ __device__ __forceinline__ void for_tiles(
         float total[4] = {};  // total[2 j + r] of row 16 warp + lane / 4 + 8 r, token quad + 4 j
 #pragma unroll 1
         for (int step = stride == 1 ? 0 : four; step < steps; step += stride) {
-            u32 slot = done % STAGES;
             if (warp == 2) {
-                await(pipe.ring->barriers + slot, done / STAGES % 2);
+                await(pipe.ring->barriers + slot, parity);
                 publish();  // copies and terms, by a warp that has no copies on their way and no sums to add
             }
             meet(1 + four, 128);  // which says as well that all are done with the step before
-            if (done++ > 0) pipe.send(matrices, mine, inputs, four, (slot + STAGES - 1) % STAGES);
+            if (behind >= 0) pipe.send(matrices, mine, inputs, four, behind);
 #pragma unroll 1
             for (int b = 0; b < S::BLOCKS; b++) {
                 int block = step * S::BLOCKS + b;
@@ -340,6 +341,11 @@ __device__ __forceinline__ void for_tiles(
                     scale[t] = pipe.ring->scales[slot][kind * S::BLOCKS + b] * units[block * TOKENS + quad + t / 2 * 4];
                 }
                 products.template add<0>(used, scale, total);
+            }
+            behind = slot;
+            if (++slot == stages) {
+                slot = 0;
+                parity ^= 1;
             }
         }
         int row = 16 * warp + lane / 4;
@@ -386,9 +392,9 @@ __device__ __forceinline__ void for_tiles(
 template <int N, bool NORMED>
 __device__ __forceinline__ void linears(
     const Matrix (&matrices)[MATRICES], const float* x, long long x_row, const Norm& norm, float* y, int tokens,
-    int inputs, int per_group, int tiles, int share) {
+    int inputs, int per_group, int tiles, int share, int stages) {
     for_tiles<N, false, NORMED>(
-        matrices, x, x_row, norm, tokens, inputs, per_group, tiles, share,
+        matrices, x, x_row, norm, tokens, inputs, per_group, tiles, share, stages,
         [&](const Place& at, int row, int of, const float (&product)[1]) {
             y[(long long)tokens * at.before + (long long)of * at.of.rows + at.row + row] = product[0];
         });
@@ -398,15 +404,15 @@ __device__ __forceinline__ void linears(
 #define LINEARS_OF(N)                                                                                                \
     extern "C" __global__ void __launch_bounds__(THREADS, 2) penumbra_fp8_linears_##N(                               \
         EACH(PARAMETERS) const float* x, long long x_row, float* y, int tokens, int inputs, int per_group, int tiles, \
-        int share) {                                                                                                 \
+        int share, int stages) {                                                                                     \
         linears<N, false>(                                                                                           \
-            {EACH(ENTRY)}, x, x_row, Norm{nullptr, 0.0f}, y, tokens, inputs, per_group, tiles, share);               \
+            {EACH(ENTRY)}, x, x_row, Norm{nullptr, 0.0f}, y, tokens, inputs, per_group, tiles, share, stages);       \
     }                                                                                                                \
     /* Likewise, of tokens that go through an RMSNorm first; all rows have the same inputs. */                       \
     extern "C" __global__ void __launch_bounds__(THREADS, 2) penumbra_fp8_linears_normed_##N(                        \
         EACH(PARAMETERS) const float* x, long long x_row, const float* norm, float eps, float* y, int tokens,        \
-        int inputs, int per_group, int tiles, int share) {                                                           \
-        linears<N, true>({EACH(ENTRY)}, x, x_row, Norm{norm, eps}, y, tokens, inputs, per_group, tiles, share);      \
+        int inputs, int per_group, int tiles, int share, int stages) {                                               \
+        linears<N, true>({EACH(ENTRY)}, x, x_row, Norm{norm, eps}, y, tokens, inputs, per_group, tiles, share, stages); \
     }
 LINEARS_OF(16)
 LINEARS_OF(32)
@@ -414,10 +420,10 @@ LINEARS_OF(32)
 template <int N>
 __device__ __forceinline__ void gated(
     const Matrix (&both)[MATRICES], const float* x, long long x_row, float* y, int tokens, int inputs, float limit,
-    int tiles, int share) {
+    int tiles, int share, int stages) {
     int rows = both[0].rows;
     for_tiles<N, true, false>(
-        both, x, x_row, Norm{nullptr, 0.0f}, tokens, inputs, rows, tiles, share,
+        both, x, x_row, Norm{nullptr, 0.0f}, tokens, inputs, rows, tiles, share, stages,
         [&](const Place& at, int row, int of, const float (&product)[2]) {
             float gate = product[0] > limit ? limit : product[0], up = product[1];
             up = up > limit ? limit : up < -limit ? -limit : up;
@@ -430,8 +436,10 @@ __device__ __forceinline__ void gated(
 #define GATED_OF(N)                                                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS, 2) penumbra_fp8_gated_##N(                                 \
         const u8* gate, const float* gate_scales, const u8* up, const float* up_scales, int rows, const float* x,    \
-        long long x_row, float* y, int tokens, int inputs, float limit, int tiles, int share) {                      \
-        gated<N>({{gate, gate_scales, rows}, {up, up_scales, rows}}, x, x_row, y, tokens, inputs, limit, tiles, share); \
+        long long x_row, float* y, int tokens, int inputs, float limit, int tiles, int share, int stages) {          \
+        gated<N>(                                                                                                    \
+            {{gate, gate_scales, rows}, {up, up_scales, rows}}, x, x_row, y, tokens, inputs, limit, tiles, share,    \
+            stages);                                                                                                 \
     }
 GATED_OF(16)
 GATED_OF(32)

@@ -168,8 +168,8 @@ static void begin_products() {
 static void close_products() { batches[threadIdx.x]++; }
 static void multiply(float (&sums)[8], u64 weights, u64 terms) {
     if (!begun[threadIdx.x]) fault("registers of a product that nobody has fenced");
-    if (block::exchange((uint32_t)weights)[0] != (uint32_t)weights || block::exchange((uint32_t)terms)[0] != (uint32_t)terms)
-        fault("lanes multiply different factors");
+    for (u64 factor : {weights, terms})
+        if (block::exchange((uint32_t)factor)[0] != (uint32_t)factor) fault("lanes multiply different factors");
     pending[threadIdx.x].push_back({sums, weights, terms, batches[threadIdx.x], made(weights, terms)});
     for (float& sum : sums) std::memcpy(&sum, &IN_FLIGHT, 4);
 }
@@ -189,8 +189,8 @@ template <int LEFT> static void await_products(float (&)[8]) {
 
 #include "linears_fp8.cu"
 
-struct Linears { const float* x; const float* norm; float* y; const Matrix* matrices; long long x_row; int tokens, inputs, per_group, tiles, share, width; float eps; };
-struct Gated { const float* x; float* y; const Matrix* both; long long x_row; int tokens, inputs, tiles, share, width; float limit; };
+struct Linears { const float* x; const float* norm; float* y; const Matrix* matrices; long long x_row; int tokens, inputs, per_group, tiles, share, stages, width; float eps; };
+struct Gated { const float* x; float* y; const Matrix* both; long long x_row; int tokens, inputs, tiles, share, stages, width; float limit; };
 static Linears l;
 static Gated s;
 
@@ -221,21 +221,21 @@ static int blocks(int tiles, int share, void (*kernel)()) {
     [] {                                                                                                              \
         if (l.norm)                                                                                                   \
             penumbra_fp8_linears_normed_##N(EACH(ENTRY_OF) l.x, l.x_row, l.norm, l.eps, l.y, l.tokens, l.inputs,      \
-                                            l.per_group, l.tiles, l.share);                                           \
+                                            l.per_group, l.tiles, l.share, l.stages);                                 \
         else                                                                                                          \
             penumbra_fp8_linears_##N(EACH(ENTRY_OF) l.x, l.x_row, l.y, l.tokens, l.inputs, l.per_group, l.tiles,      \
-                                     l.share);                                                                        \
+                                     l.share, l.stages);                                                              \
     }
 #define RUN_GATED(N)                                                                                                  \
     [] {                                                                                                              \
         const Matrix &gate = s.both[0], &up = s.both[1];                                                              \
         penumbra_fp8_gated_##N(gate.weights, gate.scales, up.weights, up.scales, gate.rows, s.x, s.x_row, s.y,        \
-                               s.tokens, s.inputs, s.limit, s.tiles, s.share);                                        \
+                               s.tokens, s.inputs, s.limit, s.tiles, s.share, s.stages);                              \
     }
 extern "C" void order(int eager, int backwards) { block::eager = eager; block::backwards = backwards; }
 extern "C" void keep(int bits) { kept = bits; }
-extern "C" unsigned shared_bytes(unsigned inputs, unsigned tokens) {
-    return FOURS * STAGES * STAGE + sizeof(Fixed) + inputs / BLOCK * (TOKENS * 8 + (tokens > 4 ? 16 : 8) * SLAB_ROW);
+extern "C" unsigned shared_bytes(unsigned inputs, unsigned tokens, unsigned stages) {
+    return FOURS * stages * STAGE + sizeof(Fixed) + inputs / BLOCK * (TOKENS * 8 + (tokens > 4 ? 16 : 8) * SLAB_ROW);
 }
 extern "C" int run_linears(const Linears* call) {
     l = *call;

@@ -61,7 +61,7 @@ def held(x: Tensor) -> Tensor:
 
 def products(
     library: ctypes.CDLL, x: Tensor, matrices: list[tuple[Tensor, Tensor]], groups: int = 1, *, width: int = 32,
-    share: int = 1, norm: Tensor | None = None,
+    share: int = 1, norm: Tensor | None = None, stages: int = 4,
 ) -> list[Tensor]:  # fmt: skip
     rows = [len(weight) for weight, _ in matrices]
     table = described(matrices)
@@ -69,8 +69,8 @@ def products(
     faults = call(
         library.run_linears,
         [(P, x), (P, norm), (P, y), (P, ctypes.addressof(table)), (L, x.stride(0)), (N, len(x)),
-         (N, matrices[0][0].shape[1]), (N, sum(rows) // groups), (N, sum(rows) // width), (N, share), (N, width),
-         (F, EPS)],
+         (N, matrices[0][0].shape[1]), (N, sum(rows) // groups), (N, sum(rows) // width), (N, share), (N, stages),
+         (N, width), (F, EPS)],
     )  # fmt: skip
     assert faults == 0
     return [part.view(len(x), -1) for part in y.split([len(x) * n for n in rows])]
@@ -85,7 +85,7 @@ def gated(
     faults = call(
         library.run_gated,
         [(P, x), (P, y), (P, ctypes.addressof(table)), (L, x.stride(0)), (N, len(x)), (N, inputs),
-         (N, rows * 2 // width), (N, share), (N, width), (F, limit)],
+         (N, rows * 2 // width), (N, share), (N, 4), (N, width), (F, limit)],
     )  # fmt: skip
     assert faults == 0
     return y
@@ -145,6 +145,15 @@ def test_a_tokens_product_depends_on_no_other_token(library, width: int, inputs:
             alone = products(library, x[token : token + 1], [one], width=width, share=share)[0]
             assert torch.equal(alone[0], together[token])
         assert torch.equal(products(library, x[2:7], [one], width=width, share=share)[0], together[2:7])
+
+
+@pytest.mark.parametrize("width", [16, 32])
+def test_a_ring_may_be_of_any_length(library, width: int) -> None:
+    g = generator(width)
+    x, one = torch.randn(3, 2560, generator=g), matrix(160, 2560, g)
+    wanted = products(library, x, [one], width=width, share=5)[0]
+    for stages in (2, 5, 8):
+        assert torch.equal(products(library, x, [one], width=width, share=5, stages=stages)[0], wanted)
 
 
 @pytest.mark.parametrize(
@@ -221,8 +230,12 @@ def test_the_few_bits_that_wgmma_counts_are_enough(built) -> None:
 
 
 def test_shared_memory_is_what_the_source_lays_out(built) -> None:
-    for inputs, tokens in [(1024, 4), (4096, 8), (8192, 1)]:
-        assert built.shared_bytes(inputs, tokens) == linears_fp8.shared_bytes(inputs, tokens)
+    for inputs, tokens, most in [(1024, 4, 4), (4096, 4, 4), (4096, 8, 8), (8192, 1, 8), (8192, 8, 5)]:
+        stages = linears_fp8.stages(inputs, tokens)
+        assert stages == most
+        assert (
+            built.shared_bytes(inputs, tokens, stages) == linears_fp8.shared_bytes(inputs, tokens, stages) <= 227 << 10
+        )
 
 
 def test_every_matrix_of_the_official_models_is_cut_evenly() -> None:
