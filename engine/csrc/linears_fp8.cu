@@ -167,8 +167,8 @@ template <int N, bool GATED> struct Pipe {
     }
 };
 
-// 128 inputs of a token, four to a lane, which become terms in two rows of a slab. Gives back their unit.
-__device__ __forceinline__ float split(Floats<4> x, u8* slab, int token) {
+// 128 inputs of a token, four to a lane, which become terms, a word of each. Gives back their unit.
+__device__ __forceinline__ float split(Floats<4> x, u32 (&terms)[2]) {
     u32 most = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -176,7 +176,7 @@ __device__ __forceinline__ float split(Floats<4> x, u8* slab, int token) {
         most = size > most ? size : most;
     }
     // The largest comes to lie between 128 and 256, as far as there are powers of two.
-    int exponent = (int)(__reduce_max_sync(ALL, most) >> 23), lane = lane_id();
+    int exponent = (int)(__reduce_max_sync(ALL, most) >> 23);
     bool finite = exponent < 255;
     exponent = exponent < 8 ? 8 : exponent;
     float factor = __uint_as_float((u32)(261 - exponent) << 23);
@@ -188,47 +188,60 @@ __device__ __forceinline__ float split(Floats<4> x, u8* slab, int token) {
     values_of(high, held.f[2], held.f[3]);
 #pragma unroll
     for (int i = 0; i < 4; i++) x.f[i] = (x.f[i] - held.f[i]) * 16.0f;
-    u8* to = slab + lane % 4 * 4;
-    store(to + place(2 * token, lane / 4), low | high << 16);
-    store(to + place(2 * token + 1, lane / 4), e4m3s(x.f[0], x.f[1]) | e4m3s(x.f[2], x.f[3]) << 16);
+    terms[0] = low | high << 16;
+    terms[1] = e4m3s(x.f[0], x.f[1]) | e4m3s(x.f[2], x.f[3]) << 16;
     return __uint_as_float(finite ? (u32)(exponent - 7) << 23 : 0x7fc00000u);
 }
 
-// Tokens as terms, `apart` bytes for 128 inputs, by all warps, each with AHEAD loads on their way.
+// Tokens as terms, `apart` bytes for 128 inputs, by all warps: pairs of such blocks, of which each warp has AHEAD on their
+// way. Instructions are what it takes, so a pair shares all it can.
 template <bool NORMED, int AHEAD>
 __device__ __forceinline__ void stage(
     u8* terms, int apart, float* units, float* squares, const float* x, int x_row, const Norm& norm, int tokens,
     int blocks) {
-    int count = blocks * tokens;
+    int count = (blocks + 1) / 2 * tokens, lane = lane_id();
     u32 inverse = 65536u / tokens + 1;
-    int lane = lane_id();
 #pragma unroll 1
     for (int first = warp_id(); first < count; first += WARPS * AHEAD) {
-        Floats<4> in[AHEAD], by[NORMED ? AHEAD : 1];
+        Floats<4> in[AHEAD][2], by[NORMED ? AHEAD : 1][2];
 #pragma unroll
         for (int n = 0; n < AHEAD; n++) {
-            int item = first + n * WARPS, block = item * inverse >> 16, token = item - block * tokens;
+            int item = first + n * WARPS, pair = item * inverse >> 16, token = item - pair * tokens;
             if (item >= count) break;
-            in[n] = *reinterpret_cast<const Floats<4>*>(x + (token * x_row + block * BLOCK + lane * 4));
-            if (NORMED) by[n] = *reinterpret_cast<const Floats<4>*>(norm.weights + block * BLOCK + lane * 4);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                int at = (2 * pair + i) * BLOCK + lane * 4;
+                in[n][i] = by[NORMED ? n : 0][i] = Floats<4>{};
+                if (i == 1 && 2 * pair + 1 == blocks) continue;
+                in[n][i] = *reinterpret_cast<const Floats<4>*>(x + (token * x_row + at));
+                if (NORMED) by[n][i] = *reinterpret_cast<const Floats<4>*>(norm.weights + at);
+            }
         }
 #pragma unroll
         for (int n = 0; n < AHEAD; n++) {
-            int item = first + n * WARPS, block = item * inverse >> 16, token = item - block * tokens;
+            int item = first + n * WARPS, pair = item * inverse >> 16, token = item - pair * tokens;
             if (item >= count) break;
             if (NORMED) {
                 float square = 0.0f;
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    square += in[n].f[i] * in[n].f[i];
-                    in[n].f[i] *= by[n].f[i];
+                for (int i = 0; i < 8; i++) {
+                    square += in[n][i / 4].f[i % 4] * in[n][i / 4].f[i % 4];
+                    in[n][i / 4].f[i % 4] *= by[n][i / 4].f[i % 4];
                 }
 #pragma unroll
                 for (int d = 16; d > 0; d /= 2) square += __shfl_xor_sync(ALL, square, d);
-                if (lane == 0) squares[block * TOKENS + token] = square;
+                if (lane == 0) squares[pair * TOKENS + token] = square;
             }
-            float unit = split(in[n], terms + block * apart, token);
-            if (lane == 0) units[block * TOKENS + token] = unit;
+            u32 made[2][2];
+            float unit[2] = {split(in[n][0], made[0]), split(in[n][1], made[1])};
+            u8* to = terms + 2 * pair * apart + lane % 4 * 4;
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                if (i == 1 && 2 * pair + 1 == blocks) continue;
+                store(to + i * apart + place(2 * token, lane / 4), made[i][0]);
+                store(to + i * apart + place(2 * token + 1, lane / 4), made[i][1]);
+                if (lane == 0) units[(2 * pair + i) * TOKENS + token] = unit[i];
+            }
         }
     }
     __syncthreads();
@@ -294,17 +307,19 @@ __device__ __forceinline__ void for_tiles(
     for (int s = 0; s < stages; s++) pipe.send(matrices, mine, inputs, four, s);
     await_previous();
 
-    u32 first_terms = along(shared_address(terms)), first_weights = along(shared_address(ring + four * stages * STAGE));
+    // Shuffled, so that they are not computed anew in every step.
+    u32 first_terms = __shfl_sync(ALL, along(shared_address(terms)), 0);
+    u32 first_weights = __shfl_sync(ALL, along(shared_address(ring + four * stages * STAGE)), 0);
     int slot = 0, behind = -1;  // where this step is, and the one before
     u32 parity = 0;
     int group = GATED || NORMED ? 0 : mine.first * S::ROWS / per_group;
-    const int AHEAD = NORMED ? 4 : 8;
+    const int AHEAD = NORMED ? 2 : 4;
     stage<NORMED, AHEAD>(
         terms, apart, units, squares, x + (long long)group * inputs, (int)x_row, norm, tokens, blocks);
     float root = 1.0f;  // of token lane % 8
     if (NORMED) {
         float square = 0.0f;
-        for (int block = lane / 8; block < blocks; block += 4) square += squares[block * TOKENS + lane % 8];
+        for (int pair = lane / 8; 2 * pair < blocks; pair += 4) square += squares[pair * TOKENS + lane % 8];
 #pragma unroll
         for (int d = 16; d >= 8; d /= 2) square += __shfl_xor_sync(ALL, square, d);
         root = inverse_root(square / inputs + norm.eps);
@@ -333,7 +348,7 @@ __device__ __forceinline__ void for_tiles(
                 int block = step * S::BLOCKS + b;
                 Products products;
                 products.begin(
-                    first_weights + (slot * STAGE + b * N * SLAB_ROW) / 16, first_terms + block * apart / 16);
+                    first_weights + slot * (STAGE / 16) + b * N * SLAB_ROW / 16, first_terms + block * (apart / 16));
                 float scale[4];
 #pragma unroll
                 for (int t = 0; t < 4; t++) {
