@@ -63,6 +63,12 @@ __device__ __forceinline__ void values_of(u32 e4m3s, float& low, float& high) {
         "cvt.f32.f16 %1, high;\n"
         "}\n" : "=f"(low), "=f"(high) : "h"((unsigned short)e4m3s));
 }
+// Of two magnitudes; not a number, without a sign, where one is not.
+__device__ __forceinline__ float largest(float a, float b) {
+    float most;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(fabsf(a)), "f"(fabsf(b)));
+    return most;
+}
 __device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
 __device__ __forceinline__ void store(void* to, u32 word) { *(u32*)to = word; }
 #endif
@@ -169,14 +175,9 @@ template <int N, bool GATED> struct Pipe {
 
 // 128 inputs of a token, four to a lane, which become terms, a word of each. Gives back their unit.
 __device__ __forceinline__ float split(Floats<4> x, u32 (&terms)[2]) {
-    u32 most = 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        u32 size = __float_as_uint(x.f[i]) & 0x7fffffffu;
-        most = size > most ? size : most;
-    }
-    // The largest comes to lie between 128 and 256, as far as there are powers of two.
-    int exponent = (int)(__reduce_max_sync(ALL, most) >> 23);
+    float most = largest(largest(x.f[0], x.f[1]), largest(x.f[2], x.f[3]));
+    // It comes to lie between 128 and 256, as far as there are powers of two.
+    int exponent = (int)(__reduce_max_sync(ALL, __float_as_uint(most)) >> 23);
     bool finite = exponent < 255;
     exponent = exponent < 8 ? 8 : exponent;
     float factor = __uint_as_float((u32)(261 - exponent) << 23);
@@ -234,13 +235,15 @@ __device__ __forceinline__ void stage(
             }
             u32 made[2][2];
             float unit[2] = {split(in[n][0], made[0]), split(in[n][1], made[1])};
-            u8* to = terms + 2 * pair * apart + lane % 4 * 4;
+            int at = place(2 * token, lane / 4);
+            u8 *to = terms + 2 * pair * apart + lane % 4 * 4 + at, *next_row = to + ((at ^ 16) - at + SLAB_ROW);
+            float* unit_to = units + 2 * pair * TOKENS + token;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 if (i == 1 && 2 * pair + 1 == blocks) continue;
-                store(to + i * apart + place(2 * token, lane / 4), made[i][0]);
-                store(to + i * apart + place(2 * token + 1, lane / 4), made[i][1]);
-                if (lane == 0) units[(2 * pair + i) * TOKENS + token] = unit[i];
+                store(to + i * apart, made[i][0]);
+                store(next_row + i * apart, made[i][1]);
+                if (lane == 0) unit_to[i * TOKENS] = unit[i];
             }
         }
     }

@@ -22,6 +22,7 @@ static void store(void* to, uint32_t word) {
     std::memset(published + shared_address(to), 0xff, 4);
     written.push_back((unsigned char*)to);
 }
+static float largest(float a, float b) { return a != a || b != b ? NAN : std::max(std::fabs(a), std::fabs(b)); }
 static float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 
 // A barrier's 8 bytes: how many it is made for, how many are still to come, and the parity of the phase that runs.
