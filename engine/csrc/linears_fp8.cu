@@ -92,8 +92,8 @@ template <int N, bool GATED> struct Shape {
     static const int STEP = STAGE / N, BLOCKS = STEP / BLOCK;
 };
 
-// Shared memory of a block: the tokens' terms, each warpgroup's ring, this, and of each block of inputs and token a unit
-// and the sum of squares. Products read up to 6 KB behind what they are meant to.
+// Shared memory of a block: the tokens' terms, each warpgroup's ring, this, a unit for each block of inputs and token,
+// and the squares of each pair of them. Products read up to 6 KB behind what they are meant to.
 struct __align__(16) Fixed {
     struct Ring {
         float scales[STAGES][4];  // of a step: [matrix][block of inputs]
@@ -132,8 +132,8 @@ struct Share {
     __device__ __forceinline__ int stride(int tile) const { return tile < wholes ? 1 : FOURS; }
 };
 
-// A warpgroup's steps of one tile after the other, as one of its warps sends for them. A lane sends for 16 bytes of eight
-// rows of a step, each four behind the one before.
+// A warpgroup's steps of one tile after the other, as one of its warps sends for them. A lane sends for 16 bytes of
+// eight rows of a step, each four behind the one before.
 template <int N, bool GATED> struct Pipe {
     typedef Shape<N, GATED> S;
     u32 to;               // in the first stage, its first 16 bytes
@@ -194,8 +194,8 @@ __device__ __forceinline__ float split(Floats<4> x, u32 (&terms)[2]) {
     return __uint_as_float(finite ? (u32)(exponent - 7) << 23 : 0x7fc00000u);
 }
 
-// Tokens as terms, `apart` bytes for 128 inputs, by all warps: pairs of such blocks, of which each warp has AHEAD on their
-// way. Instructions are what it takes, so a pair shares all it can.
+// Tokens as terms, `apart` bytes for 128 inputs, by all warps: pairs of such blocks, of which each warp has AHEAD on
+// their way. Instructions are what it takes, so a pair shares all it can.
 template <bool NORMED, int AHEAD>
 __device__ __forceinline__ void stage(
     u8* terms, int apart, float* units, float* squares, const float* x, int x_row, const Norm& norm, int tokens,
