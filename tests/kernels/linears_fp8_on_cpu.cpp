@@ -15,7 +15,14 @@ static void fault(const char* what) {
     if (!faults++) std::fprintf(stderr, "%s\n", what);
 }
 static uint32_t shared_address(const void* at) { return (uint32_t)((const unsigned char*)at - memory); }
-static void load(uint32_t (&words)[4], uint32_t address) { std::memcpy(words, memory + address, 16); }
+// What threads write themselves, and have not published.
+static std::vector<unsigned char*> written;
+static void store(void* to, uint32_t word) {
+    std::memcpy(to, &word, 4);
+    std::memset(published + shared_address(to), 0xff, 4);
+    written.push_back((unsigned char*)to);
+}
+static float largest(float a, float b) { return a != a || b != b ? NAN : std::max(std::fabs(a), std::fabs(b)); }
 static float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 
 // A barrier's 8 bytes: how many it is made for, how many are still to come, and the parity of the phase that runs.
@@ -71,6 +78,8 @@ static void await(u64* barrier, uint32_t parity) {
 static void publish() {
     for (const Copy& copy : unpublished) std::memcpy(published + shared_address(copy.to), copy.to, copy.bytes);
     unpublished.clear();
+    for (unsigned char* to : written) std::memcpy(published + shared_address(to), to, 4);
+    written.clear();
 }
 static struct { int count, times; } named[16];
 static void meet(int name, int threads) {
@@ -110,7 +119,7 @@ static int kept = 0;
 static double cut_off(double x, int last) { return std::ldexp(std::trunc(std::ldexp(x, -last)), last); }
 static int exponent_of(float x) { return x == 0 ? -126 : std::max(-6, std::ilogb(x)); }
 
-// 16 inputs of a row of weights, by the descriptor's bits: PTX ISA, asynchronous warpgroup-level matrix shared memory
+// 16 inputs of a row of a factor, by the descriptor's bits: PTX ISA, asynchronous warpgroup-level matrix shared memory
 // layout, K-major, swizzle of 128 bytes: bits 4-6 of an address are changed by its bits 7-9.
 static const unsigned char* inputs_of(u64 descriptor, int row, int sixteen) {
     if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) fault("a factor that is not swizzled by 128 bytes");
@@ -122,50 +131,35 @@ static const unsigned char* inputs_of(u64 descriptor, int row, int sixteen) {
     return published;
 }
 
-// wgmma reads registers and shared memory at any time until it has been waited for, and owns its sums as long: they hold
-// nothing until then, and what the factors were at first they must still be at last.
+// wgmma reads shared memory at any time until it has been waited for, and owns its sums as long: they hold nothing until
+// then. Of factors that are not at last what they were at first nothing is known.
 static const uint32_t IN_FLIGHT = 0x7fc0dead;
 struct Product {
     float* sums;
-    const uint32_t (*a)[4];
-    u64 weights;
-    int count, batch;
+    u64 weights, terms;
+    int batch;
     std::vector<float> first;
 };
 static std::vector<std::deque<Product>> pending;
 static std::vector<int> batches;
 static std::vector<char> begun;
-static std::vector<float> made(const Product& p) {
-    static uint32_t operands[512][4];
-    int lane = threadIdx.x % 32, quad = threadIdx.x - lane % 4;
-    for (int i = 0; i < 4; i++) operands[threadIdx.x][i] = (*p.a)[i];
-    block::sync_warp();
-    float a[2][32];
-    bool none = true;
-    for (int r = 0; r < 2; r++)
+static std::vector<float> made(u64 weights, u64 terms) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    std::vector<float> sums(8);
+    for (int i = 0; i < 8; i++) {
+        int row = 16 * warp + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        const unsigned char* a[2] = {inputs_of(weights, row, 0), inputs_of(weights, row, 1)};
+        const unsigned char* b[2] = {inputs_of(terms, column, 0), inputs_of(terms, column, 1)};
+        double sum = 0;
+        int most = -999;
+        for (int k = 0; k < 32 && kept; k++)
+            most = std::max(most, exponent_of(values[a[k / 16][k % 16]]) + exponent_of(values[b[k / 16][k % 16]]));
         for (int k = 0; k < 32; k++) {
-            uint32_t code = operands[quad + k % 16 / 4][k / 16 * 2 + r] >> k % 4 * 8 & 255;
-            a[r][k] = values[code];
-            none &= code == 0;
+            double product = (double)values[a[k / 16][k % 16]] * values[b[k / 16][k % 16]];
+            sum += kept ? cut_off(product, most - kept) : product;
         }
-    std::vector<float> sums(p.count);
-    for (int j = 0; j < p.count / 4 && !none; j++)
-        for (int c = 0; c < 2; c++) {
-            int row = 8 * j + lane % 4 * 2 + c;
-            const unsigned char* codes[2] = {inputs_of(p.weights, row, 0), inputs_of(p.weights, row, 1)};
-            for (int r = 0; r < 2; r++) {
-                double sum = 0;
-                int most = -999;
-                for (int k = 0; k < 32 && kept; k++)
-                    most = std::max(most, exponent_of(a[r][k]) + exponent_of(values[codes[k / 16][k % 16]]));
-                for (int k = 0; k < 32; k++) {
-                    double product = (double)a[r][k] * values[codes[k / 16][k % 16]];
-                    sum += kept ? cut_off(product, most - kept) : product;
-                }
-                sums[4 * j + 2 * r + c] = (float)(kept && sum != 0 && sum == sum ? cut_off(sum, std::ilogb(sum) - kept) : sum);
-            }
-        }
-    block::sync_warp();
+        sums[i] = (float)(kept && sum != 0 && sum == sum ? cut_off(sum, std::ilogb(sum) - kept) : sum);
+    }
     return sums;
 }
 static void begin_products() {
@@ -173,33 +167,31 @@ static void begin_products() {
     begun[threadIdx.x] = true;
 }
 static void close_products() { batches[threadIdx.x]++; }
-template <int COUNT> static void multiply(float (&sums)[COUNT], const uint32_t (&a)[4], u64 weights) {
+static void multiply(float (&sums)[8], u64 weights, u64 terms) {
     if (!begun[threadIdx.x]) fault("registers of a product that nobody has fenced");
-    begun[threadIdx.x] = false;
-    if (block::exchange((uint32_t)weights)[0] != (uint32_t)weights) fault("lanes multiply different factors");
-    Product product{sums, &a, weights, COUNT, batches[threadIdx.x], {}};
-    product.first = made(product);
-    pending[threadIdx.x].push_back(product);
+    for (u64 factor : {weights, terms})
+        if (block::exchange((uint32_t)factor)[0] != (uint32_t)factor) fault("lanes multiply different factors");
+    pending[threadIdx.x].push_back({sums, weights, terms, batches[threadIdx.x], made(weights, terms)});
     for (float& sum : sums) std::memcpy(&sum, &IN_FLIGHT, 4);
 }
-template <int LEFT, int COUNT> static void await_products(float (&)[COUNT], uint32_t (&)[4]) {
+template <int LEFT> static void await_products(float (&)[8]) {
     block::sync_warp();
+    begun[threadIdx.x] = false;
     auto& mine = pending[threadIdx.x];
     for (; !mine.empty() && mine.front().batch < batches[threadIdx.x] - LEFT; mine.pop_front()) {
         const Product& product = mine.front();
-        std::vector<float> last = made(product);
-        if (std::memcmp(last.data(), product.first.data(), 4 * last.size())) fault("factors were written over in flight");
-        for (int i = 0; i < product.count; i++) {
+        std::vector<float> last = made(product.weights, product.terms);
+        for (int i = 0; i < 8; i++) {
             if (__float_as_uint(product.sums[i]) != IN_FLIGHT) fault("sums were touched in flight");
-            product.sums[i] = last[i];
+            product.sums[i] = last[i] == product.first[i] ? last[i] : NAN;
         }
     }
 }
 
 #include "linears_fp8.cu"
 
-struct Linears { const float* x; const float* norm; float* y; const Matrix* matrices; long long x_row; int tokens, inputs, per_group, tiles, share, width; float eps; };
-struct Gated { const float* x; float* y; const Matrix* both; long long x_row; int tokens, inputs, tiles, share, width; float limit; };
+struct Linears { const float* x; const float* norm; float* y; const Matrix* matrices; long long x_row; int tokens, inputs, per_group, tiles, share, stages, width; float eps; };
+struct Gated { const float* x; float* y; const Matrix* both; long long x_row; int tokens, inputs, tiles, share, stages, width; float limit; };
 static Linears l;
 static Gated s;
 
@@ -211,6 +203,7 @@ static int blocks(int tiles, int share, void (*kernel)()) {
         std::fill(std::begin(memory), std::end(memory), 0xff);  // NaN
         std::fill(std::begin(published), std::end(published), 0xff);
         sent.assign(THREADS, {});
+        written.clear();
         pending.assign(THREADS, {});
         batches.assign(THREADS, 0);
         begun.assign(THREADS, false);
@@ -229,21 +222,21 @@ static int blocks(int tiles, int share, void (*kernel)()) {
     [] {                                                                                                              \
         if (l.norm)                                                                                                   \
             penumbra_fp8_linears_normed_##N(EACH(ENTRY_OF) l.x, l.x_row, l.norm, l.eps, l.y, l.tokens, l.inputs,      \
-                                            l.per_group, l.tiles, l.share);                                           \
+                                            l.per_group, l.tiles, l.share, l.stages);                                 \
         else                                                                                                          \
             penumbra_fp8_linears_##N(EACH(ENTRY_OF) l.x, l.x_row, l.y, l.tokens, l.inputs, l.per_group, l.tiles,      \
-                                     l.share);                                                                        \
+                                     l.share, l.stages);                                                              \
     }
 #define RUN_GATED(N)                                                                                                  \
     [] {                                                                                                              \
         const Matrix &gate = s.both[0], &up = s.both[1];                                                              \
         penumbra_fp8_gated_##N(gate.weights, gate.scales, up.weights, up.scales, gate.rows, s.x, s.x_row, s.y,        \
-                               s.tokens, s.inputs, s.limit, s.tiles, s.share);                                        \
+                               s.tokens, s.inputs, s.limit, s.tiles, s.share, s.stages);                              \
     }
 extern "C" void order(int eager, int backwards) { block::eager = eager; block::backwards = backwards; }
 extern "C" void keep(int bits) { kept = bits; }
-extern "C" unsigned shared_bytes(unsigned inputs, unsigned tokens) {
-    return FOURS * STAGES * STAGE + sizeof(Fixed) + inputs / BLOCK * TOKENS * 4 + inputs * tokens * 2;
+extern "C" unsigned shared_bytes(unsigned inputs, unsigned tokens, unsigned stages) {
+    return FOURS * stages * STAGE + sizeof(Fixed) + inputs / BLOCK * (TOKENS * 8 + (tokens > 4 ? 16 : 8) * SLAB_ROW);
 }
 extern "C" int run_linears(const Linears* call) {
     l = *call;

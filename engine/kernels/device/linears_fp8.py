@@ -21,11 +21,14 @@ BLOCK = 128
 _THREADS = 512
 _STAGE_BYTES = 4096
 """Of weights, in a warpgroup's step."""
-_RING_BYTES = 4 * 5 * _STAGE_BYTES
-_FIXED_BYTES = 11_104
-"""Of shared memory, whatever the shape: scales, sums, barriers and some zeros."""
+_FEWEST, _MOST = 4, 8
+"""Steps of a warpgroup's ring."""
+_FIXED_BYTES = 11_008
+"""Of shared memory, whatever the shape: scales, sums and barriers."""
 _SHARED_BYTES = 227 << 10
 """What a block may have on Hopper."""
+_HALF = 113 << 10
+"""What each of two blocks may have."""
 _PROCESSORS = 132
 
 Matrices = Sequence[tuple[Tensor, Tensor]]
@@ -37,7 +40,7 @@ def takes(weights: Sequence[Tensor], groups: int = 1) -> bool:
     inputs = weights[0].shape[1]
     return (
         all(weight.dtype == torch.uint8 for weight in weights)
-        and shared_bytes(inputs, TOKENS) <= _SHARED_BYTES
+        and shared_bytes(inputs, TOKENS, _FEWEST) <= _SHARED_BYTES
         and plan(tuple(len(weight) for weight in weights), inputs, groups) is not None
     )
 
@@ -45,7 +48,7 @@ def takes(weights: Sequence[Tensor], groups: int = 1) -> bool:
 def takes_gated(weight: Tensor) -> bool:
     """Whether `gated` takes two such matrices [N, K]."""
     rows, inputs = weight.shape
-    return shared_bytes(inputs, TOKENS) <= _SHARED_BYTES and plan((rows,), inputs, kinds=2) is not None
+    return shared_bytes(inputs, TOKENS, _FEWEST) <= _SHARED_BYTES and plan((rows,), inputs, kinds=2) is not None
 
 
 @lru_cache(maxsize=1024)
@@ -65,9 +68,18 @@ def plan(rows: tuple[int, ...], inputs: int, groups: int = 1, kinds: int = 1) ->
     return best
 
 
-def shared_bytes(inputs: int, tokens: int) -> int:
-    """Of a block: the ring of weights, and of each token two terms and a unit for 128 inputs."""
-    return _RING_BYTES + _FIXED_BYTES + inputs // BLOCK * TOKENS * 4 + tokens * inputs * 2
+def shared_bytes(inputs: int, tokens: int, stages: int) -> int:
+    """Of a block: the ring of weights, and for 128 inputs two terms of four or eight tokens, units and squares."""
+    terms = 2 * BLOCK * (TOKENS if tokens > TOKENS // 2 else TOKENS // 2)
+    return 4 * stages * _STAGE_BYTES + _FIXED_BYTES + inputs // BLOCK * (TOKENS * 8 + terms)
+
+
+@lru_cache(maxsize=1024)
+def stages(inputs: int, tokens: int) -> int:
+    """Steps of a ring: few where the next kernel's block so fits beside this one, else as many as there is room for."""
+    fewest = shared_bytes(inputs, tokens, _FEWEST)
+    more = 0 if fewest <= _HALF else (_SHARED_BYTES - fewest) // (4 * _STAGE_BYTES)
+    return min(_FEWEST + more, _MOST)
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -83,7 +95,7 @@ def products(
 
     tokens, inputs = x.shape[0], matrices[0][0].shape[1]
     rows = tuple(len(weight) for weight, _ in matrices)
-    width, tiles, share = _planned(rows, inputs, groups)
+    (width, tiles, share), ring = _planned(rows, inputs, groups), stages(inputs, tokens)
     x = aligned(x)
     y = torch.empty(tokens * sum(rows), dtype=torch.float32, device=x.device)
     table: list[object] = []
@@ -95,8 +107,8 @@ def products(
     )  # fmt: skip
     run(
         kernel("linears_fp8.cu", f"{name}_{width}", _SHARED_BYTES), -(-tiles // share), _THREADS,
-        shared_bytes(inputs, tokens), *table, x, ctypes.c_int64(x.stride(0)), *normed, y,
-        *map(ctypes.c_int32, (tokens, inputs, sum(rows) // groups, tiles, share)), waits=True,
+        shared_bytes(inputs, tokens, ring), *table, x, ctypes.c_int64(x.stride(0)), *normed, y,
+        *map(ctypes.c_int32, (tokens, inputs, sum(rows) // groups, tiles, share, ring)), waits=True,
     )  # fmt: skip
     return [part.view(tokens, -1) for part in y.split([tokens * n for n in rows])]
 
@@ -106,13 +118,14 @@ def gated(x: Tensor, gate: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor], lim
     from engine.kernels.device.cuda import kernel, run
 
     tokens, (rows, inputs) = x.shape[0], gate[0].shape
-    width, tiles, share = _planned((rows,), inputs, kinds=2)
+    (width, tiles, share), ring = _planned((rows,), inputs, kinds=2), stages(inputs, tokens)
     x = aligned(x)
     y = torch.empty(tokens, rows, dtype=torch.float32, device=x.device)
     run(
         kernel("linears_fp8.cu", f"penumbra_fp8_gated_{width}", _SHARED_BYTES), -(-tiles // share), _THREADS,
-        shared_bytes(inputs, tokens), *gate, *up, ctypes.c_int32(rows), x, ctypes.c_int64(x.stride(0)), y,
-        *map(ctypes.c_int32, (tokens, inputs)), ctypes.c_float(limit), *map(ctypes.c_int32, (tiles, share)), waits=True,
+        shared_bytes(inputs, tokens, ring), *gate, *up, ctypes.c_int32(rows), x, ctypes.c_int64(x.stride(0)), y,
+        *map(ctypes.c_int32, (tokens, inputs)), ctypes.c_float(limit), *map(ctypes.c_int32, (tiles, share, ring)),
+        waits=True,
     )  # fmt: skip
     return y
 
