@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.device import experts_few, experts_many, few_tokens
+from engine.kernels.device import cuda_products, experts_few, experts_many, experts_some, few_tokens
 from engine.kernels.device.codec import exact, operand
 from engine.kernels.device.early import await_previous, early
 from engine.kernels.device.libraries import HummingExperts
@@ -311,13 +311,16 @@ def routed_parts(
         return torch.empty(pairs, hidden, dtype=torch.float32, device=x.device)
     x = x.contiguous()
     parts = torch.empty(pairs, hidden, dtype=torch.float32, device=x.device)
-    if panels and not experts_few.takes(tokens):
+    if panels and not cuda_products():
         experts_many.routed_parts(x, picks, weights, gate, down, limit, parts)
         return parts
     h = torch.empty(pairs, inner, dtype=torch.float32, device=x.device)
-    if panels:
+    if panels and experts_few.takes(tokens, pairs, count):
         members, owners = work or work_list(picks, count, few_tokens.TOKENS, min(tokens, few_tokens.TOKENS))
         experts_few.products(x, (gate, down), weights, members, owners, limit, h, parts)
+    elif panels:
+        members, owners = work_list(picks, count, experts_some.room(pairs, count))
+        experts_some.products(x, (gate, down), weights, members, owners, limit, h, parts)
     else:
         few = pairs <= 16 * count
         tok = 16 if few else 64
