@@ -9,8 +9,8 @@
 // `penumbra_experts_terms` makes terms of tokens, in the order in which the work list has them and as wgmma reads them, so
 // that a step of a part is one copy. A part is an expert and up to `block` of its pairs; `block` is 16, 32 or 64, and N the
 // least of these that holds them. A block of threads takes a part and four panels of its expert, one to each of four
-// warpgroups, then those that are gridDim.x further on: so blocks are at panels that are neighbours, and what several need
-// of an expert or of a part is read once to the L2. One warp more sends for steps, weights and tokens, as soon as a stage
+// warpgroups, then the next such that no block has taken: so all are at panels that are neighbours, what several need of an
+// expert or of a part is read once to the L2, and none is done long before the others. One warp more sends for steps, weights and tokens, as soon as a stage
 // of the ring is read, through all the block's work. A sum's terms and their order depend on the shapes alone.
 //
 // Written against little of CUDA, so that a test can run it on a CPU (tests/kernels/cuda_on_cpu.h), which brings its
@@ -75,10 +75,15 @@ __device__ __forceinline__ void await_products(float (&sums)[GROUPS][COUNT], u32
 }
 #endif
 
+// What a stage is of: a part, four panels of its expert, how many pairs it holds. Part -1: the work is done.
+struct __align__(16) Told {
+    int part, tile, held;
+};
+
 // Shared memory of a block: this, then the ring: columns of a step, and the panels of the four.
 struct __align__(128) Shared {
     u64 full[MOST_STAGES], empty[MOST_STAGES];
-    int held[MOST_STAGES];  // pairs of the part that a stage is of
+    Told told[MOST_STAGES];
 };
 extern __shared__ __align__(128) unsigned char memory[];
 
@@ -93,11 +98,6 @@ struct Work {
     __device__ __forceinline__ int used() const {
         u32 mine = 0;
         for (int at = lane_id(); at < parts; at += 32) mine += owners[at] >= 0;
-        return (int)__reduce_add_sync(ALL, mine);
-    }
-    __device__ __forceinline__ int held(int part) const {
-        u32 mine = 0;
-        for (int at = lane_id(); at < block; at += 32) mine += members[part * block + at] < pairs;
         return (int)__reduce_add_sync(ALL, mine);
     }
 };
@@ -119,26 +119,48 @@ struct Ring {
     }
 };
 
-// Sends for every step of the block's work. By one warp.
-__device__ __forceinline__ void send_all(const Work& work, const u8* panels, const u8* columns, int stages) {
+// An expert and, of the members of a part of it, a lane's own: on their way until used.
+struct Found {
+    int owner, first, second;
+};
+__device__ __forceinline__ Found find(const Work& work, u32 part, int used) {
+    Found found = {0, work.pairs, work.pairs};
+    if (part >= used) return found;
+    const int* members = work.members + part * work.block;
+    found.owner = work.owners[part];
+    if (lane_id() < work.block) found.first = members[lane_id()];
+    if (lane_id() + 32 < work.block) found.second = members[lane_id() + 32];
+    return found;
+}
+
+// Sends for every step of the block's work. By one warp. Which is next it asks for while it sends for what is in front.
+__device__ __forceinline__ void send_all(
+    const Work& work, const u8* panels, const u8* columns, u32* counter, int stages) {
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     Ring ring = {stages, 0, 0};
-    int used = work.used();
+    int used = work.used(), lane = lane_id();
     u32 tiles = work.panels / FOURS, all = used * tiles, bytes = 4 * sizeof(Step);  // of a panel's step
+    u32 item = blockIdx.x, taken = 0;
+    Found found = find(work, item / tiles, used);
+    if (lane == 0) taken = atomicAdd(counter, 1);
 #pragma unroll 1
-    for (u32 item = blockIdx.x; item < all; item += gridDim.x) {
-        int part = item / tiles, tile = item - part * tiles, held = work.held(part);
-        long long panel = (long long)work.owners[part] * work.panels + tile * FOURS;
-        const u8* weights = panels + panel * work.steps * bytes;
+    while (item < all) {
+        u32 next = gridDim.x + __shfl_sync(ALL, taken, 0);
+        Found behind = find(work, next / tiles, used);
+        if (lane == 0) taken = atomicAdd(counter, 1);
+        int part = item / tiles, tile = item - part * tiles;
+        int held = (int)__reduce_add_sync(ALL, (found.first < work.pairs) + (found.second < work.pairs));
+        const u8* weights =
+            panels + ((long long)found.owner * work.panels + tile * FOURS) * work.steps * bytes;
         const u8* tokens = columns + (long long)part * work.steps * work.columns();
         u32 some = (held + 7) / 8 * PIECE;
 #pragma unroll 1
         for (int s = 0; s < work.steps; s++) {
-            if (lane_id() == 0) {
+            if (lane == 0) {
                 await(&shared.empty[ring.slot], ring.turn ^ 1);
                 u64* full = &shared.full[ring.slot];
                 u8* to = memory + sizeof(Shared) + ring.slot * work.stage();
-                shared.held[ring.slot] = held;
+                shared.told[ring.slot] = Told{part, tile, held};
                 expect(full, some + FOURS * bytes);
                 bring(to, tokens, some, full);
                 to += work.columns();
@@ -151,6 +173,13 @@ __device__ __forceinline__ void send_all(const Work& work, const u8* panels, con
             tokens += work.columns();
             ring.pass();
         }
+        item = next;
+        found = behind;
+    }
+    if (lane == 0) {
+        await(&shared.empty[ring.slot], ring.turn ^ 1);
+        shared.told[ring.slot] = Told{-1, 0, 0};
+        expect(&shared.full[ring.slot], 0);
     }
 }
 
@@ -205,7 +234,7 @@ template <int N> __device__ __forceinline__ void multiply_step(float (&sum)[N / 
 // A panel's product with all columns of a part, whose first step has come; take(pair, upper, lower) gets a lane's sums.
 template <int N, typename Take>
 __device__ __forceinline__ void multiply_panel(
-    const Work& work, Ring& ring, const float* units, int part, int held, Take take) {
+    const Work& work, Ring& ring, const float* units, const Told& told, Take take) {
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     float sum[N / 2] = {};
 #pragma unroll 1
@@ -219,7 +248,7 @@ __device__ __forceinline__ void multiply_panel(
     }
     Pairs pairs[N / 8];  // all on their way before one is needed
     Floats<2> by[N / 8];
-    int own = lane_id() % 4 * 2, first = part * work.block + own;
+    int own = lane_id() % 4 * 2, first = told.part * work.block + own;
 #pragma unroll
     for (int j = 0; j < N / 8; j++) {
         pairs[j] = *reinterpret_cast<const Pairs*>(work.members + first + 8 * j);
@@ -229,14 +258,15 @@ __device__ __forceinline__ void multiply_panel(
     for (int j = 0; j < N / 8; j++)
 #pragma unroll
         for (int c = 0; c < 2; c++)
-            if (8 * j + own + c < held)
+            if (8 * j + own + c < told.held)
                 take(pairs[j].of[c], sum[4 * j + c] * by[j].f[c], sum[4 * j + 2 + c] * by[j].f[c]);
 }
 
 // Every product of the block's share of the work; take(panel, pair, upper, lower).
 template <typename Take>
 __device__ __forceinline__ void multiply_all(
-    const Work& work, const u8* panels, const u8* columns, const float* units, int stages, Take take) {
+    const Work& work, const u8* panels, const u8* columns, const float* units, u32* counter, int stages,
+    Take take) {
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     int warp = __shfl_sync(ALL, warp_id(), 0);  // the compiler sees that lanes agree
     if (threadIdx.x == 0) {
@@ -250,30 +280,30 @@ __device__ __forceinline__ void multiply_all(
     __syncthreads();
     await_previous();
     if (warp == WARPS) {
-        send_all(work, panels, columns, stages);
+        send_all(work, panels, columns, counter, stages);
         return;
     }
     Ring ring = {stages, 0, 0};
-    u32 tiles = work.panels / FOURS, all = work.used() * tiles;
 #pragma unroll 1
-    for (u32 item = blockIdx.x; item < all; item += gridDim.x) {
-        int part = item / tiles, panel = (item - part * tiles) * FOURS + warp / 4;
+    while (true) {
         await(&shared.full[ring.slot], ring.turn);
-        int held = shared.held[ring.slot];
+        Told told = shared.told[ring.slot];
+        if (told.part < 0) break;
+        int panel = told.tile * FOURS + warp / 4;
         auto take_own = [&](int pair, float upper, float lower) { take(panel, pair, upper, lower); };
-        if (held <= 16) multiply_panel<16>(work, ring, units, part, held, take_own);
-        else if (held <= 32) multiply_panel<32>(work, ring, units, part, held, take_own);
-        else multiply_panel<64>(work, ring, units, part, held, take_own);
+        if (told.held <= 16) multiply_panel<16>(work, ring, units, told, take_own);
+        else if (told.held <= 32) multiply_panel<32>(work, ring, units, told, take_own);
+        else multiply_panel<64>(work, ring, units, told, take_own);
     }
 }
 
 // h [pairs, inner]: swiglu(gate x, up x). units as `penumbra_experts_terms` made them, and columns.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) penumbra_experts_gate_up(
-    const u8* panels, const u8* columns, const float* units, const int* members, const int* owners, float* h, int parts,
-    int pairs, int hidden, int inner, int block, float limit, int stages) {
+    const u8* panels, const u8* columns, const float* units, const int* members, const int* owners, u32* counter, float* h,
+    int parts, int pairs, int hidden, int inner, int block, float limit, int stages) {
     Work work = {members, owners, parts, pairs, inner / 32, hidden / STEP, block};
     int row = warp_id() % 4 * 8 + lane_id() / 4;
-    multiply_all(work, panels, columns, units, stages, [&](int panel, int pair, float g, float u) {
+    multiply_all(work, panels, columns, units, counter, stages, [&](int panel, int pair, float g, float u) {
         g = g > limit ? limit : g;
         u = u > limit ? limit : u < -limit ? -limit : u;
         h[(long long)pair * inner + panel * 32 + row] = g / (1.0f + expf(-g)) * u;
@@ -282,11 +312,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) penumbra_experts_gate_u
 
 // y [pairs, hidden]: shares[pair] * down(h[pair]), whose units hold the shares.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) penumbra_experts_down(
-    const u8* panels, const u8* columns, const float* units, const int* members, const int* owners, float* y, int parts,
-    int pairs, int hidden, int inner, int block, int stages) {
+    const u8* panels, const u8* columns, const float* units, const int* members, const int* owners, u32* counter, float* y,
+    int parts, int pairs, int hidden, int inner, int block, int stages) {
     Work work = {members, owners, parts, pairs, hidden / 64, inner / STEP, block};
     int row = warp_id() % 4 * 16 + lane_id() / 4;
-    multiply_all(work, panels, columns, units, stages, [&](int panel, int pair, float upper, float lower) {
+    multiply_all(work, panels, columns, units, counter, stages, [&](int panel, int pair, float upper, float lower) {
         float* to = y + (long long)pair * hidden + panel * 64 + row;
         to[0] = upper;
         to[8] = lower;
@@ -294,20 +324,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) penumbra_experts_down(
 }
 
 // x [., inputs] fp32, of which a pair has row pair / picks -> columns [parts, inputs / STEP, block / 8, PIECE] and units
-// [parts, block] of the pairs in members, times shares[pair] where there are shares. A block takes eight of them, its warps one each to find the unit; then a warp
+// [parts, block] of the pairs in members, times shares[pair] where there are shares; counter 0. A block takes eight of them, its warps one each to find the unit; then a warp
 // takes every eighth step, a lane one of the eight at every fourth 16 inputs.
 extern "C" __global__ void __launch_bounds__(TERM_THREADS) penumbra_experts_terms(
-    const float* x, const float* shares, const int* members, const int* owners, u8* columns, float* units, int pairs,
-    int picks, int inputs, int block) {
+    const float* x, const float* shares, const int* members, const int* owners, u8* columns, float* units, u32* counter,
+    int pairs, int picks, int inputs, int block) {
     float* factors = reinterpret_cast<float*>(memory);
     int warp = warp_id(), lane = lane_id(), eights = block / 8, part = blockIdx.x / eights, eight = blockIdx.x % eights;
     await_previous();
+    if (blockIdx.x == 0 && threadIdx.x == 0) *counter = 0;
     const int* mine = members + part * block + eight * 8;
     if (owners[part] < 0 || mine[0] >= pairs) return;
     if (mine[warp] < pairs) {
         const float* row = x + (long long)(mine[warp] / picks) * inputs;
         u32 most = 0;
-#pragma unroll 4
+#pragma unroll 8
         for (int k = 4 * lane; k < inputs; k += 128) {
             Words in = *reinterpret_cast<const Words*>(row + k);
 #pragma unroll

@@ -65,6 +65,7 @@ struct Call {
     int stages;
 };
 static Call c;
+static u32 counter = 1 << 30;
 
 extern "C" unsigned shared_bytes(unsigned block, unsigned stages) {
     return sizeof(Shared) + stages * Work{nullptr, nullptr, 0, 0, 0, 0, (int)block}.stage();
@@ -88,17 +89,17 @@ extern "C" void run_experts(const Call* call, unsigned grid) {
     c = *call;
     unsigned eights = c.parts * c.block / 8;
     run(eights, TERM_THREADS, [] {
-        penumbra_experts_terms(c.x, nullptr, c.members, c.owners, c.columns, c.units, c.pairs, c.picks, c.hidden, c.block);
+        penumbra_experts_terms(c.x, nullptr, c.members, c.owners, c.columns, c.units, &counter, c.pairs, c.picks, c.hidden, c.block);
     });
     run(grid, THREADS, [] {
-        penumbra_experts_gate_up(c.gate_up, c.columns, c.units, c.members, c.owners, c.h, c.parts, c.pairs, c.hidden,
+        penumbra_experts_gate_up(c.gate_up, c.columns, c.units, c.members, c.owners, &counter, c.h, c.parts, c.pairs, c.hidden,
                                  c.inner, c.block, c.limit, c.stages);
     });
     run(eights, TERM_THREADS, [] {
-        penumbra_experts_terms(c.h, c.shares, c.members, c.owners, c.inner_columns, c.inner_units, c.pairs, 1, c.inner, c.block);
+        penumbra_experts_terms(c.h, c.shares, c.members, c.owners, c.inner_columns, c.inner_units, &counter, c.pairs, 1, c.inner, c.block);
     });
     run(grid, THREADS, [] {
-        penumbra_experts_down(c.down, c.inner_columns, c.inner_units, c.members, c.owners, c.y, c.parts, c.pairs, c.hidden,
+        penumbra_experts_down(c.down, c.inner_columns, c.inner_units, c.members, c.owners, &counter, c.y, c.parts, c.pairs, c.hidden,
                               c.inner, c.block, c.stages);
     });
 }

@@ -54,6 +54,7 @@ def products(
     block = members.shape[0] // count
     ring = stages(block) if ring is None else ring
     grid = torch.cuda.get_device_properties(x.device).multi_processor_count if grid is None else grid
+    counter = torch.empty(1, dtype=torch.int32, device=x.device)
     numbers = [ctypes.c_int32(n) for n in (count, pairs, hidden, inner, block)]
 
     def terms_of(rows: Tensor, shares: Tensor | int, picks: int) -> tuple[Tensor, Tensor]:
@@ -62,7 +63,7 @@ def products(
         units = torch.empty(count * block, dtype=torch.float32, device=x.device)
         run(
             kernel("experts_some.cu", "penumbra_experts_terms"), count * block // 8, _TERM_THREADS, 32,
-            rows, shares, members, owners, columns, units, *map(ctypes.c_int32, (pairs, picks, inputs, block)),
+            rows, shares, members, owners, columns, units, counter, *map(ctypes.c_int32, (pairs, picks, inputs, block)),
             waits=True,
         )  # fmt: skip
         return columns, units
@@ -70,11 +71,11 @@ def products(
     columns, units = terms_of(x, 0, pairs // tokens)
     run(
         kernel("experts_some.cu", "penumbra_experts_gate_up", _SHARED_BYTES), grid, _THREADS, shared_bytes(block, ring),
-        panels[0], columns, units, members, owners, h, *numbers, ctypes.c_float(limit), ctypes.c_int32(ring),
+        panels[0], columns, units, members, owners, counter, h, *numbers, ctypes.c_float(limit), ctypes.c_int32(ring),
         waits=True,
     )  # fmt: skip
     columns, units = terms_of(h, weights, 1)
     run(
         kernel("experts_some.cu", "penumbra_experts_down", _SHARED_BYTES), grid, _THREADS, shared_bytes(block, ring),
-        panels[1], columns, units, members, owners, parts, *numbers, ctypes.c_int32(ring), waits=True,
+        panels[1], columns, units, members, owners, counter, parts, *numbers, ctypes.c_int32(ring), waits=True,
     )  # fmt: skip
