@@ -28,7 +28,6 @@ def work_list(picks: Tensor, experts: int, block: int, room: int, blocks: int) -
     members, owners = (torch.empty(n, dtype=torch.int32, device=picks.device) for n in (blocks * block, blocks))
     run(
         kernel("work_list.cu", "penumbra_work_list"), experts, _THREADS, shared_bytes(experts), picks.contiguous(),
-        members, owners,
-        *map(ctypes.c_int32, (picks.numel(), experts, blocks, block, room)), waits=True,
+        members, owners, *map(ctypes.c_int32, (picks.numel(), experts, blocks, block, room)), waits=True,
     )  # fmt: skip
     return members, owners
