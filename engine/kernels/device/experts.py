@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.device import cuda_products, experts_few, experts_many, experts_some, few_tokens, work_lists
+from engine.kernels.device import experts_few, experts_some, few_tokens, work_lists
 from engine.kernels.device.codec import exact, operand
 from engine.kernels.device.early import await_previous, early
 from engine.kernels.device.libraries import HummingExperts
@@ -313,9 +313,6 @@ def routed_parts(
         return torch.empty(pairs, hidden, dtype=torch.float32, device=x.device)
     x = x.contiguous()
     parts = torch.empty(pairs, hidden, dtype=torch.float32, device=x.device)
-    if panels and not cuda_products():
-        experts_many.routed_parts(x, picks, weights, gate, down, limit, parts)
-        return parts
     h = torch.empty(pairs, inner, dtype=torch.float32, device=x.device)
     if panels and experts_few.takes(tokens, pairs, count):
         members, owners = work or work_list(picks, count, few_tokens.TOKENS, min(tokens, few_tokens.TOKENS))

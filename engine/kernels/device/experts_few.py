@@ -1,7 +1,7 @@
 """The binding of engine/csrc/experts_few.cu: the FP4 experts of a few tokens, whose weights lie in panels.
 
 A panel is 64 rows in steps of 256 inputs, as the source says; `gate_up_panels` and `down_panels` make them of what a
-checkpoint holds, byte for byte as large. `engine.kernels.device.experts` reads panels too, for more tokens.
+checkpoint holds, byte for byte as large. `experts_some` reads panels too, for more tokens.
 """
 
 from __future__ import annotations
