@@ -10,8 +10,9 @@
 // that a step of a part is one copy. A part is an expert and up to `block` of its pairs; `block` is 16, 32 or 64, and N the
 // least of these that holds them. A block of threads takes a part and four panels of its expert, one to each of four
 // warpgroups, then the next such that no block has taken: so all are at panels that are neighbours, what several need of an
-// expert or of a part is read once to the L2, and none is done long before the others. One warp more sends for steps, weights and tokens, as soon as a stage
-// of the ring is read, through all the block's work. A sum's terms and their order depend on the shapes alone.
+// expert or of a part is read once to the L2, and none is done long before the others. One warp more sends for steps,
+// weights and tokens, as soon as a stage of the ring is read, through all the block's work. A sum's terms and their order
+// depend on the shapes alone.
 //
 // Written against little of CUDA, so that a test can run it on a CPU (tests/kernels/cuda_on_cpu.h), which brings its
 // own of what stands between #ifndef ON_CPU and #endif.
@@ -324,8 +325,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) penumbra_experts_down(
 }
 
 // x [., inputs] fp32, of which a pair has row pair / picks -> columns [parts, inputs / STEP, block / 8, PIECE] and units
-// [parts, block] of the pairs in members, times shares[pair] where there are shares; counter 0. A block takes eight of them, its warps one each to find the unit; then a warp
-// takes every eighth step, a lane one of the eight at every fourth 16 inputs.
+// [parts, block] of the pairs in members, times shares[pair] where there are shares; counter 0. A block takes eight of
+// them, its warps one each to find the unit; then a warp takes every eighth step, a lane one of the eight at every fourth
+// 16 inputs.
 extern "C" __global__ void __launch_bounds__(TERM_THREADS) penumbra_experts_terms(
     const float* x, const float* shares, const int* members, const int* owners, u8* columns, float* units, u32* counter,
     int pairs, int picks, int inputs, int block) {
