@@ -72,19 +72,6 @@ def replayed(graph: torch.cuda.CUDAGraph) -> list[float]:
     return times
 
 
-def one_by_one(call: Callable[[Any], object], inputs: Sequence[Any]) -> list[float]:
-    """Microseconds of each of REPLAYS calls outside of any graph."""
-    times = []
-    for i in range(REPLAYS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call(inputs[i % len(inputs)])
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return times
-
-
 def in_cuda(call: Callable[[Any], object], inputs: Sequence[Any]) -> float:
     """One call's time where CUDA C++ computes what it takes."""
     use_cuda_products(True)
@@ -295,13 +282,13 @@ def linear_cases(bandwidth: float) -> Cases:
 
 
 def expert_cases(bandwidth: float) -> Cases:
-    """Few tokens: out of panels, once read; many: a grouped product of what is widened, or Triton's."""
+    """Out of panels, or of the checkpoint's rows, Triton's."""
     count, hidden, inner, k = 64, 4096, 2048, 6
     shapes = ((count, inner, hidden), (count, inner, hidden), (count, hidden, inner))
     w1, w3, w2 = (torch.randint(256, (*s[:2], s[2] // 2), dtype=torch.uint8, device="cuda") for s in shapes)
     s1, s3, s2 = (torch.randint(115, 122, (*s[:2], s[2] // 32), dtype=torch.uint8, device="cuda") for s in shapes)
     panels = experts_few.gate_up_panels(w1, w3, (s1, s3)), experts_few.down_panels(w2, s2)
-    for tokens in (1, 2, 4, 8, 32, 2048):
+    for tokens in (1, 2, 4, 8, 32, 64, 256, 2048):
         x = torch.randn(tokens, hidden, device="cuda")
         picks = [torch.rand(tokens, count, device="cuda").topk(k).indices.int() for _ in range(8)]
         weights = torch.rand(tokens, k, device="cuda")
@@ -315,18 +302,12 @@ def expert_cases(bandwidth: float) -> Cases:
         hit = statistics.mean(len(p.unique()) for p in picks)
         floor = hit * 3 * hidden * inner * 17 / 32 / bandwidth * 1e6
         figure = Figure("fp4 experts", f"{tokens} tokens, {hit:.1f} experts", microseconds(ours, picks), floor)
-        if tokens <= experts_few.MOST_TOKENS:
-            in_panels = in_cuda(ours_in_panels, picks)
-            name = "fp4 experts in CUDA C++"
-        else:  # the host reads where experts begin: no graph can hold it
-            in_panels = statistics.median(one_by_one(ours_in_panels, picks))
-            name = "fp4 experts, grouped product"
         calls = peers.humming_experts((torch.cat([w1, w3], 1), torch.cat([s1, s3], 1)), (w2, s2), tokens, picks)
         if calls is not None:
             peer = microseconds(lambda call: call(), calls)
             figure = replace(figure, peer=f"{peers.version('humming-kernels')}, products alone", peer_us=peer)
         yield figure
-        yield replace(figure, op=name, us=in_panels)
+        yield replace(figure, op="fp4 experts in CUDA C++", us=in_cuda(ours_in_panels, picks))
 
 
 def mixing_cases(bandwidth: float) -> Cases:

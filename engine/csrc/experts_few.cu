@@ -7,19 +7,6 @@
 // by 2^-21 of the largest of the 256 inputs that share a unit. So four tokens share a product, and a lane's two columns
 // are the terms of one. A block of work with more is cut in fours, of which the second finds its weights in the L2.
 //
-// Weights are not as the checkpoint has them but in panels (engine/kernels/device/experts_few.py makes those), so that
-// little is left to do for each: a panel is 64 rows, in steps of 256 inputs that lie one behind the other. A step is the
-// 16 rows of each of four warps: what its lanes load, 16 bytes at a time and in order, then the scales:
-//
-//   [4 pairs of groups][32 lanes] of four words, [2 halves of the step][16 rows] of a word: four UE8M0 codes
-//
-// A lane's words are row lane / 4 and row lane / 4 + 8 at 8 inputs of a group of 32, then of the next group: inputs
-// 4 (lane % 4) + 0..3 and those 16 later. gate and up share panels: a warp's upper eight rows are gate's, the lower up's.
-//
-// A word is eight e2m1 weights, which `unpack` spreads over the bytes of two words. Sign, exponent and mantissa come to
-// e4m3's places (mask M), where they are the value over 2^6; a weight of the second four is stored xor-ed with bits that
-// the shifts bring along, so that two shifts and a mask are all it needs.
-//
 // The four groups of warps cut the inputs of a panel between them; their sums are added in order, by a group that takes
 // turns, while the others go on. Each warp has a ring of steps, filled by bulk copies that lane 0 sends for as soon as a
 // step is in registers. A block takes its share of all panels of gate and up, one behind the other, and when all blocks
@@ -29,7 +16,7 @@
 // Written against little of CUDA, so that a test can run it on a CPU (tests/kernels/cuda_on_cpu.h), which brings its
 // own of what stands between #ifndef ON_CPU and #endif.
 
-#include "warpgroup.cuh"
+#include "panels.cuh"
 
 #define TOKENS 8      // of a block of work
 #define ROOM 4        // tokens of a product
@@ -38,20 +25,10 @@
 #define THREADS 512
 #define WARPS 16
 #define FOURS 4       // groups of four warps
-#define STEP 256      // inputs
-#define M 0x9c9c9c9cu
 #define CORE 144      // bytes from 8 columns at 16 inputs, which lie together, to those at the next 16: 16 more than they
                       // are, so that neighbours start in other banks
 
 #ifndef ON_CPU
-// A copy, for which the barrier was made alone. By one lane.
-__device__ __forceinline__ void send_for(void* to, const void* from, u32 bytes, u64* barrier) {
-    u32 at = shared_address(barrier);
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(at), "r"(bytes) : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-        :: "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(at) : "memory");
-}
-
 // The lower half of what tells wgmma where a group's columns are: their address and the distance of the second 16 inputs,
 // both in 16 bytes. The upper half is zero: no swizzle, and no second eight columns, whose distance it would say.
 __device__ __forceinline__ u32 columns_at(const void* at) {
@@ -86,28 +63,6 @@ template <int LEFT> __device__ __forceinline__ void await_products(float (&s)[4]
 #pragma unroll
         for (int i = 0; i < 4; i++) asm volatile("" : "+f"(s[j][i]), "+r"(a[j][i]) :: "memory");
 }
-// Nearest even, at most 448: low in bits 0..7.
-__device__ __forceinline__ u32 e4m3s(float low, float high) {
-    unsigned short both;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(high), "f"(low));
-    return both;
-}
-__device__ __forceinline__ void values_of(u32 e4m3s, float& low, float& high) {
-    asm("{\n"
-        ".reg .b32 both;\n"
-        ".reg .f16 low, high;\n"
-        "cvt.rn.f16x2.e4m3x2 both, %2;\n"
-        "mov.b32 {low, high}, both;\n"
-        "cvt.f32.f16 %0, low;\n"
-        "cvt.f32.f16 %1, high;\n"
-        "}\n" : "=f"(low), "=f"(high) : "h"((unsigned short)e4m3s));
-}
-// Of a phase of a barrier, and all that the warp has read and written before.
-__device__ __forceinline__ void arrive(u64* barrier) {
-    __syncwarp();
-    if (lane_id() == 0)
-        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(barrier)) : "memory");
-}
 // Past the L1, which may hold what was there before.
 __device__ __forceinline__ int fresh(const int* at) {
     int value;
@@ -132,11 +87,6 @@ __device__ __forceinline__ u32 acquired(const u32* at) {
     return value;
 }
 #endif
-
-struct __align__(16) Step {
-    Words weights[4][32];
-    u32 scales[32];
-};
 
 // A part of the work: an expert, and its pairs.
 struct __align__(16) Part {
@@ -173,11 +123,6 @@ struct __align__(128) Shared {
     u64 full[2], empty[2];                           // of the sums
 };
 extern __shared__ __align__(128) unsigned char memory[];
-
-__device__ __forceinline__ void unpack(u32 w, u32& first, u32& second) {
-    first = w & M;
-    second = (w << 2 ^ w >> 2) & M;
-}
 
 // Four codes -> 2^(code - 127) of each.
 __device__ __forceinline__ Floats<4> powers(u32 codes) {
@@ -264,7 +209,8 @@ struct Pipe {
     }
     __device__ __forceinline__ void send(int to) {
         if (lane_id() == 0 && steps) {
-            send_for(ring + to, next, sizeof(Step), barriers + to);
+            expect(barriers + to, sizeof(Step));
+            bring(ring + to, next, sizeof(Step), barriers + to);
             next += 4 * sizeof(Step);
             if (--steps == 0) turn_page();
         }

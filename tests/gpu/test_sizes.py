@@ -20,6 +20,7 @@ from engine.kernels.device import (
     attend_long,
     experts,
     experts_few,
+    experts_some,
     few_tokens,
     index_scores,
     index_topk,
@@ -122,20 +123,38 @@ def test_a_shared_expert_of_few_tokens(hidden: int, inner: int) -> None:
         assert apart(got, experts.swiglu(gate, up, 10.0)) < 1e-10
 
 
+class Fp4Experts:
+    """Experts of any codes, in panels, and what they mean."""
+
+    def __init__(self, count: int, hidden: int, inner: int) -> None:
+        def stack(outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
+            codes = torch.randint(256, (count, outputs, inputs // 2), dtype=torch.uint8, device="cuda")
+            scales = torch.randint(112, 122, (count, outputs, inputs // 32), dtype=torch.uint8, device="cuda")
+            nibbles = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(2).int()
+            table = E2M1.to("cuda", torch.float32)
+            return codes, scales, table[nibbles] * torch.exp2(scales.float() - 127).repeat_interleave(32, 2)
+
+        gate, up, down = stack(inner, hidden), stack(inner, hidden), stack(hidden, inner)
+        both = experts_few.gate_up_panels(gate[0], up[0], (gate[1], up[1]))
+        self.panels = both, experts_few.down_panels(down[0], down[1])
+        self.dense = gate[2], up[2], down[2]
+
+    def expected(self, x: Tensor, picks: Tensor, weights: Tensor, limit: float) -> Tensor:
+        gate, up, down = self.dense
+        made = torch.zeros(*picks.shape, x.shape[1], dtype=torch.float64, device="cuda")
+        for expert in picks.unique().tolist():
+            token, pick = (picks == expert).nonzero(as_tuple=True)
+            rows = x[token].double()
+            a = (rows @ gate[expert].double().T).clamp(max=limit)
+            h = a * torch.sigmoid(a) * (rows @ up[expert].double().T).clamp(-limit, limit)
+            made[token, pick] = h @ down[expert].double().T
+        return (made * weights.double()[:, :, None]).sum(1)
+
+
 @pytest.mark.parametrize(("hidden", "inner"), [(4096, 2048), (7168, 3072)])
 def test_fp4_experts_of_few_tokens(hidden: int, inner: int) -> None:
     count, k, limit = 12, 6, 10.0
-
-    def stack(outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
-        codes = torch.randint(256, (count, outputs, inputs // 2), dtype=torch.uint8, device="cuda")
-        scales = torch.randint(112, 122, (count, outputs, inputs // 32), dtype=torch.uint8, device="cuda")
-        nibbles = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(2).int()
-        table = E2M1.to("cuda", torch.float32)
-        return codes, scales, table[nibbles] * torch.exp2(scales.float() - 127).repeat_interleave(32, 2)
-
-    gate, up, down = stack(inner, hidden), stack(inner, hidden), stack(hidden, inner)
-    stacks = experts_few.gate_up_panels(gate[0], up[0], (gate[1], up[1])), experts_few.down_panels(down[0], down[1])
-    nothing = (None, None, None), (0, 0)
+    stack = Fp4Experts(count, hidden, inner)
     for tokens in (1, 3, 8):
         x = torch.randn(tokens, hidden, device="cuda")
         picks = torch.rand(tokens, count, device="cuda").topk(k).indices.int()
@@ -143,19 +162,51 @@ def test_fp4_experts_of_few_tokens(hidden: int, inner: int) -> None:
         weights = torch.rand(tokens, k, device="cuda")
 
         def ours(x: Tensor = x, picks: Tensor = picks, weights: Tensor = weights) -> Tensor:
-            return experts.routed_experts(x, picks, weights, stacks, *nothing, limit)
+            return experts.routed_experts(x, picks, weights, stack.panels, (None, None, None), (0, 0), limit)
 
-        expected = torch.zeros(tokens, hidden, dtype=torch.float64, device="cuda")
-        for token in range(tokens):
-            for expert, weight in zip(picks[token].tolist(), weights[token].double(), strict=True):
-                row = x[token].double()
-                a = (gate[2][expert].double() @ row).clamp(max=limit)
-                h = a * torch.sigmoid(a) * (up[2][expert].double() @ row).clamp(-limit, limit)
-                expected[token] += weight * (down[2][expert].double() @ h)
         # Rounding to two e4m3 terms, before either product, costs 5e-7.
-        assert apart(ten_times(ours), expected) < 1e-6
+        assert apart(ten_times(ours), stack.expected(x, picks, weights, limit)) < 1e-6
         # In two blocks of work or more an expert's tokens are what they are alone.
         assert torch.equal(ours(x[:1], picks[:1], weights[:1]), ours()[:1])
+
+
+@pytest.mark.parametrize(("hidden", "inner"), [(4096, 2048), (7168, 3072)])
+def test_fp4_experts_of_more_tokens(hidden: int, inner: int) -> None:
+    """Parts of 16, 32 and 64 pairs, rings and grids of any size, and each token alone: the same bits."""
+    count, k, limit = 12, 6, 10.0
+    stack = Fp4Experts(count, hidden, inner)
+
+    def products(
+        x: Tensor, picks: Tensor, weights: Tensor, block: int = 64, ring: int | None = None, grid: int = 132
+    ) -> Tensor:
+        h, parts = (torch.full((picks.numel(), n), torch.nan, device="cuda") for n in (inner, hidden))
+        work = experts.work_list(picks, count, block)
+        experts_some.products(x, stack.panels, weights, *work, limit, h, parts, ring, grid)
+        return parts
+
+    for tokens in (16, 100, 700):
+        x = torch.randn(tokens, hidden, device="cuda")
+        picks = torch.rand(tokens, count, device="cuda").topk(k).indices.int()
+        picks[:, 0] = torch.where((picks[:, 1:] == 3).any(1), picks[:, 0], 3)  # which so is in more demand than others
+        weights = torch.rand(tokens, k, device="cuda")
+        step = x, picks, weights
+        made = ten_times(partial(products, *step))
+        got = experts.sum_picks(made.view(tokens, k, hidden), None)
+        # Rounding to two e4m3 terms, before either product, costs 5e-7.
+        assert apart(got, stack.expected(*step, limit)) < 1e-6
+        for block, ring, grid in ((16, None, 132), (32, 2, 7), (64, 1, 131)):
+            assert torch.equal(products(*step, block, ring, grid), made)
+        for token in (0, tokens - 1):
+            alone = products(*(part[token : token + 1].contiguous() for part in step), 16)
+            assert torch.equal(alone, made[token * k : token * k + k])
+        routed = partial(experts.routed_experts, *step, stack.panels, (None, None, None), (0, 0), limit)
+        assert torch.equal(routed(), got)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            replayed = routed()
+        for _ in range(5):
+            graph.replay()
+            assert torch.equal(replayed, got)
 
 
 def test_blocks_of_experts_meet_however_many_and_however_often() -> None:

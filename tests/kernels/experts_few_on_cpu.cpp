@@ -1,51 +1,10 @@
 // The blocks of engine/csrc/experts_few.cu on the CPU: each goes as far as it can, to where it waits for the others. What is
 // on its way there is late here: a copy comes when it is waited for, until when its place holds NaN, and products are made
 // of what their operands are by then.
-#include <cmath>
-#include <map>
-#include "cuda_on_cpu.h"
+#include "panels_on_cpu.h"
 
-#define __shared__
-unsigned char memory[232448] __attribute__((aligned(128)));
 static Index gridDim;
-typedef unsigned long long u64;
 
-// A barrier: phases that have ended, arrivals that this one lacks, those that each needs.
-struct Phases { uint16_t ended, lacks, needs, none; };
-static Phases& phases(u64* barrier) { return *(Phases*)barrier; }
-static void arrived(u64* barrier) {
-    Phases& p = phases(barrier);
-    if (p.needs == 0xffff) std::abort();
-    if (--p.lacks == 0) p.ended++, p.lacks = p.needs;
-}
-struct Copy { void* to; const void* from; uint32_t bytes; };
-static std::map<u64*, Copy> copies;
-static void make_barrier(u64* barrier, int arrivals) {
-    phases(barrier) = Phases{0, (uint16_t)arrivals, (uint16_t)arrivals, 0};
-}
-static void publish() {}
-static void send_for(void* to, const void* from, uint32_t bytes, u64* barrier) {
-    if (copies.count(barrier) || (uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16) std::abort();
-    std::memset(to, 0xff, bytes);
-    copies[barrier] = Copy{to, from, bytes};
-}
-static void await(u64* barrier, uint32_t turn) {
-    if (phases(barrier).needs == 0xffff) std::abort();
-    while ((phases(barrier).ended & 1) == turn) {
-        auto found = copies.find(barrier);
-        if (found == copies.end()) {
-            block::pause();
-            continue;
-        }
-        std::memcpy(found->second.to, found->second.from, found->second.bytes);
-        copies.erase(found);
-        arrived(barrier);
-    }
-}
-static void arrive(u64* barrier) {
-    block::sync_warp();
-    if (threadIdx.x % 32 == 0) arrived(barrier);
-}
 // Threads that are neighbours; every group of so many has a name.
 static void meet(int name, int threads) {
     if (name != 1 + (int)threadIdx.x / threads) std::abort();
@@ -62,30 +21,6 @@ static uint32_t acquired(const uint32_t* at) {
     block::pause();
     return *at;
 }
-
-static float e4m3_of(uint32_t code) {
-    int exponent = code >> 3 & 15, mantissa = code & 7;
-    float size = (code & 127) == 127 ? NAN : exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
-    return code & 128 ? -size : size;
-}
-static uint32_t e4m3(float x) {
-    uint32_t sign = std::signbit(x) ? 128 : 0;
-    x = std::fabs(x);
-    if (x != x) return sign | 127;
-    if (x >= 448) return sign | 126;
-    int exponent = x < 0.015625f ? -6 : std::ilogb(x);
-    float last = std::ldexp(1.0f, exponent - 3);
-    uint32_t count = (uint32_t)std::nearbyint(x / last);  // 8..16 of a normal one
-    return sign | (exponent == -6 && x < 0.015625f ? count : (uint32_t)(exponent + 6) * 8 + count);
-}
-static uint32_t e4m3s(float low, float high) { return e4m3(low) | e4m3(high) << 8; }
-static void values_of(uint32_t both, float& low, float& high) { low = e4m3_of(both & 255); high = e4m3_of(both >> 8 & 255); }
-
-// Hopper's wgmma of e4m3 keeps `kept` = 13 bits behind the point of products that are all shifted to the largest exponent
-// among them, and as many of their sum's mantissa, and cuts off the rest. Here all bits, where it is 0.
-static int kept = 0;
-static double cut_off(double x, int last) { return std::ldexp(std::trunc(std::ldexp(x, -last)), last); }
-static int exponent_of(float x) { return x == 0 ? -126 : std::max(-6, std::ilogb(x)); }
 
 struct Product { float (*sum)[4]; const uint32_t (*a)[4]; uint32_t columns; int batch; };
 static std::vector<Product> pending[512];
@@ -105,16 +40,13 @@ static void make(const Product& p) {
     const unsigned char* at = memory + ((p.columns & 0x3fff) << 4);
     unsigned apart = (p.columns >> 16 & 0x3fff) << 4;
     for (int i = 0; i < 4; i++) {
-        int row = lane / 4, lower = i / 2, column = lane % 4 * 2 + i % 2, most = -999;
+        int row = lane / 4, lower = i / 2, column = lane % 4 * 2 + i % 2;
         float a[32], b[32];
-        double sum = 0;
         for (int k = 0; k < 32; k++) {
-            a[k] = e4m3_of(operands[first + row * 4 + k % 16 / 4][k / 16 * 2 + lower] >> k % 4 * 8 & 255);
+            a[k] = e4m3_of(operands[first + row * 4 + k % 16 / 4][k / 16 * 2 + lower] >> k % 4 * 8);
             b[k] = e4m3_of(at[k / 16 * apart + column * 16 + k % 16]);
-            most = std::max(most, exponent_of(a[k]) + exponent_of(b[k]));
         }
-        for (int k = 0; k < 32; k++) sum += kept ? cut_off((double)a[k] * b[k], most - kept) : (double)a[k] * b[k];
-        (*p.sum)[i] = (float)(kept && sum != 0 && sum == sum ? cut_off(sum, std::ilogb(sum) - kept) : sum);
+        (*p.sum)[i] = multiplied(a, b, 0.0f);
     }
     block::sync_warp();
 }
@@ -149,7 +81,7 @@ struct Aside {
     std::vector<block::Fiber> fibers;
     std::vector<uint32_t> lane_values;
     std::vector<unsigned char> memory = std::vector<unsigned char>(sizeof ::memory, 0xff);  // NaN
-    std::map<u64*, Copy> copies;
+    std::map<u64*, Delivery> copies;
     bool done = false;
 
     void change_places() {

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.device import experts_few, experts_many, few_tokens
+from engine.kernels.device import experts_few, experts_some, few_tokens, work_lists
 from engine.kernels.device.codec import exact, operand
 from engine.kernels.device.early import await_previous, early
 from engine.kernels.device.libraries import HummingExperts
@@ -238,7 +238,7 @@ def route(
 
 
 FEW_PAIRS = 128
-"""Pairs that one program sorts; more go through torch."""
+"""Pairs that one program sorts; more go through `work_lists`, where that takes them, or torch."""
 
 
 def work_list(picks: Tensor, experts: int, block: int, room: int | None = None) -> tuple[Tensor, Tensor]:
@@ -248,6 +248,8 @@ def work_list(picks: Tensor, experts: int, block: int, room: int | None = None) 
     """
     pairs, room = picks.numel(), block if room is None else room
     blocks = pairs if pairs <= FEW_PAIRS else min(pairs, experts) + pairs // room
+    if pairs > FEW_PAIRS and work_lists.takes(experts):
+        return work_lists.work_list(picks, experts, block, room, blocks)
     members, owners = (torch.empty(n, dtype=torch.int32, device=picks.device) for n in (blocks * block, blocks))
     if pairs <= FEW_PAIRS:
         _work_list[(1,)](picks, members, owners, pairs, blocks, room, PAIRS=FEW_PAIRS, BLOCK=block, num_warps=4)
@@ -311,13 +313,13 @@ def routed_parts(
         return torch.empty(pairs, hidden, dtype=torch.float32, device=x.device)
     x = x.contiguous()
     parts = torch.empty(pairs, hidden, dtype=torch.float32, device=x.device)
-    if panels and not experts_few.takes(tokens):
-        experts_many.routed_parts(x, picks, weights, gate, down, limit, parts)
-        return parts
     h = torch.empty(pairs, inner, dtype=torch.float32, device=x.device)
-    if panels:
+    if panels and experts_few.takes(tokens, pairs, count):
         members, owners = work or work_list(picks, count, few_tokens.TOKENS, min(tokens, few_tokens.TOKENS))
         experts_few.products(x, (gate, down), weights, members, owners, limit, h, parts)
+    elif panels:
+        members, owners = work_list(picks, count, experts_some.room(pairs, count))
+        experts_some.products(x, (gate, down), weights, members, owners, limit, h, parts)
     else:
         few = pairs <= 16 * count
         tok = 16 if few else 64

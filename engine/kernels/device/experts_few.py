@@ -1,7 +1,7 @@
 """The binding of engine/csrc/experts_few.cu: the FP4 experts of a few tokens, whose weights lie in panels.
 
 A panel is 64 rows in steps of 256 inputs, as the source says; `gate_up_panels` and `down_panels` make them of what a
-checkpoint holds, byte for byte as large. `engine.kernels.device.experts` reads panels too, for more tokens.
+checkpoint holds, byte for byte as large. `experts_some` reads panels too, for more tokens.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-from engine.kernels.device import cuda_products
 
 STEP = 256
 STEP_BYTES = 2176
@@ -25,7 +23,8 @@ _SHARED_BYTES = 227 << 10
 _MOST_STAGES = 2
 """Of a warp's ring, for which there is place for barriers of eight. At 1, 4 and 8 tokens on an H200 two were faster
 than three, four or five, when each product was a kernel of its own."""
-MOST_TOKENS = 256
+_MOST_PAIRS, _FEW_TOKENS = 4, 8
+"""Of an expert, on average, that `products` reads weights for as fast as `experts_some`; tokens it always takes."""
 
 
 def arranges(hidden: int, inner: int) -> bool:
@@ -33,9 +32,9 @@ def arranges(hidden: int, inner: int) -> bool:
     return hidden % STEP == 0 and inner % STEP == 0 and stages(max(hidden, inner), 4096) >= 2
 
 
-def takes(tokens: int) -> bool:
-    """Whether `products` takes the experts of so many tokens: of any step that a graph may hold."""
-    return tokens <= MOST_TOKENS and cuda_products()
+def takes(tokens: int, pairs: int, count: int) -> bool:
+    """Whether `products` is to take so many pairs of so many experts, rather than `experts_some`."""
+    return tokens <= _FEW_TOKENS or pairs <= _MOST_PAIRS * count
 
 
 def stages(inputs: int, pairs: int) -> int:
