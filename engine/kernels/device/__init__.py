@@ -10,11 +10,11 @@ No kernel here waits for the host, and none decides its grid by values that only
 be captured as a CUDA graph. None uses atomics on floats: the same inputs give the same bits, run after run.
 
 Precision: a product takes fp32 operands where its matrix is fp32 (`--dtype float32`), else bf16 ones, or where CUDA C++
-multiplies by e4m3 and e2m1 fp16 ones, in `experts_few` and `linears_fp8` two e4m3 terms of each; it sums in fp32. What
-lies between products is fp32.
+multiplies by e4m3 and e2m1 fp16 ones, in `experts_few`, `linears_fp8` and `linears_some` two e4m3 terms of each; it
+sums in fp32. What lies between products is fp32.
 
 With `--kernels cuda`, the modules named `*_few.py`, `attend_long.py`, `index_scores.py`, `linears_fp8.py` and
-`few_tokens.py` take what they can of a step of few tokens.
+`few_tokens.py` take what they can of a step of few tokens, `linears_some.py` of up to 255.
 """
 
 from __future__ import annotations

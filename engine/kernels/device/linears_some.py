@@ -1,11 +1,11 @@
-"""The binding of engine/csrc/linears_some.cu: products of up to 255 tokens with e4m3 matrices, read once for 128 of them.
+"""The binding of engine/csrc/linears_some.cu: products of up to 255 tokens with e4m3 matrices, read once for 128 each.
 
 Tokens are two e4m3 terms, which is as good as bf16. How a matrix is cut depends on its shape alone, so a token's result
 depends on no other token. Up to eight tokens `few_tokens` has kernels that take less time.
 
-What a product should take on an H200, in us, of 16 / 32 / 64 / 128 / 255 tokens: the most of what its weights take to come
-from memory (4.2 TB/s), its weights and terms from the L2 (5.5 TB/s), and its products (1,024 cycles for 128 x 128 x 128
-tokens, rows and inputs), and 3 for launches and where it is cut into parts for adding those:
+What a product should take on an H200, in us, of 16 / 32 / 64 / 128 / 255 tokens: the most of what its weights take to
+come from memory (4.2 TB/s), its weights and terms from the L2 (5.5 TB/s), and its products (1,024 cycles for 128 x 128
+x 128 tokens, rows and inputs), and 3 for launches and where it is cut into parts for adding those:
     1536 x 4096              6 /  6 /  6 /  7 /  9
     32768 x 1024            11 / 11 / 12 / 20 / 39
     8192 x 4096, 8 groups   12 / 12 / 13 / 16 / 30
