@@ -194,6 +194,7 @@ struct Cut {
 template <int TILES> struct Shape {
     static const int COLUMNS = TILES == 1 ? 64 : 128;  // of weights, of a warpgroup's product
     static const int OWN = TILES == 4 ? 2 : 1;         // tiles of tokens of a warpgroup
+    static const int AT_ONCE = TILES == 1 ? 2 : 1;     // of its products on their way
     static const int STAGE = WEIGHTS + TILES * TERMS, STAGES = TILES == 1 ? 8 : TILES == 2 ? 6 : 4;
 };
 // Shared memory of a block: the ring, and this.
@@ -248,19 +249,29 @@ __device__ __forceinline__ void send_weights(
         Item<TILES> item(cut, x, i);
         Place at = place_of(matrices, item.row);
         const u8* next = at.of.weights + (at.row + thread / 8) * inputs + item.first * BLOCK + thread % 8 * 16;
-        for (int step = item.first; step < item.end; step++, next += BLOCK) {
+        // Two stages at a time: what lies side by side in memory is sent for at once.
+        for (int step = item.first; step < item.end; step += 2, next += 2 * BLOCK) {
+            bool both = step + 1 < item.end;
+            Slot<S::STAGES> other = slot;
+            other.advance();
             // Weights are on their way before what is in front has ended; here is room for no more of them.
-            if (!waited && slot.parity) {
+            if (!waited && (both ? other : slot).parity) {
                 await_previous();
                 waited = true;
             }
             await(&shared.empty[slot.stage], slot.parity ^ 1);
-            u8* stage = memory + slot.stage * S::STAGE + to;
+            if (both) await(&shared.empty[other.stage], other.parity ^ 1);
+            u8 *first = memory + slot.stage * S::STAGE + to, *second = memory + other.stage * S::STAGE + to;
 #pragma unroll
-            for (int n = 0; n < BLOCK / (SENDERS / 8); n++)
-                fetch16(stage + n * (SENDERS / 8) * SLAB_ROW, next + n * (SENDERS / 8) * inputs);
+            for (int n = 0; n < BLOCK / (SENDERS / 8); n++) {
+                const u8* row = next + n * (SENDERS / 8) * inputs;
+                fetch16(first + n * (SENDERS / 8) * SLAB_ROW, row);
+                if (both) fetch16(second + n * (SENDERS / 8) * SLAB_ROW, row + BLOCK);
+            }
             arrive_when_there(&shared.full[slot.stage]);
-            slot.advance();
+            if (both) arrive_when_there(&shared.full[other.stage]);
+            slot = other;
+            if (both) slot.advance();
         }
     }
     if (!waited) await_previous();
@@ -304,38 +315,67 @@ __device__ __forceinline__ void multiply_all(
         Place at = place_of(matrices, item.row);
         const float* scales = at.of.scales + (long long)(at.row / BLOCK) * cut.steps;
         float total[S::OWN][S::COLUMNS / 4] = {};  // columns 8 j + 2 (lane % 4) + c of a token: total[2 j + c]
-        float ahead = 0.0f;                        // a lane's of 32 steps' scales
-#pragma unroll 1
-        for (int step = item.first; step < item.end; step++) {
+        float sums[S::AT_ONCE][S::COLUMNS / 2], by[S::AT_ONCE][S::OWN];
+        float ahead = 0.0f;  // a lane's of 32 steps' scales
+        auto open = [&](int step, int set, const Slot<S::STAGES>& at) {
             int passed = (step - item.first) % 32;
             if (passed == 0) ahead = step + lane < item.end ? scales[step + lane] : 0.0f;
             float scale = __shfl_sync(ALL, ahead, passed);
-            await(&shared.full[slot.stage], slot.parity);
-            publish();
-            u32 weights = ring + slot.stage * (S::STAGE / 16) + column * (SLAB_ROW / 16);
-            u32 terms = ring + (slot.stage * S::STAGE + WEIGHTS + first_tile * TERMS) / 16;
-            float by[S::OWN];
+            await(&shared.full[at.stage], at.parity);
 #pragma unroll
-            for (int m = 0; m < S::OWN; m++) by[m] = shared.units[slot.stage][mine + m * TILE] * scale;
+            for (int m = 0; m < S::OWN; m++) by[set][m] = shared.units[at.stage][mine + m * TILE] * scale;
+        };
+        auto start = [&](int m, int set, int stage) {
+            u32 weights = ring + stage * (S::STAGE / 16) + column * (SLAB_ROW / 16);
+            u32 terms = ring + (stage * S::STAGE + WEIGHTS + (first_tile + m) * TERMS) / 16;
+            begin_products();
+#pragma unroll
+            for (int k = 0; k < 4; k++) multiply(sums[set], factor(terms + 2 * k), factor(weights + 2 * k), k > 0);
+            close_products();
+        };
+        auto close = [&](int stage) {
+            __syncwarp();
+            if (lane == 0) arrive(&shared.empty[stage]);
+        };
+        auto add = [&](int m, int set) {
+#pragma unroll
+            for (int j = 0; j < S::COLUMNS / 8; j++)
+#pragma unroll
+                for (int c = 0; c < 2; c++)
+                    total[m][2 * j + c] = fmaf(
+                        fmaf(sums[set][4 * j + 2 + c], 0.0625f, sums[set][4 * j + c]), by[set][m], total[m][2 * j + c]);
+        };
+        int step = item.first;
+        if constexpr (S::AT_ONCE == 2) {
+#pragma unroll 1
+            for (; step + 1 < item.end; step += 2) {
+                Slot<S::STAGES> next = slot;
+                next.advance();
+                open(step, 0, slot);
+                open(step + 1, 1, next);
+                publish();
+                start(0, 0, slot.stage);
+                start(0, 1, next.stage);
+                await_products<1>(sums[0]);
+                close(slot.stage);
+                add(0, 0);
+                await_products<0>(sums[1]);
+                close(next.stage);
+                add(0, 1);
+                slot = next;
+                slot.advance();
+            }
+        }
+#pragma unroll 1
+        for (; step < item.end; step++) {
+            open(step, 0, slot);
+            publish();
 #pragma unroll
             for (int m = 0; m < S::OWN; m++) {
-                float sums[S::COLUMNS / 2];
-                begin_products();
-#pragma unroll
-                for (int k = 0; k < 4; k++)
-                    multiply(sums, factor(terms + m * (TERMS / 16) + 2 * k), factor(weights + 2 * k), k > 0);
-                close_products();
-                await_products<0>(sums);
-                if (m == S::OWN - 1) {
-                    __syncwarp();
-                    if (lane == 0) arrive(&shared.empty[slot.stage]);
-                }
-#pragma unroll
-                for (int j = 0; j < S::COLUMNS / 8; j++)
-#pragma unroll
-                    for (int c = 0; c < 2; c++)
-                        total[m][2 * j + c] =
-                            fmaf(fmaf(sums[4 * j + 2 + c], 0.0625f, sums[4 * j + c]), by[m], total[m][2 * j + c]);
+                start(m, 0, slot.stage);
+                await_products<0>(sums[0]);
+                if (m == S::OWN - 1) close(slot.stage);
+                add(m, 0);
             }
             slot.advance();
         }
