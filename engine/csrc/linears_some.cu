@@ -14,10 +14,17 @@
 // ring of 128 inputs a stage goes on from one to the next: two warps send for weights, one for terms, two warpgroups
 // multiply. A last kernel adds parts in their order. What is added to what depends on a matrix's shape alone.
 //
+// Of 65 tokens and more, terms are twice the bytes of weights, and the L2 would be what takes longest. There two blocks,
+// a cluster, have neighbouring rows and the same inputs; each sends for half of the terms, to both.
+//
 // Written against little of CUDA, so that a test can run it on a CPU (tests/kernels/cuda_on_cpu.h), which brings its
 // own of what stands between #ifndef ON_CPU and #endif.
 
 #include "warpgroup.cuh"
+
+#ifndef ON_CPU
+extern __shared__ __align__(1024) unsigned char memory[];
+#endif
 
 #define MATRICES 8         // of one launch
 #define BLOCK 128          // inputs, and rows, that share a scale: a stage
@@ -41,6 +48,26 @@ __device__ __forceinline__ void expect(u64* barrier, u32 bytes) {
 __device__ __forceinline__ void copy(void* to, const void* from, u32 bytes, u64* barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
         :: "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
+// Of both blocks of a cluster: to the same place, and the same barrier, of each.
+__device__ __forceinline__ void copy_to_both(void* to, const void* from, u32 bytes, u64* barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
+        :: "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)), "h"((unsigned short)3) : "memory");
+}
+// At this barrier of a block of the cluster.
+__device__ __forceinline__ void arrive_at(u64* barrier, u32 block) {
+    asm volatile(
+        "{.reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];}"
+        :: "r"(shared_address(barrier)), "r"(block) : "memory");
+}
+// All threads of the cluster; barriers that were made before are seen by it.
+__device__ __forceinline__ void meet_cluster() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 // m64nNk32, both factors along: sums of 64 rows of terms by 64 or 128 of weights, as in warpgroup.cuh.
 __device__ __forceinline__ void multiply(float (&sums)[32], u64 terms, u64 weights, bool add) {
@@ -73,8 +100,6 @@ __device__ __forceinline__ void values_of(u32 e4m3s, float& low, float& high) {
 }
 __device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
 #endif
-
-extern __shared__ __align__(1024) unsigned char memory[];
 
 // [rows, inputs] e4m3, and a scale for 128 x 128 of them.
 struct Matrix {
@@ -195,6 +220,7 @@ template <int TILES> struct Shape {
     static const int COLUMNS = TILES == 1 ? 64 : 128;  // of weights, of a warpgroup's product
     static const int OWN = TILES == 4 ? 2 : 1;         // tiles of tokens of a warpgroup
     static const int AT_ONCE = TILES == 1 ? 2 : 1;     // of its products on their way
+    static const int TOGETHER = TILES == 4 ? 2 : 1;    // blocks that share terms
     static const int STAGE = WEIGHTS + TILES * TERMS, STAGES = TILES == 1 ? 8 : TILES == 2 ? 6 : 4;
 };
 // Shared memory of a block: the ring, and this.
@@ -206,8 +232,10 @@ template <int TILES> __device__ __forceinline__ Fixed<TILES>& fixed() {
     return *reinterpret_cast<Fixed<TILES>*>(memory + Shape<TILES>::STAGES * Shape<TILES>::STAGE);
 }
 
-// An item: the tiles of tokens are what differs first, so that blocks which run at once share their weights.
+// An item, of one block or of those that share terms: the tiles of tokens are what differs first, so that blocks which run
+// at once share their weights.
 template <int TILES> struct Item {
+    typedef Shape<TILES> S;
     int tokens, part, row, group, first, end;  // first tile of tokens, row of all matrices, steps
 
     __device__ __forceinline__ Item(const Cut& cut, const Tokens& x, int item) {
@@ -215,7 +243,7 @@ template <int TILES> struct Item {
         tokens = item % turns * TILES;
         item /= turns;
         part = item % cut.parts;
-        row = item / cut.parts * BLOCK;
+        row = (item / cut.parts * S::TOGETHER + blockIdx.x % S::TOGETHER) * BLOCK;
         group = row / cut.per_group;
         first = part * cut.steps / cut.parts;
         end = (part + 1) * cut.steps / cut.parts;
@@ -245,7 +273,7 @@ __device__ __forceinline__ void send_weights(
     long long inputs = (long long)cut.steps * BLOCK;
     // A warp's copies are whole rows of 128 bytes, eight rows between those of a thread.
     int to = place(thread / 8, thread % 8);
-    for (int i = blockIdx.x; i < cut.items; i += gridDim.x) {
+    for (int i = blockIdx.x / S::TOGETHER; i < cut.items; i += gridDim.x / S::TOGETHER) {
         Item<TILES> item(cut, x, i);
         Place at = place_of(matrices, item.row);
         const u8* next = at.of.weights + (at.row + thread / 8) * inputs + item.first * BLOCK + thread % 8 * 16;
@@ -282,7 +310,7 @@ template <int TILES> __device__ __forceinline__ void send_terms(const Tokens& x,
     Fixed<TILES>& shared = fixed<TILES>();
     Slot<S::STAGES> slot;
     await_previous();
-    for (int i = blockIdx.x; i < cut.items; i += gridDim.x) {
+    for (int i = blockIdx.x / S::TOGETHER; i < cut.items; i += gridDim.x / S::TOGETHER) {
         Item<TILES> item(cut, x, i);
         for (int step = item.first; step < item.end; step++) {
             await(&shared.empty[slot.stage], slot.parity ^ 1);
@@ -290,7 +318,14 @@ template <int TILES> __device__ __forceinline__ void send_terms(const Tokens& x,
                 long long tile = x.tile(item.group * cut.steps + step, item.tokens);
                 u64* full = &shared.full[slot.stage];
                 expect(full, TILES * (TERMS + TILE * 4));
-                copy(memory + slot.stage * S::STAGE + WEIGHTS, x.terms + tile * TERMS, TILES * TERMS, full);
+                u8* to = memory + slot.stage * S::STAGE + WEIGHTS;
+                if constexpr (S::TOGETHER == 1) {
+                    copy(to, x.terms + tile * TERMS, TILES * TERMS, full);
+                } else {
+                    const int HALF = TILES / 2;
+                    int first = blockIdx.x % 2 * HALF;
+                    copy_to_both(to + first * TERMS, x.terms + (tile + first) * TERMS, HALF * TERMS, full);
+                }
                 copy(shared.units[slot.stage], x.units + tile * TILE, TILES * TILE * 4, full);
             }
             slot.advance();
@@ -310,7 +345,7 @@ __device__ __forceinline__ void multiply_all(
     int mine = first_tile * TILE + warp * 8 + lane / 4;  // this lane's first token among the block's
     u32 ring = along(shared_address(memory));
     await_previous();
-    for (int i = blockIdx.x; i < cut.items; i += gridDim.x) {
+    for (int i = blockIdx.x / S::TOGETHER; i < cut.items; i += gridDim.x / S::TOGETHER) {
         Item<TILES> item(cut, x, i);
         Place at = place_of(matrices, item.row);
         const float* scales = at.of.scales + (long long)(at.row / BLOCK) * cut.steps;
@@ -335,7 +370,8 @@ __device__ __forceinline__ void multiply_all(
         };
         auto close = [&](int stage) {
             __syncwarp();
-            if (lane == 0) arrive(&shared.empty[stage]);
+            if (S::TOGETHER == 1 && lane == 0) arrive(&shared.empty[stage]);
+            if (S::TOGETHER == 2 && lane < 2) arrive_at(&shared.empty[stage], lane);
         };
         auto add = [&](int m, int set) {
 #pragma unroll
@@ -402,10 +438,11 @@ __device__ __forceinline__ void products(
     Fixed<TILES>& shared = fixed<TILES>();
     if (threadIdx.x < Shape<TILES>::STAGES) {
         make_barrier(&shared.full[threadIdx.x], SENDERS + 1);
-        make_barrier(&shared.empty[threadIdx.x], MULTIPLIERS / 32);
+        make_barrier(&shared.empty[threadIdx.x], MULTIPLIERS / 32 * Shape<TILES>::TOGETHER);
     }
     publish();  // copies arrive at them
-    __syncthreads();
+    if (Shape<TILES>::TOGETHER == 1) __syncthreads();
+    else meet_cluster();
     int warp = __shfl_sync(ALL, warp_id(), 0);  // the compiler sees that lanes agree
     if (warp < MULTIPLIERS / 32)
         multiply_all<TILES>(matrices, x, cut, y, tokens, rows, warp / 4, warp % 4);
@@ -413,19 +450,20 @@ __device__ __forceinline__ void products(
         send_weights<TILES>(matrices, x, cut, threadIdx.x - MULTIPLIERS);
     else
         send_terms<TILES>(x, cut);
+    if (Shape<TILES>::TOGETHER > 1) meet_cluster();  // the other one may still arrive here
 }
 
 // y: up to eight matrices' products of the same tokens, [tokens, rows] of one behind the other, `rows` in all, and that
 // for one part of the inputs after the other.
-#define PRODUCTS_OF(TILES)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) penumbra_some_products_##TILES(                         \
+#define PRODUCTS_OF(TILES, CLUSTER)                                                                                   \
+    extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1) penumbra_some_products_##TILES(                         \
         EACH(PARAMETERS) u8* terms, float* units, int tiles, float* y, int tokens, int rows, int steps, int parts,   \
         int per_group, int items) {                                                                                  \
         products<TILES>({EACH(ENTRY)}, {terms, units, tiles}, {steps, parts, per_group, items}, y, tokens, rows);    \
     }
-PRODUCTS_OF(1)
-PRODUCTS_OF(2)
-PRODUCTS_OF(4)
+PRODUCTS_OF(1, )
+PRODUCTS_OF(2, )
+PRODUCTS_OF(4, __cluster_dims__(2))
 
 // y [4 count] = parts [parts, 4 count], added in their order.
 extern "C" __global__ void __launch_bounds__(256) penumbra_some_added(

@@ -1,15 +1,23 @@
-// The blocks of engine/csrc/linears_some.cu, one after another, on the CPU.
+// The blocks of engine/csrc/linears_some.cu, one after another, on the CPU; those of a cluster at once.
 #include <cmath>
 #include <deque>
 #define fetch16 fetch16_at_once
 #include "cuda_on_cpu.h"
 #undef fetch16
 
-#define __shared__
+// The fibers are a cluster's threads, the blocks' one behind the other.
+static unsigned block_threads, cluster;
+static unsigned rank() { return block::current / block_threads; }
+#define threadIdx (Index{block::current % block_threads})
+#define blockIdx (Index{cluster + rank()})
+#define __syncthreads() block::wait(rank() * block_threads, block_threads, &block::Fiber::barriers)
+#define __cluster_dims__(n)
 typedef unsigned long long u64;
-unsigned char memory[232448] __attribute__((aligned(1024)));
-static unsigned char published[sizeof memory];  // what products see of it
-static int faults;                              // of the kernel: what a GPU may not do either
+static const uint32_t SHARED = 232448;
+alignas(1024) static unsigned char memories[2 * SHARED];
+alignas(1024) static unsigned char published[2 * SHARED];  // what products see of it
+#define memory (memories + rank() * SHARED)
+static int faults;  // of the kernel: what a GPU may not do either
 static Index gridDim;
 
 static void fault(const char* what) {
@@ -35,6 +43,17 @@ struct Barrier {
 static Barrier& at(u64* barrier) { return *reinterpret_cast<Barrier*>(barrier); }
 static void make_barrier(u64* barrier, int arrivals) { at(barrier) = {(uint8_t)arrivals, (uint8_t)arrivals, 0, 0}; }
 static void arrive(u64* barrier) { at(barrier).arrive(); }
+// What goes to another block of the cluster must find it there.
+static void look_for(unsigned block) {
+    bool there = false;
+    for (unsigned i = 0; i < block_threads; i++) there |= !block::fibers[block * block_threads + i].done;
+    if (!there) fault("something is sent to a block that has left");
+}
+static void arrive_at(u64* barrier, uint32_t block) {
+    look_for(block);
+    at((u64*)((unsigned char*)barrier - memory + memories + block * SHARED)).arrive();
+}
+static void meet_cluster() { block::wait(0, block::fibers.size(), &block::Fiber::parts); }
 static void expect(u64* barrier, uint32_t bytes) {
     at(barrier).bytes += bytes;
     at(barrier).arrive();
@@ -59,23 +78,30 @@ static long polls;
 static Copy begun_copy(void* to, const void* from, uint32_t bytes) {
     if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16) fault("a copy of bytes that are not aligned");
     std::memset(to, 0xff, bytes);
-    std::memset(published + shared_address(to), 0xff, bytes);
+    std::memset(published + ((unsigned char*)to - memories), 0xff, bytes);
     return {(unsigned char*)to, from, bytes};
 }
-static void fetch16(void* to, const void* from) { sent[threadIdx.x].push_back(begun_copy(to, from, 16)); }
+static void fetch16(void* to, const void* from) { sent[block::current].push_back(begun_copy(to, from, 16)); }
 static void arrive_when_there(u64* barrier) {
-    deliveries.push_back({std::move(sent[threadIdx.x]), barrier, false, polls + 400});
-    sent[threadIdx.x].clear();
+    deliveries.push_back({std::move(sent[block::current]), barrier, false, polls + 400});
+    sent[block::current].clear();
 }
 static void copy(void* to, const void* from, uint32_t bytes, u64* barrier) {
     deliveries.push_back({{begun_copy(to, from, bytes)}, barrier, true, polls + 400});
+}
+static void copy_to_both(void* to, const void* from, uint32_t bytes, u64* barrier) {
+    for (unsigned block = 0; block < 2; block++) {
+        look_for(block);
+        long there = ((long)block - (long)rank()) * SHARED;
+        copy((unsigned char*)to + there, from, bytes, (u64*)((unsigned char*)barrier + there));
+    }
 }
 static void poll() {
     for (polls++; !deliveries.empty() && deliveries.front().due <= polls; deliveries.pop_front()) {
         const Delivery& delivery = deliveries.front();
         for (const Copy& copy : delivery.copies) {
             std::memcpy(copy.to, copy.from, copy.bytes);
-            if (delivery.bulk) std::memcpy(published + shared_address(copy.to), copy.from, copy.bytes);
+            if (delivery.bulk) std::memcpy(published + (copy.to - memories), copy.from, copy.bytes);
             else unpublished.push_back(copy);
         }
         Barrier& b = at(delivery.barrier);
@@ -88,7 +114,7 @@ static void await(u64* barrier, uint32_t parity) {
     block::sync_warp();
 }
 static void publish() {
-    for (const Copy& copy : unpublished) std::memcpy(published + shared_address(copy.to), copy.to, copy.bytes);
+    for (const Copy& copy : unpublished) std::memcpy(published + (copy.to - memories), copy.to, copy.bytes);
     unpublished.clear();
 }
 
@@ -131,11 +157,11 @@ static std::vector<float> inputs_of(u64 descriptor, int row) {
     for (int k = 0; k < 32; k++) {
         uint32_t address = start + row / 8 * eight_rows + row % 8 * 128 + k;
         address ^= (address >> 7 & 7) << 4;
-        if (address >= sizeof memory) {
+        if (address >= SHARED) {
             fault("a factor outside of shared memory");
             address = 0;
         }
-        inputs.push_back(values[published[address]]);
+        inputs.push_back(values[published[rank() * SHARED + address]]);
     }
     return inputs;
 }
@@ -180,19 +206,19 @@ static std::vector<float> made(const Product& p, const float* before) {
 }
 static void begin_products() {
     block::sync_warp();
-    begun[threadIdx.x] = true;
+    begun[block::current] = true;
 }
 static void close_products() {
-    begun[threadIdx.x] = false;
-    batches[threadIdx.x]++;
+    begun[block::current] = false;
+    batches[block::current]++;
 }
 template <int COUNT> static void multiply(float (&sums)[COUNT], u64 terms, u64 weights, bool add) {
-    if (!begun[threadIdx.x]) fault("registers of a product that nobody has fenced");
+    if (!begun[block::current]) fault("registers of a product that nobody has fenced");
     for (u64 factor : {terms, weights})
         if (block::exchange((uint32_t)factor)[0] != (uint32_t)factor) fault("lanes multiply different factors");
-    Product product{sums, terms, weights, COUNT, batches[threadIdx.x], add, {}};
+    Product product{sums, terms, weights, COUNT, batches[block::current], add, {}};
     product.first = made(product, nullptr);
-    pending[threadIdx.x].push_back(product);
+    pending[block::current].push_back(product);
     for (float& sum : sums) {
         if (add && __float_as_uint(sum) != IN_FLIGHT) fault("a chain of products was broken");
         std::memcpy(&sum, &IN_FLIGHT, 4);
@@ -200,8 +226,8 @@ template <int COUNT> static void multiply(float (&sums)[COUNT], u64 terms, u64 w
 }
 template <int LEFT, int COUNT> static void await_products(float (&)[COUNT]) {
     block::sync_warp();
-    auto& mine = pending[threadIdx.x];
-    for (; !mine.empty() && mine.front().batch < batches[threadIdx.x] - LEFT; mine.pop_front()) {
+    auto& mine = pending[block::current];
+    for (; !mine.empty() && mine.front().batch < batches[block::current] - LEFT; mine.pop_front()) {
         const Product& product = mine.front();
         std::vector<float> last = made(product, nullptr);
         if (std::memcmp(last.data(), product.first.data(), 4 * last.size())) fault("factors were written over in flight");
@@ -229,12 +255,13 @@ struct Call {
 static Call c;
 
 // -> faults
-static int blocks(unsigned grid, unsigned threads, void (*kernel)()) {
+static int blocks(unsigned grid, unsigned block_size, void (*kernel)(), unsigned together = 1) {
     faults = 0;
-    blockDim.x = threads;
+    blockDim.x = block_threads = block_size;
     gridDim.x = grid;
-    for (blockIdx.x = 0; blockIdx.x < grid; blockIdx.x++) {
-        std::fill(std::begin(memory), std::end(memory), 0xff);  // NaN
+    unsigned threads = block_size * together;
+    for (cluster = 0; cluster < grid; cluster += together) {
+        std::fill(std::begin(memories), std::end(memories), 0xff);  // NaN
         std::fill(std::begin(published), std::end(published), 0xff);
         sent.assign(threads, {});
         pending.assign(threads, {});
@@ -274,7 +301,7 @@ extern "C" int run_terms(const Call* call) {
 }
 extern "C" int run_products(const Call* call) {
     c = *call;
-    return blocks(c.grid, THREADS, c.own == 1 ? +RUN(1) : c.own == 2 ? +RUN(2) : +RUN(4));
+    return c.own == 4 ? blocks(c.grid, THREADS, RUN(4), 2) : blocks(c.grid, THREADS, c.own == 1 ? +RUN(1) : +RUN(2));
 }
 // y = parts
 struct Added { const float* parts; float* y; long long count; int number; };

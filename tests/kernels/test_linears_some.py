@@ -33,15 +33,15 @@ def products(
     grid: int = 3, norm: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     rows, inputs, tokens = [len(weight) for weight, _ in matrices], matrices[0][0].shape[1], len(x)
-    own, tiles = linears_some.tiles_of(tokens)
-    blocks, items = inputs // 128 * groups, sum(rows) // 128 * parts * (tiles // own)
+    own, tiles, together = linears_some.tiles_of(tokens, sum(rows) // groups)
+    blocks, items = inputs // 128 * groups, sum(rows) // 128 // together * parts * (tiles // own)
     terms = torch.full((blocks * tiles * 8192,), 0x7F, dtype=torch.uint8)
     units = torch.full((blocks * tiles * 32,), torch.nan)
     sums = torch.full((parts, tokens * sum(rows)), torch.nan)
     table = described(matrices)
     fields = [
         (P, x), (P, norm), (P, terms), (P, units), (P, sums), (P, ctypes.addressof(table)), (L, x.stride(0)),
-        (N, tokens), (N, inputs), (N, groups), (N, tiles), (N, own), (N, sum(rows)), (N, parts), (N, min(grid, items)),
+        (N, tokens), (N, inputs), (N, groups), (N, tiles), (N, own), (N, sum(rows)), (N, parts), (N, together * min(grid, items)),
         (N, items), (F, EPS),
     ]  # fmt: skip
     assert call(library.run_terms, fields) == 0
@@ -60,8 +60,9 @@ def products(
      (17, 128, 640, 1, 2, 2),     # parts of two lengths
      (33, 256, 1024, 1, 1, 1), (64, 128, 1152, 1, 3, 2),
      (40, 256, 256, 2, 1, 1),     # groups with inputs of their own
-     (65, 128, 768, 1, 2, 1), (128, 128, 256, 1, 1, 1),
-     (130, 128, 384, 1, 1, 1), (255, 128, 128, 1, 1, 2)],
+     (65, 256, 1408, 1, 2, 1),    # two blocks share terms, through a ring that goes round
+     (128, 512, 256, 1, 1, 1), (130, 256, 384, 1, 1, 2), (255, 256, 128, 1, 1, 1),
+     (70, 512, 256, 2, 1, 1), (70, 256, 256, 2, 1, 2), (130, 128, 384, 1, 1, 2)],
 )  # fmt: skip
 def test_a_product_is_that_of_the_weights_as_they_are(
     library, tokens: int, outputs: int, inputs: int, groups: int, parts: int, grid: int
@@ -94,7 +95,7 @@ def test_a_tokens_product_depends_on_no_other_token(built) -> None:
     g = generator(3)
     built.order(1, 0)
     x = torch.randn(140, 640, generator=g)
-    one = matrix(128, 640, g)
+    one = matrix(256, 640, g)
     together = products(built, x, [one], parts=2)[0]
     for some in (slice(3, 4), slice(30, 62), slice(70, 120), slice(10, 131)):
         assert torch.equal(products(built, x[some], [one], parts=2, grid=1)[0], together[some])
@@ -159,8 +160,9 @@ def test_every_matrix_of_the_official_models_is_cut_into_blocks_enough() -> None
                                 (65_536, 1536, 1), (16_384, 4096, 1), (7168, 3072, 2), (129_280, 4096, 1)):  # fmt: skip
         assert linears_some.parts_of(rows, inputs) == parts
     assert linears_some.parts_of(128, 128) == 1
-    assert [linears_some.tiles_of(tokens) for tokens in (9, 32, 33, 64, 65, 128, 129, 255)] == [
-        (1, 1), (1, 1), (2, 2), (2, 2), (4, 4), (4, 4), (4, 8), (4, 8)]  # fmt: skip
+    assert [linears_some.tiles_of(tokens, 256) for tokens in (9, 32, 33, 64, 65, 128, 129, 255)] == [
+        (1, 1, 1), (1, 1, 1), (2, 2, 1), (2, 2, 1), (4, 4, 2), (4, 4, 2), (4, 8, 2), (4, 8, 2)]  # fmt: skip
+    assert linears_some.tiles_of(255, 128) == (2, 8, 1)
 
 
 def test_what_is_taken() -> None:

@@ -77,10 +77,12 @@ def parts_of(rows: int, inputs: int) -> int:
     return min(range(1, min(steps, _MOST_PARTS) + 1), key=cost)
 
 
-def tiles_of(tokens: int) -> tuple[int, int]:
-    """(tiles of tokens of a block, all of them, some of which may have no token)"""
-    own = 1 if tokens <= _TILE else 2 if tokens <= 2 * _TILE else 4
-    return own, -(-tokens // (own * _TILE)) * own
+def tiles_of(tokens: int, per_group: int) -> tuple[int, int, int]:
+    """(tiles of tokens of a block, all of them, some of which may have no token, blocks that share them) for groups of
+    so many rows of weights: two neighbouring blocks have to be of one group.
+    """
+    own = 1 if tokens <= _TILE else 2 if tokens <= 2 * _TILE or per_group % (2 * BLOCK) else 4
+    return own, -(-tokens // (own * _TILE)) * own, 2 if own == 4 else 1
 
 
 def shared_bytes(own: int) -> int:
@@ -97,7 +99,7 @@ def products(
 
     tokens, inputs = x.shape[0], matrices[0][0].shape[1]
     rows, steps, blocks = sum(len(weight) for weight, _ in matrices), inputs // BLOCK, groups * inputs // BLOCK
-    own, tiles = tiles_of(tokens)
+    own, tiles, together = tiles_of(tokens, rows // groups)
     x = aligned(x)
     terms = torch.empty(blocks * tiles * _TERMS_BYTES, dtype=torch.uint8, device=x.device)
     units = torch.empty(blocks * tiles * _TILE, dtype=torch.float32, device=x.device)
@@ -118,11 +120,11 @@ def products(
         table += [weight, scales, ctypes.c_int32(len(weight))]
     table += [0, 0, ctypes.c_int32(0)] * (MATRICES - len(matrices))
     parts = parts_of(rows, inputs)
-    items = rows // BLOCK * parts * (tiles // own)
+    items = rows // BLOCK // together * parts * (tiles // own)
     cut = map(ctypes.c_int32, (tokens, rows, steps, parts, rows // groups, items))
     sums = torch.empty(parts, tokens * rows, dtype=torch.float32, device=x.device)
     run(
-        kernel("linears_some.cu", f"penumbra_some_products_{own}", shared_bytes(own)), min(items, _PROCESSORS),
+        kernel("linears_some.cu", f"penumbra_some_products_{own}", shared_bytes(own)), min(items * together, _PROCESSORS),
         _THREADS, shared_bytes(own), *table, *made, sums, *cut, waits=True,
     )  # fmt: skip
     y = sums[0]
