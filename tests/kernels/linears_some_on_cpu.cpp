@@ -87,6 +87,7 @@ static void arrive_when_there(u64* barrier) {
     sent[block::current].clear();
 }
 static void copy(void* to, const void* from, uint32_t bytes, u64* barrier) {
+    if (at(barrier).arrivals == 0xff) fault("a barrier that is not made yet");
     deliveries.push_back({{begun_copy(to, from, bytes)}, barrier, true, polls + 400});
 }
 static void copy_to_both(void* to, const void* from, uint32_t bytes, u64* barrier) {
