@@ -14,8 +14,8 @@
 // ring of 128 inputs a stage goes on from one to the next: two warps send for weights, one for terms, two warpgroups
 // multiply. A last kernel adds parts in their order. What is added to what depends on a matrix's shape alone.
 //
-// Of 65 tokens and more, terms are twice the bytes of weights, and the L2 would be what takes longest. There two blocks,
-// a cluster, have neighbouring rows and the same inputs; each sends for half of the terms, to both.
+// Of more than 32 tokens, terms are as many bytes as weights, or twice that, and the L2 would be what takes longest. There
+// two blocks, a cluster, have neighbouring rows and the same inputs; each sends for half of the terms, to both.
 //
 // Written against little of CUDA, so that a test can run it on a CPU (tests/kernels/cuda_on_cpu.h), which brings its
 // own of what stands between #ifndef ON_CPU and #endif.
@@ -220,7 +220,7 @@ template <int TILES> struct Shape {
     static const int COLUMNS = TILES == 1 ? 64 : 128;  // of weights, of a warpgroup's product
     static const int OWN = TILES == 4 ? 2 : 1;         // tiles of tokens of a warpgroup
     static const int AT_ONCE = TILES == 1 ? 2 : 1;     // of its products on their way
-    static const int TOGETHER = TILES == 4 ? 2 : 1;    // blocks that share terms
+    static const int TOGETHER = TILES == 1 ? 1 : 2;    // blocks that share terms
     static const int STAGE = WEIGHTS + TILES * TERMS, STAGES = TILES == 1 ? 8 : TILES == 2 ? 6 : 4;
 };
 // Shared memory of a block: the ring, and this.
@@ -305,26 +305,29 @@ __device__ __forceinline__ void send_weights(
     if (!waited) await_previous();
 }
 
-template <int TILES> __device__ __forceinline__ void send_terms(const Tokens& x, const Cut& cut) {
+template <int TILES> __device__ __forceinline__ void send_terms(const Tokens& x, const Cut& cut, int tokens) {
     typedef Shape<TILES> S;
     Fixed<TILES>& shared = fixed<TILES>();
     Slot<S::STAGES> slot;
     await_previous();
     for (int i = blockIdx.x / S::TOGETHER; i < cut.items; i += gridDim.x / S::TOGETHER) {
         Item<TILES> item(cut, x, i);
+        // Tokens that are there: sums of other rows are nobody's.
+        int here = tokens - item.tokens * TILE < TILES * TILE ? tokens - item.tokens * TILE : TILES * TILE;
+        int bytes = (here + 7) / 8 * (TERMS / (TILE / 8));
         for (int step = item.first; step < item.end; step++) {
             await(&shared.empty[slot.stage], slot.parity ^ 1);
             if (lane_id() == 0) {
                 long long tile = x.tile(item.group * cut.steps + step, item.tokens);
                 u64* full = &shared.full[slot.stage];
-                expect(full, TILES * (TERMS + TILE * 4));
                 u8* to = memory + slot.stage * S::STAGE + WEIGHTS;
+                const u8* from = x.terms + tile * TERMS;
+                expect(full, bytes + TILES * TILE * 4);
                 if constexpr (S::TOGETHER == 1) {
-                    copy(to, x.terms + tile * TERMS, TILES * TERMS, full);
+                    copy(to, from, bytes, full);
                 } else {
-                    const int HALF = TILES / 2;
-                    int first = blockIdx.x % 2 * HALF;
-                    copy_to_both(to + first * TERMS, x.terms + (tile + first) * TERMS, HALF * TERMS, full);
+                    int half = bytes / 2, first = blockIdx.x % 2 * half;
+                    copy_to_both(to + first, from + first, half, full);
                 }
                 copy(shared.units[slot.stage], x.units + tile * TILE, TILES * TILE * 4, full);
             }
@@ -449,7 +452,7 @@ __device__ __forceinline__ void products(
     else if (warp < (MULTIPLIERS + SENDERS) / 32)
         send_weights<TILES>(matrices, x, cut, threadIdx.x - MULTIPLIERS);
     else
-        send_terms<TILES>(x, cut);
+        send_terms<TILES>(x, cut, tokens);
     if (Shape<TILES>::TOGETHER > 1) meet_cluster();  // the other one may still arrive here
 }
 
@@ -462,7 +465,7 @@ __device__ __forceinline__ void products(
         products<TILES>({EACH(ENTRY)}, {terms, units, tiles}, {steps, parts, per_group, items}, y, tokens, rows);    \
     }
 PRODUCTS_OF(1, )
-PRODUCTS_OF(2, )
+PRODUCTS_OF(2, __cluster_dims__(2))
 PRODUCTS_OF(4, __cluster_dims__(2))
 
 // y [4 count] = parts [parts, 4 count], added in their order.

@@ -302,7 +302,7 @@ extern "C" int run_terms(const Call* call) {
 }
 extern "C" int run_products(const Call* call) {
     c = *call;
-    return c.own == 4 ? blocks(c.grid, THREADS, RUN(4), 2) : blocks(c.grid, THREADS, c.own == 1 ? +RUN(1) : +RUN(2));
+    return c.own == 1 ? blocks(c.grid, THREADS, RUN(1)) : blocks(c.grid, THREADS, c.own == 2 ? +RUN(2) : +RUN(4), 2);
 }
 // y = parts
 struct Added { const float* parts; float* y; long long count; int number; };

@@ -81,8 +81,8 @@ def tiles_of(tokens: int, per_group: int) -> tuple[int, int, int]:
     """(tiles of tokens of a block, all of them, some of which may have no token, blocks that share them) for groups of
     so many rows of weights: two neighbouring blocks have to be of one group.
     """
-    own = 1 if tokens <= _TILE else 2 if tokens <= 2 * _TILE or per_group % (2 * BLOCK) else 4
-    return own, -(-tokens // (own * _TILE)) * own, 2 if own == 4 else 1
+    own = 1 if tokens <= _TILE or per_group % (2 * BLOCK) else 2 if tokens <= 2 * _TILE else 4
+    return own, -(-tokens // (own * _TILE)) * own, 1 if own == 1 else 2
 
 
 def shared_bytes(own: int) -> int:
@@ -124,8 +124,8 @@ def products(
     cut = map(ctypes.c_int32, (tokens, rows, steps, parts, rows // groups, items))
     sums = torch.empty(parts, tokens * rows, dtype=torch.float32, device=x.device)
     run(
-        kernel("linears_some.cu", f"penumbra_some_products_{own}", shared_bytes(own)), min(items * together, _PROCESSORS),
-        _THREADS, shared_bytes(own), *table, *made, sums, *cut, waits=True,
+        kernel("linears_some.cu", f"penumbra_some_products_{own}", shared_bytes(own)),
+        min(items * together, _PROCESSORS), _THREADS, shared_bytes(own), *table, *made, sums, *cut, waits=True,
     )  # fmt: skip
     y = sums[0]
     if parts > 1:
