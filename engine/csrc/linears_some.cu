@@ -7,8 +7,9 @@
 //
 // A product is 64 rows of terms by 128 rows of weights, or by 64 in either warpgroup where there are no more than 32
 // tokens. wgmma counts few bits of a sum, 13 behind the point of its largest term: 128 inputs, which share all scales, are
-// one chain of four products from zero, and sum += weights' scale * unit * (d0 + d1 / 16) in fp32. Chains of one would
-// cost four times as many additions as these, which is as long as the products take, and gain what two terms round away.
+// one chain of four products from zero, and sum += weights' scale * unit * (d0 + d1 / 16) in fp32. What is cut off is a
+// tenth of what two terms round away (3e-8 of 2.4e-7, as 1 - 2 <x, y> / (<x, x> + <y, y>)); chains of one would lose
+// less, for four times as many additions, which would take as long as the products.
 //
 // An item is 128 rows of weights and a part of the inputs, for up to 128 tokens. A block takes every so many'th, and its
 // ring of 128 inputs a stage goes on from one to the next: two warps send for weights, one for terms, two warpgroups

@@ -3,13 +3,14 @@
 Tokens are two e4m3 terms, which is as good as bf16. How a matrix is cut depends on its shape alone, so a token's result
 depends on no other token. Up to eight tokens `few_tokens` has kernels that take less time.
 
-What a product should take on an H200, in us, of 16 / 32 / 64 / 128 / 255 tokens: the most of what its weights take to
-come from memory (4.2 TB/s), its weights and terms from the L2 (5.5 TB/s), and its products (1,024 cycles for 128 x 128
-x 128 tokens, rows and inputs), and 3 for launches and where it is cut into parts for adding those:
-    1536 x 4096              6 /  6 /  6 /  7 /  9
-    32768 x 1024            11 / 11 / 12 / 20 / 39
-    8192 x 4096, 8 groups   12 / 12 / 13 / 16 / 30
-    4096 x 8192             12 / 12 / 14 / 18 / 40
+What a product should take on an H200, in us, of 16 / 32 / 64 / 128 / 255 tokens, by estimate: 3 to begin and end, and
+the most of what its weights take to come from memory (4.2 TB/s), of weights and terms from the L2 (5.5 TB/s), and of
+its products (256 cycles for 32 tokens, 128 rows and 128 inputs); where it is cut into parts, 1 and what they take to be
+written and read (4 TB/s). From 33 tokens on the L2 is the most, so there two blocks share terms.
+    1536 x 4096, 8 parts               6 /  7 /  7 / 10 / 15
+    32768 x 1024                      11 / 12 / 12 / 15 / 27
+    8192 x 4096, 8 groups, 2 parts    13 / 14 / 15 / 20 / 37
+    4096 x 8192, 4 parts              13 / 14 / 15 / 20 / 37
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from engine.kernels.device import cuda_products
 from engine.kernels.device.linears_fp8 import Matrices, aligned
 
 TOKENS = 255
-"""From 256 on, a matrix that is widened for cuBLAS takes less time than tokens that are two terms."""
+"""By estimate; from 256 on `linear` has cuBLAS multiply by widened matrices."""
 MATRICES = 8
 """Of one launch."""
 BLOCK = 128
