@@ -28,6 +28,7 @@ from engine.kernels.device import (
     hyper_connections,
     index_topk,
     linear,
+    linears_some,
     mix_few,
     require,
     route_few,
@@ -262,14 +263,14 @@ def linear_cases(bandwidth: float) -> Cases:
                    for _ in turns(outputs * inputs)]  # fmt: skip
         wide = [torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16) for _ in turns(2 * outputs * inputs)]
         scales = torch.rand(-(-outputs // 128), -(-inputs // 128), device="cuda")
-        for tokens in (1, 4, 4096):
+        for tokens in (1, 4, 32, 128, 4096):
             x = torch.randn(tokens, groups * inputs, device="cuda")
             half = x[:, :inputs].bfloat16()
             us = microseconds(lambda w: linear.product(x, w, scales, groups), weights)
             peer = microseconds(lambda w: half @ w.T, wide)
             floor = outputs * inputs / bandwidth * 1e6
             figure = Figure("fp8 linear", f"{outputs} x {inputs}, {tokens} tokens", us, floor)
-            if tokens <= few_tokens.TOKENS:
+            if tokens <= linears_some.TOKENS:
                 cuda = in_cuda(lambda w: linear.product(x, w, scales, groups), weights)
                 yield replace(figure, peer="bf16 cuBLAS, twice the bytes", peer_us=peer)
                 figure = replace(figure, op="fp8 linear in CUDA C++", us=cuda)

@@ -25,6 +25,7 @@ from engine.kernels.device import (
     index_scores,
     index_topk,
     linear,
+    linears_some,
     mix_few,
     route_few,
     sparse_attention,
@@ -92,6 +93,41 @@ def test_products_of_few_tokens(kind: str, outputs: int, inputs: int, groups: in
     together = linear.product(x, weight, scales, groups)
     for token in (0, 5):
         assert torch.equal(linear.product(x[token : token + 1], weight, scales, groups)[0], together[token])
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "groups"),
+    [(1536, 4096, 1), (32_768, 1024, 1), (8192, 4096, 8), (4096, 8192, 1), (65_536, 1536, 1), (7168, 16_384, 1),
+     (16_384, 4096, 16)],
+)  # fmt: skip
+def test_products_of_some_tokens(outputs: int, inputs: int, groups: int) -> None:
+    weight = torch.randint(256, (outputs, inputs), dtype=torch.uint8, device="cuda")
+    weight[weight & 0x7F == 0x7F] = 0
+    scales = torch.exp2(torch.randint(-20, 20, (outputs // 128, inputs // 128), device="cuda").float())
+    meant = weight.view(torch.float8_e4m3fn).float() * scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    x = torch.randn(255, groups * inputs, device="cuda")
+    parts = zip(x.double().split(inputs, 1), meant.split(outputs // groups), strict=True)
+    expected = torch.cat([part @ rows.double().T for part, rows in parts], dim=1)
+    together = linear.product(x, weight, scales, groups)
+    for tokens in (9, 16, 33, 64, 130, 255):
+        assert linears_some.takes(tokens, [weight], groups)
+        got = ten_times(lambda count=tokens: linear.product(x[:count], weight, scales, groups))
+        assert apart(got, expected[:tokens]) < 5e-7
+        assert torch.equal(got, together[:tokens]), "a token's bits depend on no other token"
+
+
+@pytest.mark.parametrize(("outputs", "more", "inputs"), [(32_768, 8192, 1024), (65_536, 8192, 1536), (1536, 512, 7168)])
+def test_products_of_some_normed_tokens(outputs: int, more: int, inputs: int) -> None:
+    matrices = [fp8(outputs, inputs), fp8(more, inputs)]
+    x, norm = torch.randn(255, inputs, device="cuda") * 30, 1 + 0.1 * torch.randn(inputs, device="cuda")
+    normed = x.double() * torch.rsqrt(x.double().square().mean(1, keepdim=True) + 1e-6) * norm
+    expected = linear.products(normed.float(), matrices)
+    together = linear.products(x, matrices, norm, 1e-6)
+    for tokens in (9, 32, 100, 255):
+        for n, wanted in enumerate(expected):
+            got = ten_times(lambda n=n, t=tokens: linear.products(x[:t], matrices, norm, 1e-6)[n])
+            assert torch.equal(got, together[n][:tokens])
+            assert apart(got, wanted[:tokens]) < 1e-6, "both round to two terms, one before the norm's root"
 
 
 def fp8(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,12 @@ No kernel here waits for the host, and none decides its grid by values that only
 be captured as a CUDA graph. None uses atomics on floats: the same inputs give the same bits, run after run.
 
 Precision: a product takes fp32 operands where its matrix is fp32 (`--dtype float32`), else bf16 ones, or where CUDA C++
-multiplies by e4m3 and e2m1 fp16 ones, in `experts_few`, `experts_some` and `linears_fp8` two e4m3 terms of each; it
-sums in fp32. What lies between products is fp32.
+multiplies by e4m3 and e2m1 two e4m3 terms of each (`experts_few`, `experts_some`, `linears_fp8`, `linears_some`) or
+fp16 ones (`few_tokens`); it sums in fp32. What lies between products is fp32.
 
 With `--kernels cuda`, the modules named `*_few.py`, `attend_long.py`, `index_scores.py`, `linears_fp8.py` and
-`few_tokens.py` take what they can of a step of few tokens, `experts_some.py` the FP4 experts of all others.
+`few_tokens.py` take what they can of a step of few tokens, `linears_some.py` of up to 255, and `experts_some.py` the
+FP4 experts of all others.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Matrix products, weights first: a tile of outputs times a tile of tokens, so that one token fills the tensor cores.
 
-Weights are read once for up to 64 tokens and stay in the checkpoint's own format: fp32, bf16, or e4m3 with a scale for
-every 128 x 128 block. Where a matrix has too few outputs to fill the GPU, its inputs are split over several programs,
+With `--kernels cuda`, kernels in CUDA C++ take what they can of up to 255 tokens. Those here take the rest: weights are
+read once for up to 64 tokens and stay in the checkpoint's own format, fp32, bf16, or e4m3 with a scale for every
+128 x 128 block. Where a matrix has too few outputs to fill the GPU, its inputs are split over several programs,
 whose parts are added in order by the one that reads them: a number that depends on the matrix alone.
 
 Steps of many tokens are bound by arithmetic instead. Their products are cuBLAS's, over matrices widened to bf16 for the
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.device import INTERPRETED, few_tokens, libraries
+from engine.kernels.device import INTERPRETED, few_tokens, libraries, linears_some
 from engine.kernels.device.backends import backend
 from engine.kernels.device.codec import e4m3_value, exact, operand
 from engine.kernels.device.norm_rope import norm_rotate
@@ -158,6 +159,8 @@ def product(x: Tensor, weight: Tensor, scales: Tensor | None, groups: int) -> Te
         return libraries.product(x, weight, scales)
     if few_tokens.takes(tokens, weight, groups):
         return few_tokens.products(x, [(weight, scales)], groups)[0]
+    if scales is not None and linears_some.takes(tokens, [weight], groups):
+        return linears_some.products(x, [(weight, scales)], groups)[0]
     if tokens >= MANY_TOKENS and weight.dtype != torch.float32:
         return _product_of_many(x, weight, scales, groups)
     few = tokens <= _DECODE_TOKENS
@@ -185,14 +188,28 @@ def products(
     x: Tensor, matrices: Sequence[tuple[Tensor, Tensor | None]], norm: Tensor | None = None, eps: float = 0.0
 ) -> list[Tensor]:
     """x [T, K], normed by `norm` [K] if given, times each (weight, scales): in one launch, where it is few tokens and
-    matrices that allow it.
+    matrices that allow it, or more and e4m3 ones.
     """
-    own = backend("linears") is None and len(matrices) <= few_tokens.MATRICES
+    own, tokens = backend("linears") is None, len(x)
+    few = own and len(matrices) <= few_tokens.MATRICES
+    if own and x.stride(1) != 1:
+        x = x.contiguous()
     if norm is not None:
-        if own and all(few_tokens.takes_normed(len(x), weight) for weight, _ in matrices):
-            return few_tokens.products(x if x.stride(1) == 1 else x.contiguous(), matrices, norm=norm, eps=eps)
+        if few and all(few_tokens.takes_normed(tokens, weight) for weight, _ in matrices):
+            return few_tokens.products(x, matrices, norm=norm, eps=eps)
+        quantised = [(weight, scales) for weight, scales in matrices if scales is not None]
+        if len(quantised) == len(matrices) and own and linears_some.takes(tokens, [weight for weight, _ in quantised]):
+            return linears_some.products(x, quantised, norm=norm, eps=eps)
         x = norm_rotate(x, norm, eps, None, None, False)
-    if own and all(few_tokens.takes(len(x), weight) for weight, _ in matrices):
-        x = x if x.stride(1) == 1 else x.contiguous()
+    if few and all(few_tokens.takes(tokens, weight) for weight, _ in matrices):
         return few_tokens.products(x, matrices)
-    return [product(x, weight, scales, 1) for weight, scales in matrices]
+    return _each(x, matrices, own)
+
+
+def _each(x: Tensor, matrices: Sequence[tuple[Tensor, Tensor | None]], own: bool) -> list[Tensor]:
+    """`product` of each; those e4m3 ones that `linears_some` takes share what their tokens become."""
+    together = [(weight, scales) for weight, scales in matrices if scales is not None]
+    if not own or len(together) < 2 or not linears_some.takes(len(x), [weight for weight, _ in together]):
+        return [product(x, weight, scales, 1) for weight, scales in matrices]
+    made = iter(linears_some.products(x, together))
+    return [product(x, weight, None, 1) if scales is None else next(made) for weight, scales in matrices]
