@@ -25,7 +25,7 @@ from engine.kernels.device import checksum as device_checksum
 from engine.kernels.device import compress as device_compress
 from engine.kernels.device import draft_state as device_draft
 from engine.kernels.device import experts as device_experts
-from engine.kernels.device import experts_few, few_tokens, use_cuda_products
+from engine.kernels.device import experts_few, few_tokens, linears_some, use_cuda_products
 from engine.kernels.device import hyper_connections as device_hyper
 from engine.kernels.device import index_topk as device_index
 from engine.kernels.device import linear as device_linear
@@ -139,7 +139,9 @@ def test_products(kind, tokens, outputs, inputs, groups):
         dense = weight.float() * scales.repeat_interleave(128, 0)[:outputs].repeat_interleave(128, 1)[:, :inputs]
         weight = weight.view(torch.uint8)
     # CUDA C++ splits e4m3's factors into two e4m3 terms, better than bf16.
-    terms = kind == "fp8" and few_tokens.takes(tokens, there(weight), groups)
+    terms = kind == "fp8" and (
+        few_tokens.takes(tokens, there(weight), groups) or linears_some.takes(tokens, [there(weight)], groups)
+    )
     rounded = x if kind == "fp32" or terms else x.bfloat16().float()
     per_group = outputs // groups
     expected = torch.cat(

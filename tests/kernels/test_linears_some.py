@@ -173,9 +173,9 @@ def test_what_is_taken() -> None:
     use_cuda_products(True)
     try:
         assert takes(16, 128, 128)
-        assert takes(255, 7168, 16_384)
+        assert takes(512, 7168, 16_384)
         assert takes(9, 8192, 4096, 8)
-        assert not takes(256, 128, 128)
+        assert not takes(513, 128, 128)
         assert not takes(0, 128, 128)
         assert not takes(16, 192, 128), "rows under two scales"
         assert not takes(16, 128, 192)

@@ -14,7 +14,7 @@ multiplies by e4m3 and e2m1 two e4m3 terms of each (`experts_few`, `experts_some
 fp16 ones (`few_tokens`); it sums in fp32. What lies between products is fp32.
 
 With `--kernels cuda`, the modules named `*_few.py`, `attend_long.py`, `index_scores.py`, `linears_fp8.py` and
-`few_tokens.py` take what they can of a step of few tokens, `linears_some.py` of up to 255, and `experts_some.py` the
+`few_tokens.py` take what they can of a step of few tokens, `linears_some.py` of up to 512, and `experts_some.py` the
 FP4 experts of all others.
 """
 

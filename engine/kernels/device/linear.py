@@ -1,6 +1,6 @@
 """Matrix products, weights first: a tile of outputs times a tile of tokens, so that one token fills the tensor cores.
 
-With `--kernels cuda`, kernels in CUDA C++ take what they can of up to 255 tokens. Those here take the rest: weights are
+With `--kernels cuda`, kernels in CUDA C++ take what they can of up to 512 tokens. Those here take the rest: weights are
 read once for up to 64 tokens and stay in the checkpoint's own format, fp32, bf16, or e4m3 with a scale for every
 128 x 128 block. Where a matrix has too few outputs to fill the GPU, its inputs are split over several programs,
 whose parts are added in order by the one that reads them: a number that depends on the matrix alone.
@@ -28,7 +28,7 @@ FP8_BLOCK = 128
 _DECODE_TOKENS = 16
 """Up to this many tokens a step is bound by reading weights."""
 MANY_TOKENS = 256
-"""From this many on, widening a matrix is soon paid for."""
+"""From this many on, widening an e4m3 matrix is soon paid for; a bf16 one is cuBLAS's as it is."""
 
 
 @triton.jit(do_not_specialize=["tokens", "part_stride"])
@@ -161,9 +161,9 @@ def product(x: Tensor, weight: Tensor, scales: Tensor | None, groups: int) -> Te
         return few_tokens.products(x, [(weight, scales)], groups)[0]
     if scales is not None and linears_some.takes(tokens, [weight], groups):
         return linears_some.products(x, [(weight, scales)], groups)[0]
-    if tokens >= MANY_TOKENS and weight.dtype != torch.float32:
-        return _product_of_many(x, weight, scales, groups)
     few = tokens <= _DECODE_TOKENS
+    if (tokens >= MANY_TOKENS and weight.dtype != torch.float32) or (weight.dtype == torch.bfloat16 and not few):
+        return _product_of_many(x, weight, scales, groups)
     tile, step, per_split, warps = plan(outputs, inputs, groups, fp8, few)
     tok = min(max(16, triton.next_power_of_2(tokens)), 128)
     splits = -(-inputs // per_split)

@@ -1,16 +1,14 @@
-"""The binding of engine/csrc/linears_some.cu: products of up to 255 tokens with e4m3 matrices, read once for 128 each.
+"""The binding of engine/csrc/linears_some.cu: products of up to 512 tokens with e4m3 matrices, read once for 128 each.
 
 Tokens are two e4m3 terms, which is as good as bf16. How a matrix is cut depends on its shape alone, so a token's result
-depends on no other token. Up to eight tokens `few_tokens` has kernels that take less time.
+depends on no other token. Up to eight tokens `few_tokens` has kernels that take less time. From 33 tokens on, where the
+L2 is what takes most, two blocks share terms.
 
-What a product should take on an H200, in us, of 16 / 32 / 64 / 128 / 255 tokens, by estimate: 3 to begin and end, and
-the most of what its weights take to come from memory (4.2 TB/s), of weights and terms from the L2 (5.5 TB/s), and of
-its products (256 cycles for 32 tokens, 128 rows and 128 inputs); where it is cut into parts, 1 and what they take to be
-written and read (4 TB/s). From 33 tokens on the L2 is the most, so there two blocks share terms.
-    1536 x 4096, 8 parts               6 /  7 /  7 / 10 / 15
-    32768 x 1024                      11 / 12 / 12 / 15 / 27
-    8192 x 4096, 8 groups, 2 parts    13 / 14 / 15 / 20 / 37
-    4096 x 8192, 4 parts              13 / 14 / 15 / 20 / 37
+Measured on an H200, in us, for 16 / 32 / 64 / 128 / 255 tokens; of matrices widened for cuBLAS 255 take the last:
+    1536 x 4096, in 8 parts              8 /  8 / 10 / 12 / 20   17
+    32768 x 1024                        13 / 13 / 16 / 24 / 41   63
+    8192 x 4096, 8 groups, in 2 parts   14 / 15 / 20 / 29 / 53   77
+    4096 x 8192, in 4 parts             14 / 14 / 17 / 24 / 42   65
 """
 
 from __future__ import annotations
@@ -25,8 +23,8 @@ from torch import Tensor
 from engine.kernels.device import cuda_products
 from engine.kernels.device.linears_fp8 import Matrices, aligned
 
-TOKENS = 255
-"""By estimate; from 256 on `linear` has cuBLAS multiply by widened matrices."""
+TOKENS = 512
+"""Each token more costs more here than in cuBLAS: from some 700 on, widening a matrix for that is paid for."""
 MATRICES = 8
 """Of one launch."""
 BLOCK = 128

@@ -215,7 +215,8 @@ def sparse_attention(
     pages = meta.page_table.shape[1]
     keys = WINDOW + {0: 0, C4_RATIO: picks, C128_RATIO: pages * (256 // C128_RATIO)}[ratio]
     few = attend_few.takes(tokens, heads, dim, half, window, compressed)
-    own = few or not libraries.takes_attention(heads, dim, window)
+    # Over a window alone FlashMLA is the slower one at any number of tokens.
+    own = few or compressed is None or not libraries.takes_attention(heads, dim, window)
     library = half and backend("attention", rather_own=own) is not None
     if eps is not None:
         q = norm_rotate(q, None, eps, meta.positions, freqs, inverse=False)
