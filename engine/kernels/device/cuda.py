@@ -38,8 +38,9 @@ def _compiled(source: str) -> Any:
 
 @lru_cache(maxsize=64)
 def kernel(source: str, name: str, shared_bytes: int = 0) -> Any:
-    """The kernel `name` of engine/csrc/`source`, which must be extern "C". It may have so much dynamic shared memory, or
-    the 48 KiB that any kernel may.
+    """The kernel `name` of engine/csrc/`source`, which must be extern "C".
+
+    It may have so much dynamic shared memory, or the 48 KiB that any kernel may.
     """
     function = _compiled(source).get_kernel(name)
     if not shared_bytes:
