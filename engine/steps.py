@@ -151,7 +151,7 @@ class _Part(Generic[T]):
         if self._graph is None:
             try:
                 self._graph = self._captured()
-            except RuntimeError as error:  # of torch and of the driver: capturing has run nothing
+            except Exception as error:  # of torch, of the driver or of cuda.core: capturing has run nothing
                 log.warning(
                     "part_of_a_step_not_captured", why=str(error)[:300], instead="its kernels are called singly"
                 )
@@ -162,9 +162,13 @@ class _Part(Generic[T]):
 
     def _captured(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        # Other threads go on copying pages meanwhile.
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            self._made = self._run()
+        before = torch.cuda.current_stream()  # where a capture can not be ended, torch leaves its own the current one
+        try:
+            # Other threads go on copying pages meanwhile.
+            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+                self._made = self._run()
+        finally:
+            torch.cuda.set_stream(before)
         return graph
 
 

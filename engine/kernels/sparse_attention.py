@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.batch import StepMeta
 from engine.config import C4_RATIO, C128_RATIO, WINDOW
 from engine.kernels import native
-from engine.kernels.norm_rope import query, rotate
+from engine.kernels.norm_rope import rotate
 from engine.kernels.rows import RowPool, read_rows
 
 _SIGNATURE = (
@@ -39,11 +39,10 @@ def sparse_attention(
     scale: float,
     half: bool = False,
     freqs: Tensor | None = None,
-    eps: float | None = None,
 ) -> Tensor:
     """Every token attends to its window, to the compressed rows it may see, and to nothing else.
 
-    q           [T, H, D] float32   rotated queries; with `eps` and `freqs` as projected, see `norm_rope.query`
+    q           [T, H, D] float32   queries, as `norm_rope.query` makes them
     sink        [H] float32         a logit that takes probability and gives no value; -inf for a padding head
     window      256 rows a page: the token at position s is row swa_table[., s // 256] * 256 + s % 256
     compressed  None (ratio 0); C4 rows, 64 a page (ratio 4); C128 rows, 2 a page (ratio 128)
@@ -64,10 +63,7 @@ def sparse_attention(
     if q.is_cuda:
         from engine.kernels.device import sparse_attention as device
 
-        return device.sparse_attention(q, sink, meta, window, compressed, ratio, selected, scale, half, freqs, eps)
-    if eps is not None:
-        assert freqs is not None
-        q = query(q, meta.positions, freqs, eps)
+        return device.sparse_attention(q, sink, meta, window, compressed, ratio, selected, scale, half, freqs)
     native.check(q, "q", torch.float32, (len(meta.positions), num_heads, window.dim))
     native.check(sink, "sink", torch.float32, (num_heads,))
     if selected is not None:

@@ -15,11 +15,11 @@ from torch import Tensor
 from engine.batch import StepMeta
 from engine.cache.pools import KvPools
 from engine.config import C4_RATIO, ModelConfig
-from engine.kernels.beside import Beside
+from engine.kernels.beside import beside, pays
 from engine.kernels.compress import Latents, Pooling, write_c4, write_c128
 from engine.kernels.index_topk import select_blocks
 from engine.kernels.linear import Matrix, grouped_linear, linear, linears
-from engine.kernels.norm_rope import linears_of_normed, rope_frequencies
+from engine.kernels.norm_rope import linears_of_normed, query, rope_frequencies
 from engine.kernels.rows import RowPool, write_latents
 from engine.kernels.sparse_attention import sparse_attention
 
@@ -112,26 +112,28 @@ class Attention:
         window = pools.window[self.layer]
         self._write(Latents(window, window_rows, kv, self.kv_norm), more, meta, pools)
         compressed, selected = None, None
-        if self.indexer is not None and Beside.pays(x):
-            beside = Beside(x.device)
-            with beside:
-                (index_q,) = linears_of_normed(low, self.q_norm, self.eps, [self.indexer.wq_b])
-                selected = self.indexer.select(index_q, more[-1], meta, self.freqs, pools, self.layer)
-            (q,) = linears_of_normed(low, self.q_norm, self.eps, [self.wq_b])
-            beside.join()
+        if self.indexer is not None and pays(x):
+            with beside(x.device) as other:
+                with other:
+                    (index_q,) = linears_of_normed(low, self.q_norm, self.eps, [self.indexer.wq_b])
+                    selected = self.indexer.select(index_q, more[-1], meta, self.freqs, pools, self.layer)
+                (q,) = linears_of_normed(low, self.q_norm, self.eps, [self.wq_b])
+                q = self._queries(q, meta)
         else:
             q, *index_qs = linears_of_normed(low, self.q_norm, self.eps, self.of_low)
+            q = self._queries(q, meta)
             if self.indexer is not None:
                 selected = self.indexer.select(index_qs[0], more[-1], meta, self.freqs, pools, self.layer)
-        q = q.view(-1, self.heads, self.head_dim)
         if self.compressor is not None:
             compressed = (pools.c128 if self.indexer is None else pools.c4)[self.layer]
         scale, half = self.head_dim**-0.5, self.wq_b.half
-        out = sparse_attention(
-            q, self.sink, meta, window, compressed, self.ratio, selected, scale, half, self.freqs, self.eps
-        )
+        out = sparse_attention(q, self.sink, meta, window, compressed, self.ratio, selected, scale, half, self.freqs)
         out = out.view(out.shape[0], self.groups, -1)
         return linear(grouped_linear(out, self.wo_a, self.groups), self.wo_b)
+
+    def _queries(self, q: Tensor, meta: StepMeta) -> Tensor:
+        """What `wq_b` made, [T, H * K] -> [T, H, K], normed and rotated."""
+        return query(q.view(-1, self.heads, self.head_dim), meta.positions, self.freqs, self.eps)
 
     def write_window(self, x: Tensor, positions: Tensor, rows: Tensor, window: RowPool) -> None:
         """Write the keys of tokens x [T, D] at `positions` [T] to `rows` [T] of the layer's window."""

@@ -34,7 +34,6 @@ from engine.kernels.device import (
 )
 from engine.kernels.device import hyper_connections as device_hyper
 from engine.kernels.linear import Matrix
-from engine.kernels.norm_rope import query
 from engine.kernels.rows import RowPool, read_rows
 from tests.gpu.steps_of_a_slice import digest
 
@@ -278,13 +277,12 @@ def test_blocks_of_experts_meet_however_many_and_however_often() -> None:
         assert torch.equal(parts, parts[:1].expand_as(parts))
 
 
-@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("heads", [64, 128])
 @pytest.mark.parametrize(("ratio", "length"), [(0, 4096), (4, 65_536), (128, 4096), (128, 131_072), (128, 901_120)])
-def test_attention_of_few_tokens(heads: int, ratio: int, length: int, projected: bool) -> None:
-    """projected: of queries that are still to be normed and turned."""
-    freqs = 10_000 ** -(torch.arange(32, device="cuda") / 32) if projected else None
-    eps = 1e-6 if projected else None
+def test_attention_of_few_tokens(heads: int, ratio: int, length: int, turned: bool) -> None:
+    """turned: back, by the positions of the tokens."""
+    freqs = 10_000 ** -(torch.arange(32, device="cuda") / 32) if turned else None
     for tokens in (1, 4, 8):
         meta = step([length], tokens)
         pages = meta.page_table.shape[1] + 1
@@ -302,16 +300,11 @@ def test_attention_of_few_tokens(heads: int, ratio: int, length: int, projected:
         assert attend_few.takes(tokens, heads, 512, True, window, pool)
         scale = 512**-0.5
         got = ten_times(
-            partial(
-                sparse_attention.sparse_attention, q, sink, meta, window, pool, ratio, selected, scale, True, freqs, eps
-            )
+            partial(sparse_attention.sparse_attention, q, sink, meta, window, pool, ratio, selected, scale, True, freqs)
         )
         there = meta.to(torch.device("cpu"))
-        rotated = q.cpu()
-        if freqs is not None:
-            rotated = query(rotated, there.positions, freqs.cpu(), 1e-6)
         expected = attention_door.sparse_attention(
-            rotated.bfloat16().float(), sink.cpu(), there, on_cpu(window), None if pool is None else on_cpu(pool),
+            q.cpu().bfloat16().float(), sink.cpu(), there, on_cpu(window), None if pool is None else on_cpu(pool),
             ratio, None if selected is None else selected.cpu(), scale, freqs=None if freqs is None else freqs.cpu(),
         )  # fmt: skip
         assert apart(got.cpu(), expected) < 1e-5

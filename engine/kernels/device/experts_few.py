@@ -23,18 +23,20 @@ _SHARED_BYTES = 227 << 10
 _MOST_STAGES = 2
 """Of a warp's ring, for which there is place for barriers of eight. At 1, 4 and 8 tokens on an H200 two were faster
 than three, four or five, when each product was a kernel of its own."""
+_LISTED = 4096
+"""Pairs that a block keeps a list of, at most."""
 _MOST_PAIRS, _FEW_TOKENS = 4, 8
 """Of an expert, on average, that `products` reads weights for as fast as `experts_some`; tokens it always takes."""
 
 
 def arranges(hidden: int, inner: int) -> bool:
     """Whether experts of this size can lie in panels."""
-    return hidden % STEP == 0 and inner % STEP == 0 and stages(max(hidden, inner), 4096) >= 2
+    return hidden % STEP == 0 and inner % STEP == 0 and stages(max(hidden, inner), _LISTED) >= 2
 
 
 def takes(tokens: int, pairs: int, count: int) -> bool:
     """Whether `products` is to take so many pairs of so many experts, rather than `experts_some`."""
-    return tokens <= _FEW_TOKENS or pairs <= _MOST_PAIRS * count
+    return tokens <= _FEW_TOKENS or pairs <= min(_MOST_PAIRS * count, _LISTED)
 
 
 def stages(inputs: int, pairs: int) -> int:

@@ -211,7 +211,11 @@ def mix_between(
     where `takes_between` says so.
     """
     matrix, rounds, eps = (comb.logits, comb.rounds, comb.eps) if isinstance(comb, Unbalanced) else (comb, 0, hc_eps)
-    made, streams, post, matrix = (t.contiguous() for t in (made, streams, post, matrix))
+    made = made.contiguous()
+    if not all(t.is_contiguous() for t in (streams, post, matrix)):
+        raise ValueError(
+            "streams and how they mix are read early, before a copy of them would be made: hand them over contiguous"
+        )
     after, new_post, logits = (torch.empty_like(t) for t in (streams, post, matrix))
     x = torch.empty(made.shape[0], made.shape[2], dtype=torch.float32, device=made.device)
     mix_few.mix_between(

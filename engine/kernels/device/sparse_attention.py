@@ -201,7 +201,7 @@ def num_splits(tokens: int, blocks: int, key_tiles: int) -> int:
 
 def sparse_attention(
     q: Tensor, sink: Tensor, meta: StepMeta, window: RowPool, compressed: RowPool | None, ratio: int,
-    selected: Tensor | None, scale: float, half: bool, freqs: Tensor | None = None, eps: float | None = None,
+    selected: Tensor | None, scale: float, half: bool, freqs: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As `engine.kernels.sparse_attention.sparse_attention`; with `half` products take bf16 operands."""
     check_dim(window)
@@ -218,8 +218,6 @@ def sparse_attention(
     # Over a window alone FlashMLA is the slower one at any number of tokens.
     own = few or compressed is None or not libraries.takes_attention(heads, dim, window)
     library = half and backend("attention", rather_own=own) is not None
-    if eps is not None:
-        q = norm_rotate(q, None, eps, meta.positions, freqs, inverse=False)
     if library:
         out = libraries.attention(q, sink, meta, window, compressed, ratio, selected, scale)
         return out if freqs is None else norm_rotate(out, None, None, meta.positions, freqs, inverse=True)
