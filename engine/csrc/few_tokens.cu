@@ -1,6 +1,7 @@
 // Products of up to eight tokens with matrices as the checkpoint has them: bf16 ones, FP8 ones that share a launch with
-// those (linears_fp8.cu has most others), and FP4 experts. All of it is reading weights: each is read once, becomes half
-// precision in registers and goes to the tensor cores from there.
+// those, or have many inputs for few rows (linears_fp8.cu has the others). All of it is reading weights: each is read
+// once, becomes half precision in registers and goes to the tensor cores from there. Tokens beyond what halves hold,
+// 65,504, are lost to an FP8 matrix.
 //
 // A warp multiplies tiles of 16 rows by 8 tokens (mma m16n8k16: weights are its 16 rows, tokens its 8 columns). The
 // warps of a block share the block's rows and cut the inputs between them; their sums are added in order at the end, so
@@ -16,7 +17,7 @@
 //
 // A block does `span` such groups of rows, one behind the other: the next one's weights are on their way while the
 // warps' sums of one are added, and tokens are staged once. Weights are sent for before the block waits for the kernel
-// in front of it to end, where what they are does not depend on that one.
+// in front of it to end.
 //
 // Written against little of CUDA, so that a test can run it on a CPU (tests/kernels/cuda_on_cpu.h), which brings its
 // own of what stands between #ifndef ON_CPU and #endif.
@@ -63,7 +64,7 @@ extern __shared__ __align__(16) unsigned char memory[];
 
 // Inputs i and j of the token in its word, counting words of eight inputs.
 template <Format F> __device__ __forceinline__ constexpr int first_of(int word) {
-    return F == BF16 ? 2 * word : F == FP8 ? (word & 2) * 2 + (word & 1) : (word & 1) * 4 + word / 2;
+    return F == BF16 ? 2 * word : (word & 2) * 2 + (word & 1);
 }
 template <Format F> __device__ __forceinline__ constexpr int second_of(int word) {
     return first_of<F>(word) + (F == BF16 ? 1 : 2);

@@ -3,8 +3,7 @@
 //
 // wgmma multiplies 64 rows of weights by 16 columns of tokens, both e4m3 in shared memory: weights where copies laid
 // them, a token as two columns, as no e4m3 holds an activation: x = unit (c0 + c1 / 16), whose error is at most 2^-9 of
-// a value that is no smaller than 2^-13 of the largest among the 128 inputs for which a unit is made. wgmma counts few
-// bits of a sum, so 32 inputs are a product of their own: sum += weights' scale * unit * (d0 + d1 / 16) in fp32.
+// the value, or 2^-21 of the largest among the 128 inputs for which a unit is made. wgmma counts few bits of a sum, so 32 inputs are a product of their own: sum += weights' scale * unit * (d0 + d1 / 16) in fp32.
 //
 // Matrices are cut into tiles of N = 16 or 32 rows, so that all multiprocessors have as much to read. What a product
 // has of rows behind those, and of columns behind the tokens', is whatever lies there, and nobody looks at it.
@@ -46,22 +45,6 @@ __device__ __forceinline__ void multiply(float (&sums)[8], u64 weights, u64 term
         : "=f"(sums[0]), "=f"(sums[1]), "=f"(sums[2]), "=f"(sums[3]), "=f"(sums[4]), "=f"(sums[5]), "=f"(sums[6]),
           "=f"(sums[7])
         : "l"(weights), "l"(terms));
-}
-// Nearest even, at most 448: low in bits 0..7.
-__device__ __forceinline__ u32 e4m3s(float low, float high) {
-    unsigned short both;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(high), "f"(low));
-    return both;
-}
-__device__ __forceinline__ void values_of(u32 e4m3s, float& low, float& high) {
-    asm("{\n"
-        ".reg .b32 both;\n"
-        ".reg .f16 low, high;\n"
-        "cvt.rn.f16x2.e4m3x2 both, %2;\n"
-        "mov.b32 {low, high}, both;\n"
-        "cvt.f32.f16 %0, low;\n"
-        "cvt.f32.f16 %1, high;\n"
-        "}\n" : "=f"(low), "=f"(high) : "h"((unsigned short)e4m3s));
 }
 // Of two magnitudes; not a number, without a sign, where one is not.
 __device__ __forceinline__ float largest(float a, float b) {

@@ -1,8 +1,7 @@
 // Products of some tens of tokens with e4m3 matrices as the checkpoint holds them, each weight read once for up to 128.
 //
 // A first kernel makes tokens terms, with or without an RMSNorm: x = unit (c0 + c1 / 16), as no e4m3 holds an activation,
-// of an error of at most 2^-9 of a value that is no smaller than 2^-13 of the largest among the 128 inputs for which a
-// unit is made. It lays 32 tokens' terms of 128 inputs as the 64 rows of a factor that one copy brings to shared memory:
+// of an error of at most 2^-9 of the value, or 2^-21 of the largest among the 128 inputs for which a unit is made. It lays 32 tokens' terms of 128 inputs as the 64 rows of a factor that one copy brings to shared memory:
 // in each 16 of them those of eight tokens, first terms before second ones, so that a lane has both sums of its token.
 //
 // A product is 64 rows of terms by 128 rows of weights, or by 64 in either warpgroup where there are no more than 32
@@ -82,22 +81,6 @@ __device__ __forceinline__ void multiply(float (&sums)[64], u64 terms, u64 weigh
         "{.reg .pred add; setp.ne.b32 add, %66, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" SUMS_64 "}, %64, %65, add, 1, 1;}"
         : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48) : "l"(terms), "l"(weights), "r"((u32)add));
-}
-// Nearest even, at most 448: low in bits 0..7.
-__device__ __forceinline__ u32 e4m3s(float low, float high) {
-    unsigned short both;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(high), "f"(low));
-    return both;
-}
-__device__ __forceinline__ void values_of(u32 e4m3s, float& low, float& high) {
-    asm("{\n"
-        ".reg .b32 both;\n"
-        ".reg .f16 low, high;\n"
-        "cvt.rn.f16x2.e4m3x2 both, %2;\n"
-        "mov.b32 {low, high}, both;\n"
-        "cvt.f32.f16 %0, low;\n"
-        "cvt.f32.f16 %1, high;\n"
-        "}\n" : "=f"(low), "=f"(high) : "h"((unsigned short)e4m3s));
 }
 __device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
 #endif

@@ -37,22 +37,6 @@ __device__ __forceinline__ void arrive(u64* barrier) {
     if (lane_id() == 0)
         asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(barrier)) : "memory");
 }
-// Nearest even, at most 448: low in bits 0..7.
-__device__ __forceinline__ u32 e4m3s(float low, float high) {
-    unsigned short both;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(high), "f"(low));
-    return both;
-}
-__device__ __forceinline__ void values_of(u32 e4m3s, float& low, float& high) {
-    asm("{\n"
-        ".reg .b32 both;\n"
-        ".reg .f16 low, high;\n"
-        "cvt.rn.f16x2.e4m3x2 both, %2;\n"
-        "mov.b32 {low, high}, both;\n"
-        "cvt.f32.f16 %0, low;\n"
-        "cvt.f32.f16 %1, high;\n"
-        "}\n" : "=f"(low), "=f"(high) : "h"((unsigned short)e4m3s));
-}
 #endif
 
 struct __align__(16) Step {

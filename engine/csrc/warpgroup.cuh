@@ -41,6 +41,22 @@ __device__ __forceinline__ void await(u64* barrier, u32 parity) {
         "@!ended bra again;\n"
         "}\n" :: "r"(shared_address(barrier)), "r"(parity) : "memory");
 }
+// Two values as e4m3, the nearest even ones, at most 448, low in bits 0..7; and what such are.
+__device__ __forceinline__ u32 e4m3s(float low, float high) {
+    unsigned short both;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(high), "f"(low));
+    return both;
+}
+__device__ __forceinline__ void values_of(u32 e4m3s, float& low, float& high) {
+    asm("{\n"
+        ".reg .b32 both;\n"
+        ".reg .f16 low, high;\n"
+        "cvt.rn.f16x2.e4m3x2 both, %2;\n"
+        "mov.b32 {low, high}, both;\n"
+        "cvt.f32.f16 %0, low;\n"
+        "cvt.f32.f16 %1, high;\n"
+        "}\n" : "=f"(low), "=f"(high) : "h"((unsigned short)e4m3s));
+}
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void close_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Until all groups but the last LEFT are done, which those of `sums` are: that they change here keeps the compiler from

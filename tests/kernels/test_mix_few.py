@@ -107,6 +107,17 @@ def test_what_goes_in_and_how_streams_mix_is_what_the_formulas_say(
     check(tuple(out.values()), site.expected(streams, normed))
 
 
+def test_streams_that_cancel_leave_numbers(library) -> None:
+    """The mixture's length is what ten sums leave of one another: rounding may leave less than nothing."""
+    g = torch.Generator().manual_seed(3)
+    tokens, size = 8, 4096
+    streams, site, out = 10 * torch.randn(tokens, 4, size, generator=g), Site(size, g), outputs(tokens, size)
+    streams[:, 3] = -streams[:, :3].sum(1) + 1e-3 * torch.randn(tokens, size, generator=g)
+    site.fn, site.base = torch.zeros_like(site.fn), torch.zeros_like(site.base)  # all streams go in alike
+    run(library, streams, **site.given(), **out)
+    assert all(made.isfinite().all() for made in out.values())
+
+
 @pytest.mark.parametrize(
     ("tokens", "size", "count", "turns"), [(1, 128, 1, 0), (2, 640, 6, 1), (4, 256, 8, 2), (9, 128, 19, 3)]
 )

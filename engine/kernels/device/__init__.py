@@ -34,8 +34,8 @@ _early_launches = True
 
 
 def use_cuda_products(on: bool) -> None:
-    """Whether products of few tokens, and the hyper-connections of few, are computed by CUDA C++ where it takes their
-    shapes, rather than by Triton. For the whole process, before its first step.
+    """Whether CUDA C++ computes what it takes, rather than Triton: steps of few tokens, products of some more, and all
+    FP4 experts that lie in panels. For the whole process, before its first step.
     """
     global _cuda_products
     _cuda_products = on

@@ -69,9 +69,11 @@ def products(
 ) -> list[Tensor]:  # fmt: skip
     """x [T, G * K] fp32 times each of up to eight (weight [G * N, K], its scales or None) -> fp32 [T, G * N] of each.
 
-    Each of them, alone, is as `engine.kernels.device.linear.product` says. norm [K], of one group: x goes through an
-    RMSNorm of these weights first.
+    There is one matrix where there are groups. Each of them, alone, is as `engine.kernels.device.linear.product` says.
+    norm [K], of one group: x goes through an RMSNorm of these weights first.
     """
+    if groups > 1 < len(matrices):
+        raise ValueError(f"{len(matrices)} matrices of {groups} groups each: such are multiplied one by one")
     quantised = [(weight, scales) for weight, scales in matrices if scales is not None]
     if len(quantised) == len(matrices) and linears_fp8.takes([weight for weight, _ in matrices], groups):
         return linears_fp8.products(x, quantised, groups, norm, eps)

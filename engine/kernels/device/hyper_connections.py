@@ -211,7 +211,7 @@ def mix_between(
     where `takes_between` says so.
     """
     matrix, rounds, eps = (comb.logits, comb.rounds, comb.eps) if isinstance(comb, Unbalanced) else (comb, 0, hc_eps)
-    made = made.contiguous()
+    made, beside = made.contiguous(), None if beside is None else beside.contiguous()
     if not all(t.is_contiguous() for t in (streams, post, matrix)):
         raise ValueError(
             "streams and how they mix are read early, before a copy of them would be made: hand them over contiguous"

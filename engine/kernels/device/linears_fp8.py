@@ -39,7 +39,9 @@ Matrices = Sequence[tuple[Tensor, Tensor]]
 def takes(weights: Sequence[Tensor], groups: int = 1) -> bool:
     """Whether `products` takes these matrices [G * N, K]."""
     inputs = weights[0].shape[1]
-    if any(weight.dtype != torch.uint8 for weight in weights) or shared_bytes(inputs, TOKENS, _FEWEST) > _SHARED_BYTES:
+    if groups > 1 < len(weights) or any(weight.dtype != torch.uint8 for weight in weights):
+        return False
+    if shared_bytes(inputs, TOKENS, _FEWEST) > _SHARED_BYTES:
         return False
     planned = plan(tuple(len(weight) for weight in weights), inputs, groups)
     # Where a block has one tile, making terms of many inputs takes longer than halves: 14.2 us for wo_b and four tokens
@@ -86,7 +88,8 @@ def stages(inputs: int, tokens: int) -> int:
 
 def aligned(x: Tensor) -> Tensor:
     """Rows are read by 16 bytes."""
-    return x.clone(memory_format=torch.contiguous_format) if x.stride(0) % 4 or x.data_ptr() % 16 else x
+    apart = x.stride(1) != 1 or x.stride(0) % 4 or x.data_ptr() % 16
+    return x.clone(memory_format=torch.contiguous_format) if apart else x
 
 
 def products(

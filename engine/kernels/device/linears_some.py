@@ -49,7 +49,7 @@ def takes(tokens: int, weights: Sequence[Tensor], groups: int = 1) -> bool:
     return (
         0 < tokens <= TOKENS
         and cuda_products()
-        and len(weights) <= MATRICES
+        and len(weights) <= (MATRICES if groups == 1 else 1)
         and all(
             weight.dtype == torch.uint8
             and weight.shape[1] % BLOCK == 0
