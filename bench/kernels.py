@@ -43,6 +43,8 @@ from wire.types import PAGE_TOKENS
 
 CALLS = 20
 REPLAYS = 30
+BF16_FLOPS = 989e12
+"""A second, of a Hopper GPU by its datasheet: what a prompt's floors go by. e4m3 is twice that."""
 COLD_BYTES = 160 << 20
 """Inputs that take turns add up to this much at least: over twice the L2."""
 
@@ -175,16 +177,23 @@ def indexer_cases(bandwidth: float) -> Cases:
             pools = [random_pool(meta.page_table.shape[1] + 1, 64, "index") for _ in turns(length * 33)[:6]]
             q, w = torch.randn(tokens, 64, 128, device="cuda"), torch.rand(tokens, 64, device="cuda")
             codes, weights = index_topk.quantise(q, w)
-            us = microseconds(lambda p: index_topk.scores_and_maxima(codes, weights, p, meta, 512, True), pools)
-            both = microseconds(lambda p: index_topk.index_topk(q, w, p, meta, 512, True), pools)
-            floor = length // 4 * (132 + 4 * tokens) / bandwidth * 1e6
-            figure = Figure("indexer logits", f"{length // 4:,} keys, {tokens} tokens", us, floor)
+            shape, floor = f"{length // 4:,} keys, {tokens} tokens", length // 4 * (132 + 4 * tokens) / bandwidth * 1e6
+
+            def scores(p: RowPool) -> object:
+                return index_topk.scores_and_maxima(codes, weights, p, meta, 512, True)
+
+            def chosen(p: RowPool) -> object:
+                return index_topk.index_topk(q, w, p, meta, 512, True)
+
+            figure = Figure("indexer logits", shape, microseconds(scores, pools), floor)
             library = peers.deep_gemm_logits(pools[0].data, meta.page_table, length // 4, tokens)
             if library is not None:
                 peer = microseconds(library, [p.data for p in pools])
                 figure = replace(figure, peer=peers.version("sgl-deep-gemm"), peer_us=peer)
             yield figure
-            yield Figure("indexer logits and top-k", f"{length // 4:,} keys, {tokens} tokens", both, floor)
+            # Few pages are left to Triton there too.
+            yield replace(figure, op="indexer logits in CUDA C++", us=in_cuda(scores, pools))
+            yield Figure("indexer logits and top-k in CUDA C++", shape, in_cuda(chosen, pools), floor)
 
 
 def attention_cases(bandwidth: float) -> Cases:
@@ -395,6 +404,43 @@ def folded_cases(bandwidth: float) -> Cases:
         yield Figure("gated products", f"{tokens} tokens", us, floor, "one by one", peer)
 
 
+def prompt_cases(bandwidth: float) -> Cases:
+    """What attends and scores in a prompt's chunk, beside what `--backends auto` has do it where that is installed."""
+    tokens = 2_048
+    for ratio, length in ((0, 8_192), (4, 65_536), (128, 65_536), (128, 901_120)):
+        meta = step([length], tokens)
+        window = random_pool(meta.page_table.shape[1] + 1, 256, "latent")
+        rows = random_pool(meta.page_table.shape[1] + 1, 64 if ratio == 4 else 2, "latent") if ratio else None
+        q, sink = torch.randn(tokens, 64, 512, device="cuda"), torch.randn(64, device="cuda")
+        selected = None
+        if ratio == 4:
+            seen = (length - tokens) // 4
+            selected = torch.stack([torch.randperm(seen)[:512].sort().values for _ in range(tokens)]).int().cuda()
+
+        def ours(p: RowPool | None) -> Tensor:
+            return sparse_attention.sparse_attention(q, sink, meta, window, p, ratio, selected, 512**-0.5, True)
+
+        us = microseconds(ours, [rows])
+        keys = 128 + {0: 0, 4: 512, 128: length // 128}[ratio]
+        floor = 4 * tokens * 64 * keys * 512 / BF16_FLOPS * 1e6
+        name = {0: "window", 4: "C4", 128: "C128"}[ratio]
+        figure = Figure(f"attention {name}", f"{keys:,} keys, {tokens} tokens, 64 heads", us, floor)
+        yield beside(
+            figure,
+            "sgl-flash-mla",
+            peers.flash_mla_attention((q, sink, meta, window, rows, ratio, selected, 512**-0.5)),
+        )
+    tokens = 256
+    for length in (65_536, 901_120):
+        meta, pool = step([length], tokens), random_pool(length // 256 + 1, 64, "index")
+        q, w = torch.randn(tokens, 64, 128, device="cuda"), torch.rand(tokens, 64, device="cuda")
+        codes, weights = index_topk.quantise(q, w)
+        us = microseconds(lambda p: index_topk.scores_and_maxima(codes, weights, p, meta, 512, True), [pool])
+        floor = 2 * tokens * 64 * 128 * length // 4 / (2 * BF16_FLOPS) * 1e6
+        figure = Figure("indexer logits", f"{length // 4:,} keys, {tokens} tokens", us, floor)
+        yield beside(figure, "sgl-deep-gemm", peers.deep_gemm_scores(codes, weights, pool, meta))
+
+
 GROUPS: dict[str, Callable[[float], Cases]] = {
     "topk": topk_cases,
     "indexer": indexer_cases,
@@ -405,6 +451,7 @@ GROUPS: dict[str, Callable[[float], Cases]] = {
     "mixing": mixing_cases,
     "routing": routing_cases,
     "folded": folded_cases,
+    "prompts": prompt_cases,
 }
 
 

@@ -14,6 +14,10 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from engine.batch import StepMeta
+from engine.kernels.device import libraries
+from engine.kernels.rows import RowPool
+
 P = ParamSpec("P")
 T = TypeVar("T")
 _refused: set[str] = set()
@@ -166,3 +170,19 @@ def flash_mla(tokens: int, heads: int, keys: int) -> Callable[[], object]:
     call()
     torch.cuda.synchronize()
     return call
+
+
+@_of("sgl-flash-mla")
+def flash_mla_attention(how: tuple[Any, ...]) -> Callable[[], object]:
+    """Attention as a prefill worker has it done: with what `engine.kernels.device.libraries.attention` takes."""
+    libraries.attention(*how)
+    torch.cuda.synchronize()
+    return lambda: libraries.attention(*how)
+
+
+@_of("sgl-deep-gemm")
+def deep_gemm_scores(codes: Tensor, weights: Tensor, pool: RowPool, meta: StepMeta) -> Callable[[], object]:
+    """Indexer logits as a prefill worker has them done, and their maxima."""
+    libraries.index_scores(codes, weights, pool, meta, 0, len(codes))
+    torch.cuda.synchronize()
+    return lambda: libraries.index_scores(codes, weights, pool, meta, 0, len(codes))
