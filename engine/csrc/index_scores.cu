@@ -53,21 +53,6 @@ template <int COUNT> __device__ __forceinline__ void fewer_registers() {
 template <int COUNT> __device__ __forceinline__ void more_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COUNT));
 }
-
-// sums of 64 keys by 64 N columns, += or, without `add`, = products of 32 inputs. Warp w of the warpgroup has keys
-// 16 w + lane / 4 + 8 r, and a lane of them columns 8 j + 2 (lane % 4) + c: sums[4 j + 2 r + c].
-__device__ __forceinline__ void products(float (&sums)[32], u64 keys, u64 queries, bool add) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {" SUMS_32 "}, %32, %33, p, 1, 1;}"
-        : SIXTEEN(0), SIXTEEN(16) : "l"(keys), "l"(queries), "r"((u32)add));
-}
-__device__ __forceinline__ void products(float (&sums)[64], u64 keys, u64 queries, bool add) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" SUMS_64 "}, %64, %65, p, 1, 1;}"
-        : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48) : "l"(keys), "l"(queries), "r"((u32)add));
-}
 #endif
 
 // Up to four neighbouring tokens of a request, under the first one's number; its pages have numbers [begin, end).
@@ -288,7 +273,7 @@ template <int GROUPS, int N> __device__ __forceinline__ void take(
         begin_products();
 #pragma unroll
         for (int i = 0; i < DIM / 32; i++)
-            products(sums, factor(keys + 2 * i), factor(queries + 2 * i), i > 0);
+            products_of_e4m3(sums, factor(keys + 2 * i), factor(queries + 2 * i), i > 0);
         close_products();
         if (!share.ends || round + 1 < share.rounds) pass_on(1 + (group + 1) % GROUPS, 256);
         if (warp == group && round) write_maximum(round - 1);  // another quarter of the multiprocessor for each

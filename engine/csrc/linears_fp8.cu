@@ -19,10 +19,10 @@
 // Written against little of CUDA, so that a test can run it on a CPU (tests/kernels/cuda_on_cpu.h), which brings its
 // own of what stands between #ifndef ON_CPU and #endif.
 
+#include "matrices.cuh"
 #include "warpgroup.cuh"
 
 #define TOKENS 8
-#define MATRICES 8  // of one launch
 #define THREADS 512
 #define FOURS 4     // warpgroups
 #define BLOCK 128   // inputs, and rows, that share a scale
@@ -56,13 +56,6 @@ __device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
 __device__ __forceinline__ void store(void* to, u32 word) { *(u32*)to = word; }
 #endif
 
-// [rows, inputs] e4m3, and a scale for 128 x 128 of them.
-struct Matrix {
-    const u8* weights;
-    const float* scales;
-    int rows;
-};
-
 // An RMSNorm of tokens: weights [inputs].
 struct Norm {
     const float* weights;
@@ -85,24 +78,6 @@ struct __align__(16) Fixed {
     float sums[2][FOURS][TOKENS][PITCH];  // of even tiles and odd ones
 };
 extern __shared__ __align__(1024) unsigned char memory[];
-
-// Where a tile is: its matrix, its first row there, and the rows of all matrices in front of that.
-struct Place {
-    Matrix of;
-    int row, before;
-};
-template <int NEXT> __device__ __forceinline__ void pass(const Matrix (&matrices)[MATRICES], Place& found) {
-    if constexpr (NEXT < MATRICES)
-        if (found.row >= found.of.rows) {
-            found = {matrices[NEXT], found.row - found.of.rows, found.before + found.of.rows};
-            pass<NEXT + 1>(matrices, found);
-        }
-}
-__device__ __forceinline__ Place place_of(const Matrix (&matrices)[MATRICES], int row) {
-    Place found = {matrices[0], row, 0};
-    pass<1>(matrices, found);
-    return found;
-}
 
 // A block's tiles, of which a warpgroup takes every fourth one of those before `wholes`, and of those behind them each
 // fourth step.

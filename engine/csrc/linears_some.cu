@@ -20,13 +20,13 @@
 // Written against little of CUDA, so that a test can run it on a CPU (tests/kernels/cuda_on_cpu.h), which brings its
 // own of what stands between #ifndef ON_CPU and #endif.
 
+#include "matrices.cuh"
 #include "warpgroup.cuh"
 
 #ifndef ON_CPU
 extern __shared__ __align__(1024) unsigned char memory[];
 #endif
 
-#define MATRICES 8         // of one launch
 #define BLOCK 128          // inputs, and rows, that share a scale: a stage
 #define WEIGHTS 16384      // bytes of a stage
 #define TILE 32            // tokens: of 64 rows
@@ -69,28 +69,8 @@ __device__ __forceinline__ void meet_cluster() {
     asm volatile("barrier.cluster.arrive.release;" ::: "memory");
     asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
-// m64nNk32, both factors along: sums of 64 rows of terms by 64 or 128 of weights, as in warpgroup.cuh.
-__device__ __forceinline__ void multiply(float (&sums)[32], u64 terms, u64 weights, bool add) {
-    asm volatile(
-        "{.reg .pred add; setp.ne.b32 add, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {" SUMS_32 "}, %32, %33, add, 1, 1;}"
-        : SIXTEEN(0), SIXTEEN(16) : "l"(terms), "l"(weights), "r"((u32)add));
-}
-__device__ __forceinline__ void multiply(float (&sums)[64], u64 terms, u64 weights, bool add) {
-    asm volatile(
-        "{.reg .pred add; setp.ne.b32 add, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" SUMS_64 "}, %64, %65, add, 1, 1;}"
-        : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48) : "l"(terms), "l"(weights), "r"((u32)add));
-}
 __device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
 #endif
-
-// [rows, inputs] e4m3, and a scale for 128 x 128 of them.
-struct Matrix {
-    const u8* weights;
-    const float* scales;
-    int rows;
-};
 
 // Tokens as terms: of every 128 inputs `tiles` tiles of tokens, and a unit for each token of those.
 struct Tokens {
@@ -174,24 +154,6 @@ extern "C" __global__ void __launch_bounds__(1024) penumbra_some_terms_normed(
         float unit = split(in, terms + tile * TERMS, token % TILE);
         if (lane == 0) units[tile * TILE + token % TILE] = unit * root;
     }
-}
-
-// Where a tile of rows is: its matrix, its first row there, and the rows of all matrices in front of that.
-struct Place {
-    Matrix of;
-    int row, before;
-};
-template <int NEXT> __device__ __forceinline__ void pass(const Matrix (&matrices)[MATRICES], Place& found) {
-    if constexpr (NEXT < MATRICES)
-        if (found.row >= found.of.rows) {
-            found = {matrices[NEXT], found.row - found.of.rows, found.before + found.of.rows};
-            pass<NEXT + 1>(matrices, found);
-        }
-}
-__device__ __forceinline__ Place place_of(const Matrix (&matrices)[MATRICES], int row) {
-    Place found = {matrices[0], row, 0};
-    pass<1>(matrices, found);
-    return found;
 }
 
 // How all is cut: rows come in groups of `per_group`, each of which has `steps` times 128 inputs of x to itself.
@@ -352,7 +314,8 @@ __device__ __forceinline__ void multiply_all(
             u32 terms = ring + (stage * S::STAGE + WEIGHTS + (first_tile + m) * TERMS) / 16;
             begin_products();
 #pragma unroll
-            for (int k = 0; k < 4; k++) multiply(sums[set], factor(terms + 2 * k), factor(weights + 2 * k), k > 0);
+            for (int k = 0; k < 4; k++)
+                products_of_e4m3(sums[set], factor(terms + 2 * k), factor(weights + 2 * k), k > 0);
             close_products();
         };
         auto close = [&](int stage) {

@@ -94,6 +94,19 @@ __device__ __forceinline__ void products_along(float (&sums)[32], u64 first, u64
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" SUMS_32 "}, %32, %33, p, 1, 1, 0, 0;}"
         : SIXTEEN(0), SIXTEEN(16) : "l"(first), "l"(second), "r"((u32)add));
 }
+// Both factors along, of e4m3: 32 products each, of 32 bytes.
+__device__ __forceinline__ void products_of_e4m3(float (&sums)[32], u64 first, u64 second, bool add) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {" SUMS_32 "}, %32, %33, p, 1, 1;}"
+        : SIXTEEN(0), SIXTEEN(16) : "l"(first), "l"(second), "r"((u32)add));
+}
+__device__ __forceinline__ void products_of_e4m3(float (&sums)[64], u64 first, u64 second, bool add) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" SUMS_64 "}, %64, %65, p, 1, 1;}"
+        : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48) : "l"(first), "l"(second), "r"((u32)add));
+}
 // The second one across: 256 columns.
 __device__ __forceinline__ void products_across(float (&sums)[128], u64 first, u64 second) {
     asm volatile(

@@ -149,7 +149,7 @@ static float in_flight() {
     std::memcpy(&value, &IN_FLIGHT, 4);
     return value;
 }
-template <int COUNT> static void products(float (&sums)[COUNT], Bits keys, Bits queries, bool add) {
+template <int COUNT> static void products_of_e4m3(float (&sums)[COUNT], Bits keys, Bits queries, bool add) {
     Flight& flight = flights[threadIdx.x];
     if (block::exchange((uint32_t)keys)[0] != (uint32_t)keys || block::exchange((uint32_t)queries)[0] != (uint32_t)queries)
         fault("lanes multiply different factors");

@@ -3,6 +3,7 @@
 #include <deque>
 #define fetch16 fetch16_at_once
 #include "cuda_on_cpu.h"
+#include "e4m3_on_cpu.h"
 #undef fetch16
 
 #define __shared__
@@ -90,35 +91,6 @@ static void meet(int name, int threads) {
     block::sync_warp();
 }
 
-static float e4m3_of(uint32_t code) {
-    int exponent = code >> 3 & 15, mantissa = code & 7;
-    float size = (code & 127) == 127 ? NAN : exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
-    return code & 128 ? -size : size;
-}
-static const std::vector<float> values = [] {
-    std::vector<float> all(256);
-    for (int i = 0; i < 256; i++) all[i] = e4m3_of(i);
-    return all;
-}();
-static uint32_t e4m3(float x) {
-    uint32_t sign = std::signbit(x) ? 128 : 0;
-    x = std::fabs(x);
-    if (x != x) return sign | 127;
-    if (x >= 448) return sign | 126;
-    int exponent = x < 0.015625f ? -6 : std::ilogb(x);
-    float last = std::ldexp(1.0f, exponent - 3);
-    uint32_t count = (uint32_t)std::nearbyint(x / last);  // 8..16 of a normal one
-    return sign | (exponent == -6 && x < 0.015625f ? count : (uint32_t)(exponent + 6) * 8 + count);
-}
-static uint32_t e4m3s(float low, float high) { return e4m3(low) | e4m3(high) << 8; }
-static void values_of(uint32_t both, float& low, float& high) { low = e4m3_of(both & 255); high = e4m3_of(both >> 8 & 255); }
-
-// Hopper's wgmma of e4m3 keeps `kept` = 13 bits behind the point of products that are all shifted to the largest exponent
-// among them, and as many of their sum's mantissa, and cuts off the rest. Here all bits, where it is 0.
-static int kept = 0;
-static double cut_off(double x, int last) { return std::ldexp(std::trunc(std::ldexp(x, -last)), last); }
-static int exponent_of(float x) { return x == 0 ? -126 : std::max(-6, std::ilogb(x)); }
-
 // 16 inputs of a row of a factor, by the descriptor's bits: PTX ISA, asynchronous warpgroup-level matrix shared memory
 // layout, K-major, swizzle of 128 bytes: bits 4-6 of an address are changed by its bits 7-9.
 static const unsigned char* inputs_of(u64 descriptor, int row, int sixteen) {
@@ -153,9 +125,9 @@ static std::vector<float> made(u64 weights, u64 terms) {
         double sum = 0;
         int most = -999;
         for (int k = 0; k < 32 && kept; k++)
-            most = std::max(most, exponent_of(values[a[k / 16][k % 16]]) + exponent_of(values[b[k / 16][k % 16]]));
+            most = std::max(most, exponent_of(e4m3_of(a[k / 16][k % 16])) + exponent_of(e4m3_of(b[k / 16][k % 16])));
         for (int k = 0; k < 32; k++) {
-            double product = (double)values[a[k / 16][k % 16]] * values[b[k / 16][k % 16]];
+            double product = (double)e4m3_of(a[k / 16][k % 16]) * e4m3_of(b[k / 16][k % 16]);
             sum += kept ? cut_off(product, most - kept) : product;
         }
         sums[i] = (float)(kept && sum != 0 && sum == sum ? cut_off(sum, std::ilogb(sum) - kept) : sum);

@@ -3,6 +3,7 @@
 #include <deque>
 #define fetch16 fetch16_at_once
 #include "cuda_on_cpu.h"
+#include "e4m3_on_cpu.h"
 #undef fetch16
 
 // The fibers are a cluster's threads, the blocks' one behind the other.
@@ -119,36 +120,6 @@ static void publish() {
     unpublished.clear();
 }
 
-static float e4m3_of(uint32_t code) {
-    int exponent = code >> 3 & 15, mantissa = code & 7;
-    float size = (code & 127) == 127 ? NAN : exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
-    return code & 128 ? -size : size;
-}
-static const std::vector<float> values = [] {
-    std::vector<float> all(256);
-    for (int i = 0; i < 256; i++) all[i] = e4m3_of(i);
-    return all;
-}();
-static uint32_t e4m3(float x) {
-    uint32_t sign = std::signbit(x) ? 128 : 0;
-    x = std::fabs(x);
-    if (x != x) return sign | 127;
-    if (x >= 448) return sign | 126;
-    int exponent = x < 0.015625f ? -6 : std::ilogb(x);
-    float last = std::ldexp(1.0f, exponent - 3);
-    uint32_t count = (uint32_t)std::nearbyint(x / last);  // 8..16 of a normal one
-    return sign | (exponent == -6 && x < 0.015625f ? count : (uint32_t)(exponent + 6) * 8 + count);
-}
-static uint32_t e4m3s(float low, float high) { return e4m3(low) | e4m3(high) << 8; }
-static void values_of(uint32_t both, float& low, float& high) { low = e4m3_of(both & 255); high = e4m3_of(both >> 8 & 255); }
-
-// Hopper's wgmma of e4m3 keeps `kept` = 13 bits behind the point of products, and of the sum they are added to, that are
-// all shifted to the largest exponent among them, and as many of the mantissa, and cuts off the rest. Here all bits,
-// where it is 0.
-static int kept = 0;
-static double cut_off(double x, int last) { return std::ldexp(std::trunc(std::ldexp(x, -last)), last); }
-static int exponent_of(float x) { return x == 0 ? -126 : std::max(-6, std::ilogb(x)); }
-
 // 32 inputs of a row, by the descriptor's bits: PTX ISA, asynchronous warpgroup-level matrix shared memory layout,
 // K-major, swizzle of 128 bytes: bits 4-6 of an address are changed by its bits 7-9.
 static std::vector<float> inputs_of(u64 descriptor, int row) {
@@ -162,7 +133,7 @@ static std::vector<float> inputs_of(u64 descriptor, int row) {
             fault("a factor outside of shared memory");
             address = 0;
         }
-        inputs.push_back(values[published[rank() * SHARED + address]]);
+        inputs.push_back(e4m3_of(published[rank() * SHARED + address]));
     }
     return inputs;
 }
@@ -213,7 +184,7 @@ static void close_products() {
     begun[block::current] = false;
     batches[block::current]++;
 }
-template <int COUNT> static void multiply(float (&sums)[COUNT], u64 terms, u64 weights, bool add) {
+template <int COUNT> static void products_of_e4m3(float (&sums)[COUNT], u64 terms, u64 weights, bool add) {
     if (!begun[block::current]) fault("registers of a product that nobody has fenced");
     for (u64 factor : {terms, weights})
         if (block::exchange((uint32_t)factor)[0] != (uint32_t)factor) fault("lanes multiply different factors");

@@ -1,7 +1,7 @@
 """Matrix products, weights first: a tile of outputs times a tile of tokens, so that one token fills the tensor cores.
 
 With `--kernels cuda`, kernels in CUDA C++ take what they can of up to 512 tokens. Those here take the rest: weights are
-read once for up to 64 tokens and stay in the checkpoint's own format, fp32, bf16, or e4m3 with a scale for every
+read once for up to 128 tokens and stay in the checkpoint's own format, fp32, bf16, or e4m3 with a scale for every
 128 x 128 block. Where a matrix has too few outputs to fill the GPU, its inputs are split over several programs,
 whose parts are added in order by the one that reads them: a number that depends on the matrix alone.
 
