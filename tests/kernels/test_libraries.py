@@ -31,6 +31,7 @@ from engine.kernels.device import sparse_attention as device_attention
 from engine.kernels.norm_rope import rope_frequencies
 from engine.kernels.sparse_attention import sparse_attention
 from tests.kernels.test_device import PAGES, SPANS, apart, filled_pool, randn, there
+from wire.errors import ConfigError
 
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
@@ -208,6 +209,39 @@ def test_deep_gemm_scores_the_keys_as_our_kernel_does(step, choose):
                 assert apart(scores[t - first, :seen], expected[t, :seen]) < 1e-6
                 pages = -(-seen // 64)
                 assert apart(maxima[t - first, :pages], expected_maxima[t, :pages]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("text", "module", "why"),
+    [
+        ("attention=flash-mla", "flash_mla", "64 or 128 heads .*, not with 4 of 512"),
+        ("index-scores=deep-gemm", "deep_gemm", "16, 32 or 64 index heads .*, not with 4 of 128"),
+    ],
+)
+def test_heads_that_a_library_has_no_kernel_for_are_ours_unless_it_was_asked_for_by_name(
+    step, choose, monkeypatch, text, module, why
+):
+    meta, heads = step(SPANS, pages=PAGES), 4
+    tokens = len(meta.positions)
+    window, rows = there(filled_pool(256, "latent", "v4", 512)), there(filled_pool(2, "latent", "v4", 512))
+    q, sink = there(randn(tokens, heads, 512)), there(randn(heads, seed=1))
+    keys = there(filled_pool(64, "index", "v4", 128))
+    codes, w = device_index.quantise(there(randn(tokens, heads, 128)), there(randn(tokens, heads, seed=1)))
+    places = torch.arange(64 * PAGES)
+    seen = there(places < ((meta.positions + 1) // C4_RATIO)[:, None])
+
+    def computed() -> Tensor:
+        if module == "flash_mla":
+            scale = 512**-0.5
+            return device_attention.sparse_attention(q, sink, there(meta), window, rows, C128_RATIO, None, scale, True)
+        return device_index.scores_and_maxima(codes, w, keys, there(meta), 0, True)[0][seen]
+
+    ours = computed()
+    choose(text, module)
+    with pytest.raises(ConfigError, match=why):
+        computed()
+    monkeypatch.setattr(backends, "_named", False)
+    assert torch.equal(computed(), ours)
 
 
 @pytest.mark.parametrize("tokens", [1, 9])

@@ -19,7 +19,8 @@ from engine.batch import StepMeta
 from engine.config import C4_RATIO, C128_RATIO, WINDOW
 from engine.kernels.device.codec import power_of_two, quantised, scale_exponent
 from engine.kernels.device.topk_rows import maxima_of
-from engine.kernels.rows import LATENT_BYTES, LATENT_DIM, LATENT_SCALE_BYTES, RowPool
+from engine.kernels.rows import INDEX_DIM, LATENT_BYTES, LATENT_DIM, LATENT_SCALE_BYTES, RowPool
+from wire.errors import ConfigError
 
 _WINDOW, _C4, _C128 = (tl.constexpr(n) for n in (WINDOW, C4_RATIO, C128_RATIO))
 _PAGE = tl.constexpr(256)
@@ -72,7 +73,7 @@ def attention(
     library = _library("flash_mla")
     tokens, heads, dim = q.shape
     if not takes_attention(heads, dim, window):
-        raise ValueError(
+        raise ConfigError(
             f"FlashMLA attends with 64 or 128 heads of {LATENT_DIM} values over pools of the v4 layout, not with "
             f"{heads} of {dim} over {window.layout}. Leave --backends attention=flash-mla out."
         )
@@ -117,6 +118,12 @@ def index_scores(q: Tensor, w: Tensor, pool: RowPool, meta: StepMeta, first: int
     A token is a request of its own here, for the library takes no more than two of one.
     """
     library = _library("deep_gemm")
+    _, heads, dim = q.shape
+    if not takes_index_scores(heads, dim, pool):
+        raise ConfigError(
+            f"DeepGEMM scores with 16, 32 or 64 index heads of {INDEX_DIM} values over pools of the v4 layout, not "
+            f"with {heads} of {dim} over {pool.layout}. Leave --backends index-scores=deep-gemm out."
+        )
     pages, rows = meta.page_table.shape[1], pool.rows_per_item
     lengths = ((meta.positions[first:last] + 1) // C4_RATIO).int()
     table = meta.page_table[meta.segment[first:last].long()]
@@ -130,6 +137,10 @@ def index_scores(q: Tensor, w: Tensor, pool: RowPool, meta: StepMeta, first: int
         plan, pages * rows, clean_logits=False,
     )  # fmt: skip
     return scores, maxima_of(scores, lengths)
+
+
+def takes_index_scores(heads: int, dim: int, pool: RowPool) -> bool:
+    return dim == INDEX_DIM and heads in (16, 32, 64) and pool.layout == "v4"
 
 
 @triton.jit
