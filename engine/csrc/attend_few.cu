@@ -1,4 +1,4 @@
-// Attention of up to eight tokens over their window and compressed rows, keys split over blocks: each block's part of
+// Attention of few tokens over their window and compressed rows, keys split over blocks: each block's part of
 // the softmax, and the merging of the parts. In such a step all is latency, so the work of a block is short and wide.
 //
 // To make a part a block takes a token, a run of its key tiles (32 keys) and 16 R of its heads; its eight warps cut the
@@ -326,6 +326,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) penumbra_attend_few_2(PARA
 extern "C" __global__ void __launch_bounds__(MERGERS) penumbra_attend_merge(
     const float* parts, const float* tops, const float* totals, const float* sink, const long long* positions,
     const float* freqs, int pairs, float* out, int heads, int splits) {
+    let_next_begin();
     int token = blockIdx.x / heads, head = blockIdx.x % heads, channel = 4 * threadIdx.x;
     await_previous();
     float drain = sink[head], angles[2] = {};

@@ -1,4 +1,4 @@
-// Attention of up to eight tokens over many keys, keys split over blocks: each block's part of the softmax, and the
+// Attention of few tokens over many keys, keys split over blocks: each block's part of the softmax, and the
 // merging of the parts. Where attend_few.cu is short, this is dense: a block takes 64 heads of a token, which are the rows
 // of wgmma, so a key is decoded once for all of them.
 //
@@ -389,14 +389,15 @@ struct Merging {
     float highest[THREADS / 32], total[THREADS / 32], weights[THREADS], sums[THREADS / 32][HALF];
 };
 
-// parts and stats of up to THREADS splits -> out [tokens, heads, DIM]: their softmax, with sink [heads] in it, a logit that
-// has no value. With freqs [pairs] the last channels, in pairs, are turned back by the token's position. A block takes half
-// of a head's channels, a warp every eighth split. Blocks: [tokens][heads][2].
-extern "C" __global__ void __launch_bounds__(THREADS, 3) penumbra_attend_long_merge(
+// parts and stats of up to as many splits as there are threads -> out [tokens, heads, DIM]: their softmax, with sink
+// [heads] in it, a logit that has no value. With freqs [pairs] the last channels, in pairs, are turned back by the token's
+// position. A block takes half of a head's channels, a warp every WARPS-th split. Blocks: [tokens][heads][2].
+template <int WARPS>
+__device__ __forceinline__ void merge(
     const unsigned short* parts, const float* stats, const float* sink, const long long* positions,
     const float* freqs, int pairs, float* out, int heads, int splits) {
+    let_next_begin();
     Merging& s = *reinterpret_cast<Merging*>(memory);
-    const int WARPS = THREADS / 32;
     int half = blockIdx.x & 1, head = (int)(blockIdx.x / 2) % heads, token = (int)(blockIdx.x / 2) / heads;
     int thread = threadIdx.x, warp = warp_id(), lane = lane_id();
     await_previous();
@@ -467,3 +468,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) penumbra_attend_long_me
     *reinterpret_cast<Floats<2>*>(out + ((long long)token * heads + head) * DIM + channel) =
         Floats<2>{{even * cosine + odd * sine, odd * cosine - even * sine}};
 }
+
+#define MERGE(WARPS)                                                                                                \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, 24 / WARPS) penumbra_attend_long_merge_##WARPS(         \
+        const unsigned short* parts, const float* stats, const float* sink, const long long* positions,              \
+        const float* freqs, int pairs, float* out, int heads, int splits) {                                          \
+        merge<WARPS>(parts, stats, sink, positions, freqs, pairs, out, heads, splits);                               \
+    }
+MERGE(4)
+MERGE(8)

@@ -185,6 +185,7 @@ template <int ROWS, bool MADE>
 __device__ __forceinline__ void partial(
     const Made& made, float* streams, const float* fn, float* parts, int tokens, int size) {
     __shared__ __align__(16) float shared_streams[TOGETHER][4][COLUMNS], combs[TOGETHER][16];
+    let_next_begin();
     int blocks = size / COLUMNS, block = blockIdx.x % blocks, first = blockIdx.x / blocks * TOGETHER;
     int count = tokens - first < TOGETHER ? tokens - first : TOGETHER;
     int warp = warp_id(), token = warp / 4, column = block * COLUMNS + lane_id();
@@ -225,8 +226,8 @@ __device__ __forceinline__ void partial(
 PARTIAL(penumbra_mix_partial, PRODUCTS)
 PARTIAL(penumbra_collapse_partial, 4)
 
-// Streams, post and comb are not from the kernel right in front: a sublayer lies between. A block is small enough to
-// begin beside the last blocks of that one.
+// Streams, post and comb are not from the kernel right in front: a sublayer lies between, with a product, which lets
+// nobody begin before it has waited. A block is small enough to begin beside the last blocks of that one.
 extern "C" __global__ void __launch_bounds__(THREADS, 3) penumbra_mix_between(
     const float* made, int count, const float* beside, const float* before, const float* post, const float* comb,
     int rounds, float eps, float* streams, const float* fn, float* parts, int tokens, int size) {
@@ -256,6 +257,7 @@ extern "C" __global__ void __launch_bounds__(FINISHING) penumbra_mix_finish(
     const float* parts, const float* streams, const float* base, const float* scale, const float* norm, float* x,
     float* post, float* comb, int size, float rms_eps, float hc_eps) {
     __shared__ __align__(16) float sums[SLOTS];
+    let_next_begin();
     int wide = (size + WIDE - 1) / WIDE, each = post ? wide + 1 : wide;
     int token = blockIdx.x / each, part = blockIdx.x % each;
     int blocks = size / COLUMNS, column = part * WIDE + 4 * threadIdx.x;

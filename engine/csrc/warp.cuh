@@ -5,6 +5,9 @@
 // touches what another may read or write, and may have read its weights before: they never change. Every kernel waits,
 // even where it would need nothing, so that what is in front of the one in front has ended too.
 //
+// A short kernel calls let_next_begin first of all: those behind it are products, which send for weights meanwhile. What
+// is in front of it may then still run when the next one begins, which must not touch more than weights before it waits.
+//
 // On a CPU, tests/kernels/cuda_on_cpu.h brings its own of what stands between #ifndef ON_CPU and #endif.
 #pragma once
 
@@ -30,6 +33,8 @@ __device__ __forceinline__ void await_previous() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
+// The next kernel may take multiprocessors that are free as soon as all blocks of this one have begun.
+__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 // 16 bytes on their way to shared memory; what a lane sends for, in groups that come in order.
 __device__ __forceinline__ void fetch16(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");

@@ -84,6 +84,16 @@ class Matrix:
         return unpack(self.data, self.outputs) if self.packed else self.data
 
 
+def stacked(weights: Sequence[Tensor | Fp8Weight]) -> list[Tensor | Fp8Weight]:
+    """The same weights [., K]; if all are in bf16 on a GPU, one behind the other in memory, so that a product of many
+    tokens may take them as one.
+    """
+    plain = [w for w in weights if isinstance(w, Tensor) and w.is_cuda and w.dtype == torch.bfloat16]
+    if len(plain) < max(2, len(weights)):
+        return list(weights)
+    return list(torch.cat(plain).split([len(weight) for weight in plain]))
+
+
 def linear(x: Tensor, matrix: Matrix) -> Tensor:
     """x [T, K] fp32 -> [T, N] fp32, products summed in fp32."""
     if x.dim() != 2 or x.shape[1] != matrix.inputs:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from engine.batch import StepMeta
 from engine.cache.pools import KvPools
-from engine.config import C4_RATIO, ModelConfig
-from engine.kernels.beside import beside, pays
+from engine.config import C4_RATIO, C128_RATIO, ModelConfig
+from engine.kernels.beside import beside
 from engine.kernels.compress import Latents, Pooling, write_c4, write_c128
 from engine.kernels.index_topk import select_blocks
-from engine.kernels.linear import Matrix, grouped_linear, linear, linears
+from engine.kernels.linear import Matrix, grouped_linear, linear, linears, stacked
 from engine.kernels.norm_rope import linears_of_normed, query, rope_frequencies
 from engine.kernels.rows import RowPool, write_latents
 from engine.kernels.sparse_attention import sparse_attention
@@ -84,6 +84,7 @@ class Attention:
         self.layer, self.ratio = layer, config.compress_ratios[layer]
         self.heads, self.head_dim, self.groups = config.num_heads, config.head_dim, config.o_groups
         self.eps = config.rms_norm_eps
+        tensors = _stacked(tensors, self.ratio)
         self.wq_a = Matrix.prepare(tensors("attn.wq_a.weight"))
         self.q_norm = tensors("attn.q_norm.weight").float()
         self.wq_b = Matrix.prepare(tensors("attn.wq_b.weight"))
@@ -95,45 +96,35 @@ class Attention:
         self.wo_b = Matrix.prepare(tensors("attn.wo_b.weight"))
         self.compressor = Compressor.of(tensors, "attn.compressor") if self.ratio else None
         self.indexer = Indexer(config, tensors) if self.ratio == C4_RATIO else None
-        # All that is multiplied by the tokens, and by what the queries come from.
-        self.of_x, self.of_low = [self.wq_a, self.wkv], [self.wq_b]
+        self.of_x = [self.wq_a, self.wkv]
         if self.compressor is not None:
             self.of_x += [self.compressor.wkv, self.compressor.wgate]
         if self.indexer is not None:
             c = self.indexer.compressor
             self.of_x += [c.wkv, c.wgate, self.indexer.weights_proj]
-            self.of_low += [self.indexer.wq_b]
 
     def __call__(self, x: Tensor, meta: StepMeta, window_rows: Tensor, pools: KvPools) -> Tensor:
         """x [T, D] (site-normed) -> [T, D]. Writes this step's rows and rings; window_rows [T] are the tokens' own."""
         low, kv, *more = linears(x, self.of_x)
-        # A row closed by a token is visible to that very token: write before attending. And before the product that
-        # gives the queries, whose weights a GPU sends for meanwhile.
-        window = pools.window[self.layer]
-        self._write(Latents(window, window_rows, kv, self.kv_norm), more, meta, pools)
-        compressed, selected = None, None
-        if self.indexer is not None and pays(x):
-            with beside(x.device) as other:
-                with other:
-                    (index_q,) = linears_of_normed(low, self.q_norm, self.eps, [self.indexer.wq_b])
-                    selected = self.indexer.select(index_q, more[-1], meta, self.freqs, pools, self.layer)
-                (q,) = linears_of_normed(low, self.q_norm, self.eps, [self.wq_b])
-                q = self._queries(q, meta)
-        else:
-            q, *index_qs = linears_of_normed(low, self.q_norm, self.eps, self.of_low)
-            q = self._queries(q, meta)
+        # A row closed by a token is visible to that very token: write before attending.
+        window, compressed, selected = pools.window[self.layer], None, None
+        written = Latents(window, window_rows, kv, self.kv_norm)
+        with beside(x) as other:
+            with other():
+                self._write(written, more, meta, pools)
             if self.indexer is not None:
-                selected = self.indexer.select(index_qs[0], more[-1], meta, self.freqs, pools, self.layer)
+                # First, for its kernels wait for each other, which the product of the queries hides.
+                (index_q,) = linears_of_normed(low, self.q_norm, self.eps, [self.indexer.wq_b])
+                with other():
+                    selected = self.indexer.select(index_q, more[-1], meta, self.freqs, pools, self.layer)
+            (q,) = linears_of_normed(low, self.q_norm, self.eps, [self.wq_b])
+            q = query(q.view(-1, self.heads, self.head_dim), meta.positions, self.freqs, self.eps)
         if self.compressor is not None:
             compressed = (pools.c128 if self.indexer is None else pools.c4)[self.layer]
         scale, half = self.head_dim**-0.5, self.wq_b.half
         out = sparse_attention(q, self.sink, meta, window, compressed, self.ratio, selected, scale, half, self.freqs)
         out = out.view(out.shape[0], self.groups, -1)
         return linear(grouped_linear(out, self.wo_a, self.groups), self.wo_b)
-
-    def _queries(self, q: Tensor, meta: StepMeta) -> Tensor:
-        """What `wq_b` made, [T, H * K] -> [T, H, K], normed and rotated."""
-        return query(q.view(-1, self.heads, self.head_dim), meta.positions, self.freqs, self.eps)
 
     def write_window(self, x: Tensor, positions: Tensor, rows: Tensor, window: RowPool) -> None:
         """Write the keys of tokens x [T, D] at `positions` [T] to `rows` [T] of the layer's window."""
@@ -158,3 +149,13 @@ class Attention:
     ) -> Pooling:
         u, g, *_ = projected
         return Pooling(u, g, c.ape, c.norm, rings[self.layer], pools[self.layer])
+
+
+def _stacked(tensors: LayerTensors, ratio: int) -> LayerTensors:
+    """The same tensors, of which those that the tokens are multiplied by lie as `stacked` says."""
+    sites = {0: (), C4_RATIO: ("compressor", "indexer.compressor"), C128_RATIO: ("compressor",)}[ratio]
+    names = [f"attn.{site}.{name}.weight" for site in sites for name in ("wkv", "wgate")]
+    if ratio == C4_RATIO:
+        names.append("attn.indexer.weights_proj.weight")
+    found = dict(zip(names, stacked([tensors(name) for name in names]), strict=True))
+    return lambda name: found.pop(name) if name in found else tensors(name)

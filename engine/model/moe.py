@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from engine.config import ModelConfig
+from engine.kernels.beside import beside
 from engine.kernels.experts import Experts, Parts, WorkList, mlp, route_few, route_hashed, route_scored, routed_parts
 from engine.kernels.linear import Matrix
 from engine.model.attention import LayerTensors
@@ -30,13 +31,17 @@ class MixtureOfExperts:
 
     def __call__(self, x: Tensor, token_ids: Tensor) -> Tensor | Parts:
         """x [T, D], token_ids [T] int64 (the input tokens: hash layers route by them) -> [T, D], perhaps in parts."""
-        work: WorkList | None = None
-        if (few := route_few(x, self.gate, self.bias, self.table, token_ids, self.k, self.scaling)) is not None:
-            picks, weights, work = few
-        elif self.table is not None:
-            picks, weights = route_hashed(x, self.gate, self.table, token_ids, self.scaling)
-        else:
-            assert self.bias is not None
-            picks, weights = route_scored(x, self.gate, self.bias, self.k, self.scaling)
-        shared = mlp(x, self.shared_gate, self.shared_up, self.shared_down, self.limit)
+        with beside(x) as other:
+            with other():
+                picks, weights, work = self._route(x, token_ids)
+            shared = mlp(x, self.shared_gate, self.shared_up, self.shared_down, self.limit)
         return routed_parts(x, picks, weights, self.experts, self.limit, shared, work)
+
+    def _route(self, x: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, WorkList | None]:
+        """picks and weights [T, k], and the list of work where it comes with them."""
+        if (few := route_few(x, self.gate, self.bias, self.table, token_ids, self.k, self.scaling)) is not None:
+            return few
+        if self.table is not None:
+            return *route_hashed(x, self.gate, self.table, token_ids, self.scaling), None
+        assert self.bias is not None
+        return *route_scored(x, self.gate, self.bias, self.k, self.scaling), None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from cuda.core import Device, Program, ProgramOptions
 
 from engine.kernels.beside import beside
+from engine.kernels.device import use_cuda_products
 from engine.kernels.device.cuda import run
 
 pytestmark = pytest.mark.gpu
@@ -25,12 +27,19 @@ __device__ int fresh(const int* at) {
     asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
     return value;
 }
-extern "C" __global__ void late(int* to, const int* from, int more, long long cycles) {
+__device__ void copy_late(int* to, const int* from, int more, long long cycles) {
     await_previous();
     if (threadIdx.x) return;
     int value = fresh(from) + more;
     for (long long end = clock64() + cycles; clock64() < end;) {}
     *to = value;
+}
+extern "C" __global__ void late(int* to, const int* from, int more, long long cycles) {
+    copy_late(to, from, more, cycles);
+}
+extern "C" __global__ void late_but_open(int* to, const int* from, int more, long long cycles) {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    copy_late(to, from, more, cycles);
 }
 extern "C" __global__ void compare(const int* one, const int* other, int* apart) {
     await_previous();
@@ -39,19 +48,25 @@ extern "C" __global__ void compare(const int* one, const int* other, int* apart)
 """
 
 
+@pytest.fixture(autouse=True)
+def in_cuda() -> Iterator[None]:
+    use_cuda_products(True)
+    yield
+    use_cuda_products(False)
+
+
 @pytest.fixture(scope="module")
-def kernels() -> tuple[Any, Any]:
+def program() -> Any:
     torch.zeros(1, device="cuda")
     Device(0).set_current()
-    program = Program(SOURCE, "c++", ProgramOptions(std="c++17", arch="sm_90a")).compile("cubin")
-    return program.get_kernel("late"), program.get_kernel("compare")
+    return Program(SOURCE, "c++", ProgramOptions(std="c++17", arch="sm_90a")).compile("cubin")
 
 
+@pytest.mark.parametrize("name", ["late", "late_but_open"])
 @pytest.mark.parametrize("cycles", itertools.product((1_000, 200_000), repeat=3))
-def test_what_comes_behind_reads_what_both_made_and_both_read_what_came_before(kernels, cycles) -> None:
-    late, compare = kernels
-    zero = [torch.zeros(1, dtype=torch.int32, device="cuda") for _ in range(4)]
-    before, one, other, apart = zero
+def test_what_comes_behind_reads_what_both_made_and_both_read_what_came_before(program, name, cycles) -> None:
+    late, compare = program.get_kernel(name), program.get_kernel("compare")
+    before, one, other, behind, apart = (torch.zeros(1, dtype=torch.int32, device="cuda") for _ in range(5))
 
     def copy(to: torch.Tensor, of: torch.Tensor, more: int, cycles: int) -> None:
         run(late, 1, 32, 0, to, of, ctypes.c_int32(more), ctypes.c_int64(cycles), waits=True)
@@ -59,18 +74,21 @@ def test_what_comes_behind_reads_what_both_made_and_both_read_what_came_before(k
     def layers() -> None:
         for _ in range(8):
             copy(before, before, 1, cycles[0])
-            with beside(before.device) as strand:
-                with strand:
+            with beside(before) as strand:
+                with strand():
                     copy(one, before, 0, cycles[1])
                     copy(one, before, 0, cycles[1])
                 copy(other, before, 0, cycles[2])
-            run(compare, 1, 32, 0, one, other, apart, waits=True)
+                with strand():
+                    run(compare, 1, 32, 0, one, other, apart, waits=True)
+                copy(behind, other, 0, cycles[1])
+            run(compare, 1, 32, 0, one, behind, apart, waits=True)
 
     layers()
-    assert [int(t) for t in (before, one, other, apart)] == [8, 8, 8, 0]
+    assert [int(t) for t in (before, one, other, behind, apart)] == [8, 8, 8, 8, 0]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         layers()
     for _ in range(20):
         graph.replay()
-    assert [int(t) for t in (before, one, other, apart)] == [168, 168, 168, 0]
+    assert [int(t) for t in (before, one, other, behind, apart)] == [168, 168, 168, 168, 0]

@@ -71,16 +71,16 @@ struct Merge {
     int pairs, heads, splits;
 };
 static Merge m;
+template <auto KERNEL> static void merged_by() {
+    KERNEL(m.parts, m.stats, m.sink, m.positions, m.freqs, m.pairs, m.out, m.heads, m.splits);
+}
 
-extern "C" void run_merge(const Merge* call, unsigned tokens) {
+extern "C" void run_merge(const Merge* call, unsigned tokens, unsigned warps) {
     m = *call;
-    blockDim.x = THREADS;
+    blockDim.x = 32 * warps;
     for (blockIdx.x = 0; blockIdx.x < tokens * m.heads * 2; blockIdx.x++) {
         std::fill(std::begin(memory), std::end(memory), 0xff);
-        block::run(THREADS, [] {
-            penumbra_attend_long_merge(m.parts, m.stats, m.sink, m.positions, m.freqs, m.pairs, m.out, m.heads,
-                                       m.splits);
-        });
+        block::run(blockDim.x, warps == 4 ? merged_by<penumbra_attend_long_merge_4> : merged_by<penumbra_attend_long_merge_8>);
     }
 }
 extern "C" unsigned shared_bytes(unsigned keys) {

@@ -182,6 +182,7 @@ inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
     return made;
 }
 inline void await_previous() {}
+inline void let_next_begin() {}
 inline void fetch16(void* to, const void* from) { std::memcpy(to, from, 16); }
 inline void fetch16_or_zeros(void* to, const void* from) {
     if (from) std::memcpy(to, from, 16);

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels.device import attend_long
+from engine.kernels.device import attend_few, attend_long
 from engine.kernels.norm_rope import rotate
 from engine.kernels.rows import RowPool, read_rows, write_rows
 from tests.kernels.cuda_on_cpu import compiled
@@ -282,11 +282,11 @@ def merge(library: ctypes.CDLL, parts: Tensor, stats: Tensor, sink: Tensor, at: 
     freqs_at, pairs = (None, 0) if freqs is None else (freqs.data_ptr(), len(freqs))
     pointers = [t.data_ptr() for t in (parts, stats, sink, at)]
     call = Merge(*pointers, freqs_at, out.data_ptr(), pairs, heads, splits)
-    library.run_merge(ctypes.byref(call), ctypes.c_uint(count))
+    library.run_merge(ctypes.byref(call), ctypes.c_uint(count), ctypes.c_uint(attend_long.merging(stats.shape[1])))
     return out
 
 
-@pytest.mark.parametrize("splits", [1, 3, 8, 9, 64, 65, 132, 256])
+@pytest.mark.parametrize("splits", [1, 3, 4, 5, 8, 9, 64, 65, 132, 256])
 @pytest.mark.parametrize("turned", [False, True])
 def test_parts_merge_to_the_softmax_with_the_sink_in_it(library, splits: int, turned: bool) -> None:
     """Empty splits stand anywhere; their parts are NaN."""
@@ -327,7 +327,7 @@ def test_a_sum_of_any_size_keeps_its_bits_as_halves(library) -> None:
 
 
 def test_splits_are_chosen_by_shapes_and_leave_none_without_a_tile() -> None:
-    for tokens in range(1, 9):
+    for tokens in range(1, attend_few.TOKENS + 1):
         for heads in (64, 128):
             for keys in (128, 640, 1152, 128 + 2048, 128 + 7040, 128 + 8192):
                 tile, splits = attend_long.plan(tokens, heads, keys)

@@ -610,6 +610,27 @@ def test_a_matrix_on_the_device_gives_what_it_gives_on_the_cpu():
     assert math.isclose(apart(got, linear(x, Matrix.prepare(weight))), 0, abs_tol=1e-10)
 
 
+@pytest.mark.parametrize("tokens", [20, 300])
+def test_bf16_matrices_that_lie_one_behind_the_other_are_multiplied_as_one(monkeypatch, tokens):
+    parts = [randn(n, 256, seed=n).bfloat16() for n in (64, 16, 48)]
+    e4m3 = torch.randint(0x78, (128, 256), dtype=torch.uint8), torch.ones(1, 2)
+    quantised, x = tuple(there(part) for part in e4m3), there(randn(tokens, 256))
+    alone = [(there(part), None) for part in parts]
+    together = [(part, None) for part in there(torch.cat(parts)).split([len(part) for part in parts])]
+    taken = []
+    product = device_linear.product
+    monkeypatch.setattr(device_linear, "product", lambda x, w, *more: taken.append(len(w)) or product(x, w, *more))
+    expected = device_linear.products(x, [alone[0], quantised, *alone[1:]])
+    assert taken == [128, 64, 16, 48]
+    got = device_linear.products(x, [together[0], quantised, *together[1:]])
+    assert taken[4:] == [128, 128], "the other one, and the three"
+    for one, other in zip(got, expected, strict=True):
+        assert one.shape == other.shape
+        assert apart(one, other) < 1e-10
+    device_linear.products(x, [together[1], together[0]])
+    assert taken[6:] == [16, 64], "not in order"
+
+
 @pytest.mark.parametrize("inputs", [256, 384])
 @pytest.mark.parametrize("tokens", [1, 5, 20])
 def test_products_of_normed_tokens_are_those_of_tokens_that_were_normed_before(tokens, inputs):

@@ -1,4 +1,4 @@
-"""The binding of engine/csrc/attend_few.cu: attention of up to eight tokens, keys split over blocks.
+"""The binding of engine/csrc/attend_few.cu: attention of up to 64 tokens, keys split over blocks.
 
 How many splits there are depends on shapes alone. Where a page table is wider than a context the splits share the keys
 that there are, and those left over end at once.
@@ -18,7 +18,7 @@ from engine.kernels.device import cuda_products
 from engine.kernels.rows import LATENT_DIM, RowPool
 from wire.types import PAGE_TOKENS
 
-TOKENS = 8
+TOKENS = 64
 _THREADS, _MERGERS, _TILE, _HEADS = 256, 128, 32, 16
 """As in the source; heads of a tile."""
 SHARED_BYTES = {1: 95_616, 2: 117_440}

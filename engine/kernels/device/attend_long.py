@@ -1,4 +1,4 @@
-"""The binding of engine/csrc/attend_long.cu: attention of up to eight tokens over many keys, split over blocks.
+"""The binding of engine/csrc/attend_long.cu: attention of up to 64 tokens over many keys, split over blocks.
 
 How many splits there are depends on shapes alone. Where a page table is wider than a context the splits share the keys
 that there are, and those left over end at once.
@@ -52,6 +52,11 @@ def plan(tokens: int, heads: int, keys: int) -> tuple[int, int]:
     return min(plans)[1:]
 
 
+def merging(splits: int) -> int:
+    """Warps of a block that merges so many splits: with more than four some would have none."""
+    return 8 if splits > 4 else 4
+
+
 def attend(
     q: Tensor, sink: Tensor, meta: StepMeta, window: RowPool, compressed: RowPool | None, selected: Tensor | None,
     keys: int, scale: float, freqs: Tensor | None, out: Tensor,
@@ -90,9 +95,10 @@ def merge(parts: Tensor, stats: Tensor, sink: Tensor, positions: Tensor, freqs: 
     from engine.kernels.device.cuda import kernel, run
 
     tokens, splits, heads, _ = parts.shape
-    int32 = ctypes.c_int32
+    int32, warps = ctypes.c_int32, merging(splits)
     run(
-        kernel("attend_long.cu", "penumbra_attend_long_merge", MERGE_BYTES), tokens * heads * 2, _THREADS, MERGE_BYTES,
+        kernel("attend_long.cu", f"penumbra_attend_long_merge_{warps}", MERGE_BYTES), tokens * heads * 2, 32 * warps,
+        MERGE_BYTES,
         parts, stats, sink, positions, 0 if freqs is None else freqs, int32(0 if freqs is None else freqs.shape[0]),
         out, int32(heads), int32(splits), waits=True,
     )  # fmt: skip

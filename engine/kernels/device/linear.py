@@ -11,6 +11,7 @@ occasion: exactly, where scales are powers of two, as DeepSeek's are.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -207,9 +208,30 @@ def products(
 
 
 def _each(x: Tensor, matrices: Sequence[tuple[Tensor, Tensor | None]], own: bool) -> list[Tensor]:
-    """`product` of each; those e4m3 ones that `linears_some` takes share what their tokens become."""
-    together = [(weight, scales) for weight, scales in matrices if scales is not None]
-    if not own or len(together) < 2 or not linears_some.takes(len(x), [weight for weight, _ in together]):
-        return [product(x, weight, scales, 1) for weight, scales in matrices]
-    made = iter(linears_some.products(x, together))
-    return [product(x, weight, None, 1) if scales is None else next(made) for weight, scales in matrices]
+    """`product` of each; bf16 ones that lie one behind the other as one, and those e4m3 ones that `linears_some` takes
+    share what their tokens become.
+    """
+    quantised = [(weight, scales) for weight, scales in matrices if scales is not None]
+    together = own and len(quantised) > 1 and linears_some.takes(len(x), [weight for weight, _ in quantised])
+    made = iter(linears_some.products(x, quantised) if together else [product(x, *each, 1) for each in quantised])
+    plain = iter(_plain(x, [weight for weight, scales in matrices if scales is None]))
+    return [next(plain if scales is None else made) for _, scales in matrices]
+
+
+def _plain(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    """`product` of each of these, which have no scales."""
+    if len(weights) < 2 or not _one_behind_the_other(weights):
+        return [product(x, weight, None, 1) for weight in weights]
+    rows = [len(weight) for weight in weights]
+    whole = weights[0].as_strided((sum(rows), weights[0].shape[1]), weights[0].stride())
+    return list(product(x, whole, None, 1).split(rows, dim=1))
+
+
+def _one_behind_the_other(weights: list[Tensor]) -> bool:
+    """Whether these, [., K] in bf16, are rows of one tensor in order, as `engine.kernels.linear.stacked` lays them."""
+    if any(weight.dtype != torch.bfloat16 for weight in weights):
+        return False
+    if len({weight.untyped_storage().data_ptr() for weight in weights}) > 1:
+        return False
+    starts = itertools.accumulate((weight.numel() for weight in weights), initial=weights[0].storage_offset())
+    return all(weight.storage_offset() == start for weight, start in zip(weights, starts, strict=False))

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from engine.kernels.device import cuda_products
 
-TOKENS = 16
-"""Blocks of four tokens each; more are better off with their products on tensor cores."""
+TOKENS = 64
+"""At most, each four of them by blocks of their own; more are better off with their products on tensor cores."""
 SIZE = 8192
 """At most: a thread that finishes has all its parts on their way at once."""
 _COLUMNS, _TOGETHER, _THREADS, _WIDE, _FINISHING, _SLOTS = 32, 4, 512, 256, 192, 34
@@ -38,8 +38,9 @@ def mix_between(
     """`mix_in` of the streams that a sublayer leaves, which go into streams [T, 4, D]: contiguous, like all of it.
 
     made [T, k, D] and beside [T, D] are what it made, in parts; before, before_post and before_comb what it began with.
-    These three must not come from the kernel that is queued last: they are read before it ends. before_comb is made
-    doubly stochastic in so many rounds, or is so already if there are none.
+    These three are read before the kernel that is queued last has ended. So it must not be the one they come from, but
+    one that waits before it lets others begin, as every product does. before_comb is made doubly stochastic in so many
+    rounds, or is so already if there are none.
     """
     from engine.kernels.device.cuda import kernel, run
 
