@@ -8,6 +8,7 @@ T tokens of B segments, P pages at most, V vocabulary, D hidden.
 
 from __future__ import annotations
 
+import gc
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
@@ -107,7 +108,7 @@ class StepGraphs:
     def __init__(self, model: DeepseekV4, draft: DraftLayer | None, pools: KvPools, *, capture: bool = True) -> None:
         """Without `capture`, parts are never captured, so that the padding can be tried on a CPU."""
         self._model, self._draft, self._pools = model, draft, pools
-        self._memory: Any = torch.cuda.graph_pool_handle() if capture else None
+        self._memory = _Memory() if capture else None
         self._families: OrderedDict[tuple[int, int], _Family] = OrderedDict()
 
     def step(self, batch: list[Segment], tables: Tables) -> Step | None:
@@ -135,10 +136,21 @@ class StepGraphs:
         return _GraphStep(self._families[key], tokens, batch, tables)
 
 
+class _Memory:
+    """Where graphs keep what they make: one pool for all of them, for no two run at once."""
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """To be called behind a capture that failed: torch goes on recording into its pool."""
+        self.pool: Any = torch.cuda.graph_pool_handle()
+
+
 class _Part(Generic[T]):
     """A piece of a step in which the host looks at no value."""
 
-    def __init__(self, run: Callable[[], T], memory: Any) -> None:
+    def __init__(self, run: Callable[[], T], memory: _Memory | None) -> None:
         self._run, self._memory = run, memory
         self._graph: torch.cuda.CUDAGraph | None = None
         self._ran = False
@@ -150,25 +162,31 @@ class _Part(Generic[T]):
             return self._made
         if self._graph is None:
             try:
-                self._graph = self._captured()
+                self._graph = self._captured(self._memory.pool)
             except Exception as error:  # of torch, of the driver or of cuda.core: capturing has run nothing
                 log.warning(
                     "part_of_a_step_not_captured", why=str(error)[:300], instead="its kernels are called singly"
                 )
+                self._memory.renew()
                 self._memory = None
                 return self()
         self._graph.replay()
         return self._made
 
-    def _captured(self) -> torch.cuda.CUDAGraph:
+    def _captured(self, pool: Any) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         before = torch.cuda.current_stream()  # where a capture can not be ended, torch leaves its own the current one
+        # A family that was given up holds graphs until garbage is collected, and to destroy one ends a capture.
+        collects = gc.isenabled()
+        gc.disable()
         try:
             # Other threads go on copying pages meanwhile.
-            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._made = self._run()
         finally:
             torch.cuda.set_stream(before)
+            if collects:
+                gc.enable()
         return graph
 
 
@@ -208,7 +226,7 @@ class _Family:
         pools: KvPools,
         segments: int,
         pages: int,
-        memory: Any,
+        memory: _Memory | None,
     ) -> None:
         self.model, self.draft, self.pools, self.memory = model, draft, pools, memory
         self.segments, self.pages = segments, pages

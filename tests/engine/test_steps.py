@@ -11,7 +11,7 @@ import torch
 from engine.batch import Segment, Tables
 from engine.config import KvLayout
 from engine.runner import Runner
-from engine.steps import PAGE_SIZES, TOKEN_SIZES, StepGraphs, _Part
+from engine.steps import PAGE_SIZES, TOKEN_SIZES, StepGraphs, _Memory, _Part
 from tests.engine.speculation import Speculator, drafting_model, half_right, runner_of
 from tests.engine.test_mtp import PACKED, plain_answers, prompt_of
 from wire.types import PageClass, SamplingParams
@@ -106,8 +106,15 @@ def test_a_part_that_can_not_be_captured_is_called_kernel_by_kernel_from_then_on
         calls.append(len(calls))
         return len(calls)
 
-    part = _Part(run, memory=object())
+    class Memory(_Memory):
+        def renew(self) -> None:
+            self.pool = object()
+
+    memory = Memory()
+    first = memory.pool
+    part = _Part(run, memory)
     with structlog.testing.capture_logs() as told:
         assert [part() for _ in range(4)] == [1, 2, 3, 4]
     assert calls == [0, 1, 2, 3]
     assert [line["event"] for line in told] == ["part_of_a_step_not_captured"], "said once"
+    assert memory.pool is not first, "torch goes on recording into the one"

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 _PAGE = tl.constexpr(256)
 _C4_RING, _C128_RING = tl.constexpr(C4_RING), tl.constexpr(C128_RING)
 _C4, _C128 = tl.constexpr(C4_RATIO), tl.constexpr(C128_RATIO)
-SHORT_STEP = 64
-"""Steps of up to this many tokens write rings in the same launch: a C4 row reaches back 7 tokens, and a ring has 16."""
+SHORT_STEP = 8
+"""Steps of up to this many tokens write rings in the same launch: a C4 row reaches back 7 tokens, and a ring has 16, so
+with more of one sequence it might find what was written for a later one."""
 _STRIP = 8
 """Tokens of a C128 row that are on their way at once."""
 
