@@ -339,7 +339,7 @@ def mixing_cases(bandwidth: float) -> Cases:
         if tokens <= mix_few.TOKENS:
             yield Figure("mHC in, normed, in CUDA C++", f"{tokens} tokens", in_cuda(ours, fns), floor, "Triton", us)
         yield Figure("mHC out", f"{tokens} tokens", out, tokens * size * 36 / bandwidth * 1e6)
-        if tokens <= mix_few.TOKENS:
+        if tokens <= mix_few.BETWEEN_TOKENS:
             made, beside = torch.randn(tokens, 6, size, device="cuda"), torch.randn(tokens, size, device="cuda")
             unbalanced = Unbalanced(torch.randn(tokens, 4, 4, device="cuda"), 20, 1e-6)
 

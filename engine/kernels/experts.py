@@ -135,7 +135,7 @@ def routed_parts(
     if x.is_cuda:
         from engine.kernels.device import hyper_connections as taker
 
-        if taker.takes_between(*x.shape):
+        if taker.takes_parts(*x.shape):
             _check(x, picks, weights, experts)
             return Parts(_parts(x, picks, weights, experts, limit, work), beside)
     return routed_experts(x, picks, weights, experts, limit, beside, work)

@@ -198,9 +198,14 @@ def mix_in(
     return x, post, comb
 
 
+def takes_parts(tokens: int, size: int) -> bool:
+    """Whether what a sublayer made of so many tokens may be parts, which `mix_out` and `mix_between` add up."""
+    return mix_few.takes(tokens, size)
+
+
 def takes_between(tokens: int, size: int) -> bool:
     """Whether `mix_between` takes so many tokens of this size."""
-    return mix_few.takes(tokens, size)
+    return mix_few.takes(tokens, size) and tokens <= mix_few.BETWEEN_TOKENS
 
 
 def mix_between(
