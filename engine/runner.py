@@ -100,22 +100,23 @@ class Runner:
         return runner
 
     def warm_up(self) -> None:
-        """Run steps of every kind of size, so that no request waits for kernels to be compiled."""
-        greedy = SamplingParams(max_tokens=1, seed=0, temperature=0)
-        pools = self.pools
+        """Run steps of every kind of size, at the begin and at the end of the longest context, so that no request waits
+        for kernels to be compiled. A page stands for all of a context's: what it holds, nobody looks at.
+        """
+        greedy, guesses, pools = SamplingParams(max_tokens=1, seed=0, temperature=0), 2, self.pools
+        slot, page, swa_page = (pool.allocate(1) for pool in (pools.slots, pools.full, pools.swa))
+        width = -(-self.max_context // PAGE_TOKENS)
         sequence = Sequence(
-            request_id="warm-up",
-            sampling=greedy,
-            slot=pools.slots.allocate(1)[0],
-            pages=pools.full.allocate(1),
-            swa_pages=pools.swa.allocate(1),
+            request_id="warm-up", sampling=greedy, slot=slot[0], pages=page * width, swa_pages=swa_page * width
         )
         for tokens in WARM_UP_TOKENS:
-            for _ in range(1 if self.graphs is None else 2):  # a graph is captured the second time
-                self.step([Segment(sequence=sequence, start=0, tokens=[3] * tokens, sample=True, guesses=2)])
-        pools.full.release(sequence.pages)
-        pools.swa.release(sequence.swa_pages)
-        pools.slots.release([sequence.slot])
+            for start in {0, max(0, self.max_context - tokens - guesses)}:
+                for _ in range(1 if self.graphs is None else 2):  # a graph is captured the second time
+                    self.step(
+                        [Segment(sequence=sequence, start=start, tokens=[3] * tokens, sample=True, guesses=guesses)]
+                    )
+        for pool, taken in ((pools.slots, slot), (pools.full, page), (pools.swa, swa_page)):
+            pool.release(taken)
 
     @property
     def max_context(self) -> int:

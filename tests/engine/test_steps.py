@@ -10,7 +10,7 @@ import torch
 
 from engine.batch import Segment, Tables
 from engine.config import KvLayout
-from engine.runner import Runner
+from engine.runner import WARM_UP_TOKENS, Runner
 from engine.steps import PAGE_SIZES, TOKEN_SIZES, StepGraphs, _Memory, _Part
 from tests.engine.speculation import Speculator, drafting_model, half_right, runner_of
 from tests.engine.test_mtp import PACKED, plain_answers, prompt_of
@@ -96,6 +96,22 @@ def test_a_batch_of_every_size_fits_its_graph_and_a_longer_one_has_none() -> Non
     wide = Tables.of([replace(segment(1), start=PAGE_SIZES[-1] * 256)])
     assert graphs.step([segment(1)], wide) is None
     assert list(TOKEN_SIZES) == sorted(TOKEN_SIZES)
+
+
+def test_warming_up_takes_steps_at_both_ends_of_the_longest_context_and_gives_all_back() -> None:
+    config, tensors = drafting_model(31, "flash")
+    runner = with_graphs(runner_of(config, tensors, "exact"))
+    pools, places = runner.pools, []
+    step = runner.step
+    runner.step = lambda batch: places.append((batch[0].start, len(batch[0].tokens))) or step(batch)  # type: ignore[method-assign,func-returns-value]
+    every = (pools.full, pools.swa, pools.slots)
+    free = [pool.free for pool in every]
+    runner.warm_up()
+    assert set(places) == {(start, n) for n in WARM_UP_TOKENS for start in (0, runner.max_context - n - 2)}
+    assert len(places) == 2 * len(set(places)), "a graph is captured the second time"
+    assert isinstance(runner.graphs, Counting)
+    assert runner.graphs.taken == len(places)
+    assert [pool.free for pool in every] == free
 
 
 def test_a_part_that_can_not_be_captured_is_called_kernel_by_kernel_from_then_on() -> None:
