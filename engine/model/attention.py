@@ -96,7 +96,7 @@ class Attention:
         self.wo_b = Matrix.prepare(tensors("attn.wo_b.weight"))
         self.compressor = Compressor.of(tensors, "attn.compressor") if self.ratio else None
         self.indexer = Indexer(config, tensors) if self.ratio == C4_RATIO else None
-        self.of_x = [self.wq_a, self.wkv]
+        self.of_x = [self.wq_a, self.wkv]  # all that is multiplied by the tokens
         if self.compressor is not None:
             self.of_x += [self.compressor.wkv, self.compressor.wgate]
         if self.indexer is not None:
