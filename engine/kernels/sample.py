@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -129,10 +130,10 @@ def sample_rows(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
     answers: dict[int, Sampled] = {}
     if device.takes(logits.shape[1]) and (plain := [i for i, row in enumerate(rows) if _is_plain(row)]):
         some = [rows[i] for i in plain]
-        drawn = device.draw(
-            logits if len(plain) == len(rows) else logits[plain], how_drawn(some), any(map(_filters, some))
-        )
-        for i, (token, state) in zip(plain, drawn.tolist(), strict=True):
+        how = torch.from_numpy(how_drawn(some).view(np.int64)).to(logits.device)
+        every = logits if len(plain) == len(rows) else logits[plain]
+        drawn = device.draw(every, how, any(map(_filters, some))).tolist()
+        for i, (token, state) in zip(plain, drawn, strict=True):
             if state != device.UNSURE:
                 answers[i] = Sampled(token_id=token, logprob=0.0, ok=state == device.DRAWN)
     if left := [i for i in range(len(rows)) if i not in answers]:
@@ -142,7 +143,7 @@ def sample_rows(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
 
 
 def how_drawn(rows: Sequence[Row]) -> NDArray[np.uint64]:
-    """[S, 5], as engine/csrc/sample_rows.cu takes them: key of the noise, temperature, top_p, min_p and top_k."""
+    """[S, 5], bits as engine/csrc/sample_rows.cu takes them: key of the noise, temperature, top_p, min_p, top_k."""
     params = [row.params for row in rows]
     how = np.empty((len(rows), 5), dtype=np.uint64)
     how[:, 0] = _keys(params, [row.position for row in rows])

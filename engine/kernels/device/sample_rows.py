@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.kernels.device import cuda_products
@@ -27,9 +25,9 @@ def takes(vocabulary: int) -> bool:
     return cuda_products() and vocabulary % TILE == 0 and CANDIDATES < vocabulary <= _MOST_TOKENS
 
 
-def draw(logits: Tensor, rows: NDArray[np.uint64], filtered: bool) -> NDArray[np.int32]:
-    """logits [S, V] fp32 on a GPU, rows as `Row` of the source [S, 5] -> [S, 2]: a token and DRAWN, or one that means
-    nothing where logits are not finite, or where more than CANDIDATES tokens pass a row's filters.
+def draw(logits: Tensor, how: Tensor, filtered: bool) -> Tensor:
+    """logits [S, V] fp32, how [S, 5] int64, on a GPU, as `Row` of the source -> [S, 2] int32: a token and DRAWN, or one
+    that means nothing where logits are not finite, or where more than CANDIDATES tokens pass a row's filters.
 
     filtered: any of the rows has top_k, top_p or min_p.
     """
@@ -37,8 +35,7 @@ def draw(logits: Tensor, rows: NDArray[np.uint64], filtered: bool) -> NDArray[np
     from engine.kernels.device.cuda import kernel, run
 
     count, vocabulary = logits.shape
-    logits = logits.contiguous()
-    how = torch.from_numpy(rows.view(np.int64)).to(logits.device)
+    logits, how = logits.contiguous(), how.contiguous()
     parts = torch.empty(count * _SPANS, PART_BYTES, dtype=torch.uint8, device=logits.device)
     drawn = torch.empty(count, 2, dtype=torch.int32, device=logits.device)
     stride = ctypes.c_int64(logits.stride(0))
@@ -55,5 +52,4 @@ def draw(logits: Tensor, rows: NDArray[np.uint64], filtered: bool) -> NDArray[np
         kernel("sample_rows.cu", "penumbra_sample_rows"), count, CANDIDATES, 0,
         logits, stride, how, parts, candidates, drawn, waits=True,
     )  # fmt: skip
-    found: NDArray[np.int32] = drawn.cpu().numpy()
-    return found
+    return drawn
