@@ -100,8 +100,8 @@ class Runner:
         return runner
 
     def warm_up(self) -> None:
-        """Run steps of every kind of size, at the begin and at the end of the longest context, so that no request waits
-        for kernels to be compiled. A page stands for all of a context's: what it holds, nobody looks at.
+        """Run steps of every kind of size, at the beginning and at the end of the longest context, so that no request
+        waits for kernels to be compiled. A page stands for all of a context's: what it holds, nobody looks at.
         """
         greedy, guesses, pools = SamplingParams(max_tokens=1, seed=0, temperature=0), 2, self.pools
         slot, page, swa_page = (pool.allocate(1) for pool in (pools.slots, pools.full, pools.swa))

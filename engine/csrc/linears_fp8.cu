@@ -134,22 +134,7 @@ template <int N, bool GATED> struct Pipe {
 // 128 inputs of a token, four to a lane, which become terms, a word of each. Gives back their unit.
 __device__ __forceinline__ float split(Floats<4> x, u32 (&terms)[2]) {
     float most = largest(largest(x.f[0], x.f[1]), largest(x.f[2], x.f[3]));
-    // It comes to lie between 128 and 256, as far as there are powers of two.
-    int exponent = (int)(__reduce_max_sync(ALL, __float_as_uint(most)) >> 23);
-    bool finite = exponent < 255;
-    exponent = exponent < 8 ? 8 : exponent;
-    float factor = __uint_as_float((u32)(261 - exponent) << 23);
-#pragma unroll
-    for (int i = 0; i < 4; i++) x.f[i] *= factor;
-    u32 low = e4m3s(x.f[0], x.f[1]), high = e4m3s(x.f[2], x.f[3]);
-    Floats<4> held;
-    values_of(low, held.f[0], held.f[1]);
-    values_of(high, held.f[2], held.f[3]);
-#pragma unroll
-    for (int i = 0; i < 4; i++) x.f[i] = (x.f[i] - held.f[i]) * 16.0f;
-    terms[0] = low | high << 16;
-    terms[1] = e4m3s(x.f[0], x.f[1]) | e4m3s(x.f[2], x.f[3]) << 16;
-    return __uint_as_float(finite ? (u32)(exponent - 7) << 23 : 0x7fc00000u);
+    return terms_of(x, __float_as_uint(most), terms);
 }
 
 // Tokens as terms, `apart` bytes for 128 inputs, by all warps: pairs of such blocks, of which each warp has AHEAD on

@@ -40,17 +40,8 @@ extern __shared__ __align__(1024) unsigned char memory[];
 __device__ __forceinline__ void arrive(u64* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(barrier)) : "memory");
 }
-// Arrives; the phase ends no sooner than so many bytes have come that copy() sends for.
-__device__ __forceinline__ void expect(u64* barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-        :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void copy(void* to, const void* from, u32 bytes, u64* barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-        :: "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
-}
-// Of both blocks of a cluster: to the same place, and the same barrier, of each.
-__device__ __forceinline__ void copy_to_both(void* to, const void* from, u32 bytes, u64* barrier) {
+// To both blocks of a cluster: the same place, and the same barrier, of each.
+__device__ __forceinline__ void bring_to_both(void* to, const void* from, u32 bytes, u64* barrier) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
         :: "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)), "h"((unsigned short)3) : "memory");
@@ -89,23 +80,13 @@ __device__ __forceinline__ float split(Floats<4> x, u8* tile, int token) {
         u32 size = __float_as_uint(x.f[i]) & 0x7fffffffu;
         most = size > most ? size : most;
     }
-    // The largest comes to lie between 128 and 256, as far as there are powers of two.
-    int exponent = (int)(__reduce_max_sync(ALL, most) >> 23), lane = lane_id();
-    bool finite = exponent < 255;
-    exponent = exponent < 8 ? 8 : exponent;
-    float factor = __uint_as_float((u32)(261 - exponent) << 23);
-#pragma unroll
-    for (int i = 0; i < 4; i++) x.f[i] *= factor;
-    u32 low = e4m3s(x.f[0], x.f[1]), high = e4m3s(x.f[2], x.f[3]);
-    Floats<4> held;
-    values_of(low, held.f[0], held.f[1]);
-    values_of(high, held.f[2], held.f[3]);
-#pragma unroll
-    for (int i = 0; i < 4; i++) x.f[i] = (x.f[i] - held.f[i]) * 16.0f;
+    u32 terms[2];
+    float unit = terms_of(x, most, terms);
+    int lane = lane_id();
     u8* at = tile + place(token / 8 * 16 + token % 8, lane / 4) + lane % 4 * 4;
-    *reinterpret_cast<u32*>(at) = low | high << 16;
-    *reinterpret_cast<u32*>(at + 8 * SLAB_ROW) = e4m3s(x.f[0], x.f[1]) | e4m3s(x.f[2], x.f[3]) << 16;
-    return __uint_as_float(finite ? (u32)(exponent - 7) << 23 : 0x7fc00000u);
+    *reinterpret_cast<u32*>(at) = terms[0];
+    *reinterpret_cast<u32*>(at + 8 * SLAB_ROW) = terms[1];
+    return unit;
 }
 
 // x [tokens, 128 * blocks] as terms: a warp makes those of 128 inputs.
@@ -270,12 +251,12 @@ template <int TILES> __device__ __forceinline__ void send_terms(const Tokens& x,
                 const u8* from = x.terms + tile * TERMS;
                 expect(full, bytes + TILES * TILE * 4);
                 if constexpr (S::TOGETHER == 1) {
-                    copy(to, from, bytes, full);
+                    bring(to, from, bytes, full);
                 } else {
                     int half = bytes / 2, first = blockIdx.x % 2 * half;
-                    copy_to_both(to + first, from + first, half, full);
+                    bring_to_both(to + first, from + first, half, full);
                 }
-                copy(shared.units[slot.stage], x.units + tile * TILE, TILES * TILE * 4, full);
+                bring(shared.units[slot.stage], x.units + tile * TILE, TILES * TILE * 4, full);
             }
             slot.advance();
         }

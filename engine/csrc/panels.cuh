@@ -22,15 +22,6 @@
 #define M 0x9c9c9c9cu
 
 #ifndef ON_CPU
-// A barrier's one arrival, with the bytes that copies are to bring before its phase ends. By one lane, as `bring`.
-__device__ __forceinline__ void expect(u64* barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-        :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void bring(void* to, const void* from, u32 bytes, u64* barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-        :: "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
-}
 // Of a phase of a barrier, and all that the warp has read and written before.
 __device__ __forceinline__ void arrive(u64* barrier) {
     __syncwarp();

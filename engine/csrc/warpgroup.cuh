@@ -31,6 +31,15 @@ __device__ __forceinline__ void make_barrier(u64* barrier, int arrivals) {
 __device__ __forceinline__ void arrive_when_there(u64* barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(shared_address(barrier)) : "memory");
 }
+// Arrives, with the bytes that copies are to bring before its phase ends. By one lane, as `bring`.
+__device__ __forceinline__ void expect(u64* barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+        :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void bring(void* to, const void* from, u32 bytes, u64* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+        :: "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
 // Until the phase of this parity has ended; before the first one, an odd one has.
 __device__ __forceinline__ void await(u64* barrier, u32 parity) {
     asm volatile(

@@ -24,7 +24,7 @@ def beside(x: Tensor) -> Iterator[Callable[[], AbstractContextManager[object]]]:
 
     For a step of tokens x [T, .] that is too long, or on a CPU, all is queued as it comes.
     """
-    if not pays(x):
+    if not _pays(x):
         yield nullcontext
         return
     main, other = torch.cuda.current_stream(x.device), _other_stream(x.device)
@@ -40,7 +40,7 @@ def beside(x: Tensor) -> Iterator[Callable[[], AbstractContextManager[object]]]:
         main.wait_stream(other)
 
 
-def pays(x: Tensor) -> bool:
+def _pays(x: Tensor) -> bool:
     if not x.is_cuda:
         return False
     from engine.kernels.device import cuda_products

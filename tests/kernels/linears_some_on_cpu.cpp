@@ -87,15 +87,15 @@ static void arrive_when_there(u64* barrier) {
     deliveries.push_back({std::move(sent[block::current]), barrier, false, polls + 400});
     sent[block::current].clear();
 }
-static void copy(void* to, const void* from, uint32_t bytes, u64* barrier) {
+static void bring(void* to, const void* from, uint32_t bytes, u64* barrier) {
     if (at(barrier).arrivals == 0xff) fault("a barrier that is not made yet");
     deliveries.push_back({{begun_copy(to, from, bytes)}, barrier, true, polls + 400});
 }
-static void copy_to_both(void* to, const void* from, uint32_t bytes, u64* barrier) {
+static void bring_to_both(void* to, const void* from, uint32_t bytes, u64* barrier) {
     for (unsigned block = 0; block < 2; block++) {
         look_for(block);
         long there = ((long)block - (long)rank()) * SHARED;
-        copy((unsigned char*)to + there, from, bytes, (u64*)((unsigned char*)barrier + there));
+        bring((unsigned char*)to + there, from, bytes, (u64*)((unsigned char*)barrier + there));
     }
 }
 static void poll() {

@@ -96,6 +96,23 @@ def grouped(x: Tensor, weight: Tensor, groups: int) -> Tensor:
     return torch.cat([part @ rows.T for part, rows in parts], dim=1)
 
 
+def tokens_of(count: int, inputs: int, g: torch.Generator) -> Tensor:
+    """[T, K], rows that lie apart, one value beside which others are small."""
+    x = torch.randn(count, inputs + 4, generator=g)[:, :inputs]
+    x[0, 5] = 3000.0
+    return x
+
+
+def check(got: Tensor, x: Tensor, matrix: tuple[Tensor, Tensor], groups: int) -> None:
+    """A product with the weights as they are, of tokens as they are held, which is near that of the tokens."""
+    weight, scales = matrix
+    dense = meant(weight, scales)
+    rounded = torch.cat([held(part) for part in x.split(weight.shape[1], 1)], dim=1)
+    size = grouped(x.double().abs(), dense.abs(), groups)
+    assert ((got - grouped(rounded, dense, groups)).abs() <= 1e-6 * size).all()
+    assert ((got - grouped(x.double(), dense, groups)).abs() <= 2.0**-9 * size).all()
+
+
 @pytest.mark.parametrize(
     ("tokens", "outputs", "inputs", "groups", "width", "share"),
     [(1, 32, 128, 1, 32, 1),      # one warpgroup has inputs, the others none
@@ -111,15 +128,8 @@ def test_a_product_is_that_of_the_weights_as_they_are(
     library, tokens: int, outputs: int, inputs: int, groups: int, width: int, share: int
 ) -> None:
     g = generator(outputs + inputs)
-    x = torch.randn(tokens, groups * inputs + 4, generator=g)[:, : groups * inputs]
-    x[0, 5] = 3000.0  # beside which others are small
-    weight, scales = matrix(outputs, inputs, g)
-    got = products(library, x, [(weight, scales)], groups, width=width, share=share)[0]
-    dense = meant(weight, scales)
-    rounded = torch.cat([held(part) for part in x.split(inputs, 1)], dim=1)
-    size = grouped(x.double().abs(), dense.abs(), groups)
-    assert ((got - grouped(rounded, dense, groups)).abs() <= 1e-6 * size).all()
-    assert ((got - grouped(x.double(), dense, groups)).abs() <= 2.0**-9 * size).all()
+    x, weight = tokens_of(tokens, groups * inputs, g), matrix(outputs, inputs, g)
+    check(products(library, x, [weight], groups, width=width, share=share)[0], x, weight, groups)
 
 
 @pytest.mark.parametrize("width", [16, 32])

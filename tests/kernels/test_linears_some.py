@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.kernels.device import linears_some, use_cuda_products
 from tests.kernels.cuda_on_cpu import compiled
 from tests.kernels.test_few_tokens import F, L, N, P, call, generator
-from tests.kernels.test_linears_fp8 import described, grouped, held, matrix, meant
+from tests.kernels.test_linears_fp8 import check, described, held, matrix, meant, tokens_of
 
 EPS = 1e-6
 
@@ -68,15 +68,8 @@ def test_a_product_is_that_of_the_weights_as_they_are(
     library, tokens: int, outputs: int, inputs: int, groups: int, parts: int, grid: int
 ) -> None:
     g = generator(outputs + inputs)
-    x = torch.randn(tokens, groups * inputs + 4, generator=g)[:, : groups * inputs]
-    x[0, 5] = 3000.0  # beside which others are small
-    weight, scales = matrix(outputs, inputs, g)
-    got = products(library, x, [(weight, scales)], groups, parts=parts, grid=grid)[0]
-    dense = meant(weight, scales)
-    rounded = torch.cat([held(part) for part in x.split(inputs, 1)], dim=1)
-    size = grouped(x.double().abs(), dense.abs(), groups)
-    assert ((got - grouped(rounded, dense, groups)).abs() <= 1e-6 * size).all()
-    assert ((got - grouped(x.double(), dense, groups)).abs() <= 2.0**-9 * size).all()
+    x, weight = tokens_of(tokens, groups * inputs, g), matrix(outputs, inputs, g)
+    check(products(library, x, [weight], groups, parts=parts, grid=grid)[0], x, weight, groups)
 
 
 @pytest.mark.parametrize("tokens", [20, 50])

@@ -19,6 +19,7 @@ from engine.kernels.rows import LATENT_DIM, RowPool
 from wire.types import PAGE_TOKENS
 
 TOKENS = 64
+"""At most. On an H200 32 of them attended to 640 keys in 29 us, in which FlashMLA, and what it is handed, took 61."""
 _THREADS, _MERGERS, _TILE, _HEADS = 256, 128, 32, 16
 """As in the source; heads of a tile."""
 SHARED_BYTES = {1: 95_616, 2: 117_440}
