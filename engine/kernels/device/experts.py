@@ -18,7 +18,6 @@ from engine.kernels.device.early import await_previous, early
 from engine.kernels.device.libraries import HummingExperts
 
 FP32, BF16, FP4 = (tl.constexpr(kind) for kind in (0, 1, 2))
-FP4_GROUP = 32
 MAX_SCALE_CODE = 128
 """Largest UE8M0 code of an FP4 group that the kernels take: they fold 2^126 into the scale, which bf16 must hold."""
 
