@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +33,7 @@ from engine.kernels.device import (
     mix_few,
     require,
     route_few,
+    sample_rows,
     sparse_attention,
     use_cuda_products,
 )
@@ -39,7 +41,8 @@ from engine.kernels.device.norm_rope import norm_rotate
 from engine.kernels.device.topk_rows import choose, topk_rows
 from engine.kernels.hyper_connections import Unbalanced
 from engine.kernels.rows import RowPool
-from wire.types import PAGE_TOKENS
+from engine.kernels.sample import Row, how_drawn
+from wire.types import PAGE_TOKENS, SamplingParams
 
 CALLS = 20
 REPLAYS = 30
@@ -441,6 +444,31 @@ def prompt_cases(bandwidth: float) -> Cases:
         yield beside(figure, "sgl-deep-gemm", peers.deep_gemm_scores(codes, weights, pool, meta))
 
 
+def sampling_cases(bandwidth: float) -> Cases:
+    """A token of each row of V4's vocabulary, beside torch's: of filters a sort."""
+    vocabulary = 129_280
+    for name, temperature, top_p in (("greedy", 0.0, 1.0), ("temperature", 1.0, 1.0), ("top_p 0.95", 1.0, 0.95)):
+        params = SamplingParams(max_tokens=1, seed=1, temperature=temperature, top_p=top_p)
+        for rows in (1, 4, 32):
+            logits = [torch.randn(rows, vocabulary, device="cuda") * 4 for _ in turns(4 * rows * vocabulary)]
+            how = how_drawn([Row(params=params, position=n) for n in range(rows)])
+            there, filtered = torch.from_numpy(how.view(np.int64)).cuda(), params.top_p < 1
+
+            def theirs(x: Tensor) -> Tensor:
+                if params.temperature == 0:
+                    return x.argmax(-1)
+                likely = x.softmax(-1)
+                if filtered:
+                    likely, _ = likely.sort(-1, descending=True)
+                    likely = likely * (likely.cumsum(-1) - likely < params.top_p)
+                return likely.multinomial(1)
+
+            us = in_cuda(lambda x: sample_rows.draw(x, there, filtered), logits)
+            floor = 4 * rows * vocabulary / bandwidth * 1e6
+            peer = microseconds(theirs, logits)
+            yield Figure(f"draw, {name}", f"{rows} rows of {vocabulary:,}", us, floor, "torch", peer)
+
+
 GROUPS: dict[str, Callable[[float], Cases]] = {
     "topk": topk_cases,
     "indexer": indexer_cases,
@@ -452,6 +480,7 @@ GROUPS: dict[str, Callable[[float], Cases]] = {
     "routing": routing_cases,
     "folded": folded_cases,
     "prompts": prompt_cases,
+    "sampling": sampling_cases,
 }
 
 

@@ -217,8 +217,8 @@ def bench_kernels(
         str,
         flag(
             "only",
-            "Groups of kernels, such as topk,indexer,attention,compressor,linear,experts,mixing,routing,folded,prompts;"
-            " else all.",
+            "Groups of kernels, such as topk,indexer,attention,compressor,linear,experts,mixing,routing,folded,prompts,"
+            "sampling; else all.",
         ),
     ] = "",
     config: ConfigFile = None,

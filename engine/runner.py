@@ -13,7 +13,7 @@ from engine.cache.pools import KvPools, PoolSizes, plan_sizes
 from engine.config import C4_RATIO, EngineConfig, KvLayout, ModelConfig
 from engine.constraint import Grammars
 from engine.kernels.device import backends, require, use_cuda_products
-from engine.kernels.sample import sample, score
+from engine.kernels.sample import sample_rows, score
 from engine.model.deepseek_v4 import DeepseekV4
 from engine.model.mtp import DraftLayer
 from engine.model.weights import load_checkpoint
@@ -177,7 +177,7 @@ class Runner:
         logits = step.logits(wanted)
         if any(segment.following for segment in batch):
             self._score(batch, step.streams())
-        drawn = iter(sample(logits.cpu().numpy(), rows))
+        drawn = iter(sample_rows(logits, rows))
         tokens: list[tuple[Sampled, ...]] = [
             _agreed(s, [next(drawn) for _ in range(s.drafts + 1)]) if s.sample else () for s in batch
         ]
@@ -228,7 +228,7 @@ class Runner:
                 index = batch[b].index + len(answers[b])
                 rows.append(self._draws_of(batch[b].sequence).row(place, index, drafts))
             # Drawn like the token itself, by the same noise: two alike distributions then mostly draw alike.
-            drawn = sample(logits.cpu().numpy(), rows)
+            drawn = sample_rows(logits, rows)
             drew = {b: sampled.token_id for b, sampled in zip(going, drawn, strict=True) if sampled.ok}
             for b, token in drew.items():
                 answers[b].append(token)

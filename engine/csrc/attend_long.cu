@@ -14,7 +14,7 @@
 //
 // Parts are halves of their own power of two for each row of 256, for what blocks write and read back is most of the
 // traffic: 64 KB each. They are in the order in which lanes hold sums, so that a lane writes 16 bytes: value 2 j + c of
-// lane q of a quad is channel 8 j + 2 q + c of 32.
+// lane q of a quad is channel 8 j + 2 q + c of 32. A block that has all of a token's keys writes what merging would make.
 //
 // Logits here are those times log2 e. Sums are added in a fixed order: the same bits every time, in any company.
 // Written against little of CUDA, so that a test can run it on a CPU (tests/kernels/cuda_on_cpu.h), which brings its
@@ -30,6 +30,7 @@
 #define LOG2_E 1.4426950408889634f
 #define BATCH 4   // heads whose queries are on their way at once
 #define MERGED 8  // parts that are on their way at once
+#define TURNED 64 // channels at most, the last ones
 
 #ifndef ON_CPU
 __device__ __forceinline__ float power2(float x) {
@@ -272,20 +273,74 @@ __device__ __forceinline__ void write_sums(const float (&sums)[HALF / 2], int ha
     }
 }
 
+// What blocks make of sums: parts and stats, or all of it, to which sinks [heads] belong, and frequencies [pairs] by which
+// the last channels of out [tokens, heads, DIM] are turned back, if there are any.
+struct Made {
+    unsigned short* parts;
+    float* stats;
+    const float *sink, *freqs;
+    int pairs;
+    float* out;
+};
+
+// Of a lane's two heads, what their sums are multiplied by, into `shrink`; and how the last channels turn, into `bias`. For
+// the first warpgroup, when nobody needs what lies there.
+template <int KEYS>
+__device__ __forceinline__ void conclude(Shared<KEYS>& s, const Softmax& of, const Made& made, int first_head, long long position) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float drain = made.sink[first_head + lane_head() + 8 * r] * LOG2_E, highest = fmaxf(of.top[r], drain);
+        if (highest == NOTHING) highest = 0.0f;
+        float weight = power2(of.top[r] - highest);
+        if (quad() == 0)
+            s.shrink[lane_head() + 8 * r] = weight / (of.total[r] * weight + power2(drain - highest));
+    }
+    if (threadIdx.x < TURNED / 2) {
+        int pair = threadIdx.x - (TURNED / 2 - made.pairs);
+        float sine = 0.0f, cosine = 1.0f;
+        if (made.freqs && pair >= 0) sincosf((float)position * made.freqs[pair], &sine, &cosine);
+        s.bias[0][threadIdx.x] = sine;
+        s.bias[1][threadIdx.x] = cosine;
+    }
+}
+
+// Sums of a half's channels -> out, from the block's first head on.
+template <int KEYS>
+__device__ __forceinline__ void write_all(const Shared<KEYS>& s, const float (&sums)[HALF / 2], int half, float* out) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        int head = lane_head() + 8 * r;
+        float by = s.shrink[head];
+        float* to = out + head * DIM + half * HALF + 2 * quad();
+#pragma unroll
+        for (int n = 0; n < HALF / 8; n++) {
+            float even = sums[4 * n + 2 * r] * by, odd = sums[4 * n + 2 * r + 1] * by;
+            if (n >= (HALF - TURNED) / 8 && half) {
+                int pair = (8 * n - (HALF - TURNED)) / 2 + quad();
+                float sine = s.bias[0][pair], cosine = s.bias[1][pair], turned = even * cosine + odd * sine;
+                odd = odd * cosine - even * sine;
+                even = turned;
+            }
+            *reinterpret_cast<Floats<2>*>(to + 8 * n) = Floats<2>{{even, odd}};
+        }
+    }
+}
+
 // window: 256 rows an item; pool: null, or 2^pool_bits rows an item, each of 2^(8 - pool_bits) tokens.
 // q [tokens, heads, DIM]; positions, segment [tokens]; tables [., pages]; oldest [.] or null; selected [tokens, picks],
-// -1 for none -> parts [tokens, splits, heads, DIM], halves of sums not yet divided; stats [tokens, splits, heads, 4]: the highest logit, the sum of weights relative to it, the powers
-// of two of the part's halves. A split without keys has a highest logit of -inf and a sum of 0; its part is not written.
-#define PARAMETERS                                                                                                   \
+// -1 for none -> parts [tokens, splits, heads, DIM], halves of sums not yet divided; stats [tokens, splits, heads, 4]: the
+// highest logit, the sum of weights relative to it, the powers of two of the part's halves. A split without keys has a
+// highest logit of -inf and a sum of 0; its part is not written. Or, of one split, out.
+#define INPUTS                                                                                                       \
     const float *q, const long long *positions, const int *segment, const int *page_table, const int *swa_table,     \
         const long long *oldest, int pages, const u8 *window, long long window_stride, const u8 *pool,               \
-        long long pool_stride, int pool_bits, const int *selected, int picks, unsigned short *parts, float *stats,   \
-        int heads, int splits, float scale
+        long long pool_stride, int pool_bits, const int *selected, int picks
 #define PASSED                                                                                                       \
     q, positions, segment, page_table, swa_table, oldest, pages, window, window_stride, pool, pool_stride,           \
-        pool_bits, selected, picks, parts, stats, heads, splits, scale
+        pool_bits, selected, picks
 
-template <int KEYS> __device__ __forceinline__ void attend(PARAMETERS) {
+template <int KEYS, bool WHOLE>
+__device__ __forceinline__ void attend(INPUTS, Made made, int heads, int splits, float scale) {
     Shared<KEYS>& s = *reinterpret_cast<Shared<KEYS>*>(memory);
     int blocks = heads / HEADS, split = blockIdx.x / blocks % splits;
     long long token = blockIdx.x / (blocks * splits);
@@ -303,11 +358,12 @@ template <int KEYS> __device__ __forceinline__ void attend(PARAMETERS) {
     int tiles = WINDOW / KEYS + (finished + KEYS - 1) / KEYS, share = (tiles + splits - 1) / splits;
     int begin = split * share, end = begin + share < tiles ? begin + share : tiles;
     long long at = (long long)blockIdx.x * HEADS;  // of the block's first head in stats
-    parts += at * DIM;
-    stats += at * 4;
-    if (begin >= end) {
+    made.parts += at * DIM;
+    made.stats += at * 4;
+    made.out += at * DIM;
+    if (!WHOLE && begin >= end) {
         if (threadIdx.x < HEADS)
-            *reinterpret_cast<Floats<4>*>(stats + 4 * threadIdx.x) = Floats<4>{{NOTHING, 0.0f, 0.0f, 0.0f}};
+            *reinterpret_cast<Floats<4>*>(made.stats + 4 * threadIdx.x) = Floats<4>{{NOTHING, 0.0f, 0.0f, 0.0f}};
         return;
     }
     float sums[HALF / 2] = {};
@@ -343,11 +399,17 @@ template <int KEYS> __device__ __forceinline__ void attend(PARAMETERS) {
         for (int r = 0; r < 2; r++) {
 #pragma unroll
             for (int d = 1; d < 4; d *= 2) softmax.total[r] += __shfl_xor_sync(ALL, softmax.total[r], d);
-            if (quad() == 0)
-                *reinterpret_cast<Floats<2>*>(stats + 4 * (lane_head() + 8 * r)) =
+            if (!WHOLE && quad() == 0)
+                *reinterpret_cast<Floats<2>*>(made.stats + 4 * (lane_head() + 8 * r)) =
                     Floats<2>{{softmax.top[r], softmax.total[r]}};
         }
-        write_sums(sums, 0, parts, stats);
+        if constexpr (WHOLE) {
+            conclude<KEYS>(s, softmax, made, first_head, position);
+            meet(1, THREADS);
+            write_all<KEYS>(s, sums, 0, made.out);
+        } else {
+            write_sums(sums, 0, made.parts, made.stats);
+        }
     } else {
         Seen seen = {{window, window_stride, PAGE_BITS, swa_table + seg * pages},
                      {pool, pool_stride, pool_bits, page_table + seg * pages},
@@ -376,13 +438,32 @@ template <int KEYS> __device__ __forceinline__ void attend(PARAMETERS) {
             await_products<0>(sums);
             meet(1, THREADS);
         }
-        write_sums(sums, 1, parts, stats);
+        if constexpr (WHOLE) {
+            meet(1, THREADS);
+            write_all<KEYS>(s, sums, 1, made.out);
+        } else {
+            write_sums(sums, 1, made.parts, made.stats);
+        }
     }
 }
 
 // Blocks: [tokens][splits][heads / HEADS].
-extern "C" __global__ void __launch_bounds__(THREADS, 1) penumbra_attend_long_32(PARAMETERS) { attend<32>(PASSED); }
-extern "C" __global__ void __launch_bounds__(THREADS, 1) penumbra_attend_long_64(PARAMETERS) { attend<64>(PASSED); }
+#define PARTIAL(KEYS)                                                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) penumbra_attend_long_##KEYS(                            \
+        INPUTS, unsigned short* parts, float* stats, int heads, int splits, float scale) {                           \
+        attend<KEYS, false>(PASSED, Made{parts, stats, nullptr, nullptr, 0, nullptr}, heads, splits, scale);         \
+    }
+PARTIAL(32)
+PARTIAL(64)
+
+// Blocks: [tokens][heads / HEADS].
+#define ALL_KEYS(KEYS)                                                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) penumbra_attend_all_##KEYS(                             \
+        INPUTS, const float* sink, const float* freqs, int pairs, float* out, int heads, float scale) {              \
+        attend<KEYS, true>(PASSED, Made{nullptr, nullptr, sink, freqs, pairs, out}, heads, 1, scale);                \
+    }
+ALL_KEYS(32)
+ALL_KEYS(64)
 
 // What the blocks of a merge share: by warp, and by split.
 struct Merging {

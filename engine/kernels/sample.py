@@ -28,7 +28,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from engine.batch import Sampled
 from wire.types import SamplingParams
@@ -113,6 +115,52 @@ def sample(logits: NDArray[np.float32], rows: Sequence[Row]) -> list[Sampled]:
     step = max(1, BLOCK_LOGITS // logits.shape[-1])
     blocks = range(0, len(rows), step)
     return [sampled for i in blocks for sampled in _sample(logits[i : i + step], rows[i : i + step])]
+
+
+def sample_rows(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
+    """`sample` of logits [S, V] fp32 wherever they lie.
+
+    On a GPU those rows are drawn there that only temperature, top_k, top_p and min_p shape, so that no logits of theirs
+    have to come here.
+    """
+    if not logits.is_cuda:
+        return sample(logits.numpy(), rows)
+    from engine.kernels.device import sample_rows as device
+
+    answers: dict[int, Sampled] = {}
+    if device.takes(logits.shape[1]) and (plain := [i for i, row in enumerate(rows) if _is_plain(row)]):
+        some = [rows[i] for i in plain]
+        how = torch.from_numpy(how_drawn(some).view(np.int64)).to(logits.device)
+        every = logits if len(plain) == len(rows) else logits[plain]
+        drawn = device.draw(every, how, any(map(_filters, some))).tolist()
+        for i, (token, state) in zip(plain, drawn, strict=True):
+            if state != device.UNSURE:
+                answers[i] = Sampled(token_id=token, logprob=0.0, ok=state == device.DRAWN)
+    if left := [i for i in range(len(rows)) if i not in answers]:
+        here = sample(logits[left].cpu().numpy(), [rows[i] for i in left])
+        answers |= dict(zip(left, here, strict=True))
+    return [answers[i] for i in range(len(rows))]
+
+
+def how_drawn(rows: Sequence[Row]) -> NDArray[np.uint64]:
+    """[S, 5], bits as engine/csrc/sample_rows.cu takes them: key of the noise, temperature, top_p, min_p, top_k."""
+    params = [row.params for row in rows]
+    how = np.empty((len(rows), 5), dtype=np.uint64)
+    how[:, 0] = _keys(params, [row.position for row in rows])
+    for place, name in enumerate(("temperature", "top_p", "min_p"), start=1):
+        how[:, place] = _column(rows, name).view(np.uint64)
+    how[:, 4] = [p.top_k for p in params]
+    return how
+
+
+def _is_plain(row: Row) -> bool:
+    """Whether its logits are needed for nothing but the draw, as they are."""
+    return not (_is_shaped(row) or row.params.logprobs or row.problem)
+
+
+def _filters(row: Row) -> bool:
+    p = row.params
+    return p.temperature != 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
 
 
 def _sample(logits: NDArray[np.float32], rows: Sequence[Row]) -> list[Sampled]:
@@ -214,7 +262,7 @@ def _draw(scores: Floats, rows: list[Row]) -> Ids:
     """scores [S, V], logits before temperature -> [S] tokens."""
     chosen = np.zeros(len(rows), dtype=np.int64)
     keys = _keys([row.params for row in rows], [row.position for row in rows])
-    filtered = np.array([row.params.top_k > 0 or row.params.top_p < 1 or row.params.min_p > 0 for row in rows])
+    filtered = np.array([_filters(row) for row in rows])
     free = np.flatnonzero(~filtered)
     if len(free):
         noise = _gumbel(keys[free, None], np.arange(scores.shape[-1]))

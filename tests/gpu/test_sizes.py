@@ -283,7 +283,7 @@ def test_blocks_of_experts_meet_however_many_and_however_often() -> None:
 def test_attention_of_few_tokens(heads: int, ratio: int, length: int, turned: bool) -> None:
     """turned: back, by the positions of the tokens."""
     freqs = 10_000 ** -(torch.arange(32, device="cuda") / 32) if turned else None
-    for tokens in (1, 4, 8):
+    for tokens in (1, 4, 8, 33):
         meta = step([length], tokens)
         pages = meta.page_table.shape[1] + 1
         window = random_pool(pages, 256, "latent")

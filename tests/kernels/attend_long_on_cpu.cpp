@@ -38,26 +38,31 @@ struct Call {
     const int* selected;
     unsigned short* parts;
     float* stats;
+    const float *sink, *freqs;
+    float* out;
     long long window_stride, pool_stride;
-    int pages, pool_bits, picks, heads, splits;
+    int pages, pool_bits, picks, heads, splits, pairs;
     float scale;
 };
 static Call c;
 
-template <void (*KERNEL)(PARAMETERS)> static void block_of() {
-    KERNEL(c.q, c.positions, c.segment, c.page_table, c.swa_table, c.oldest, c.pages, c.window, c.window_stride,
-           c.pool, c.pool_stride, c.pool_bits, c.selected, c.picks, c.parts, c.stats, c.heads,
-           c.splits, c.scale);
-}
+#define READ                                                                                                        \
+    c.q, c.positions, c.segment, c.page_table, c.swa_table, c.oldest, c.pages, c.window, c.window_stride, c.pool,    \
+        c.pool_stride, c.pool_bits, c.selected, c.picks
+template <auto KERNEL> static void parts_of() { KERNEL(READ, c.parts, c.stats, c.heads, c.splits, c.scale); }
+template <auto KERNEL> static void all_of() { KERNEL(READ, c.sink, c.freqs, c.pairs, c.out, c.heads, c.scale); }
 
+// All of it if there is an `out`.
 extern "C" void run_attend(const Call* call, unsigned tokens, unsigned keys, bool late) {
     static_assert(sizeof(Shared<64>) <= sizeof memory, "");
     c = *call;
     warpgroup::late = late;
     blockDim.x = THREADS;
+    auto kernel = c.out ? (keys == 32 ? all_of<penumbra_attend_all_32> : all_of<penumbra_attend_all_64>)
+                        : (keys == 32 ? parts_of<penumbra_attend_long_32> : parts_of<penumbra_attend_long_64>);
     for (blockIdx.x = 0; blockIdx.x < tokens * c.splits * (c.heads / HEADS); blockIdx.x++) {
         std::fill(std::begin(memory), std::end(memory), 0xff);  // NaN
-        block::run(THREADS, keys == 32 ? block_of<penumbra_attend_long_32> : block_of<penumbra_attend_long_64>);
+        block::run(THREADS, kernel);
         for (auto& queue : warpgroup::queues)
             if (!queue.empty()) std::abort();
     }

@@ -84,9 +84,9 @@ class Call(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (
             "q", "positions", "segment", "page_table", "swa_table", "oldest", "window", "pool", "selected",
-            "parts", "stats")),
+            "parts", "stats", "sink", "freqs", "out")),
         *((name, ctypes.c_longlong) for name in ("window_stride", "pool_stride")),
-        *((name, ctypes.c_int) for name in ("pages", "pool_bits", "picks", "heads", "splits")),
+        *((name, ctypes.c_int) for name in ("pages", "pool_bits", "picks", "heads", "splits", "pairs")),
         ("scale", ctypes.c_float),
     )  # fmt: skip
 
@@ -96,18 +96,35 @@ def partial(library: ctypes.CDLL, step: Step, splits: int, tile: int = 64, late:
     count, heads = len(step.positions), step.heads
     parts = torch.full((count, splits, heads, 512), torch.nan, dtype=torch.float16)
     stats = torch.full((count, splits, heads, 4), torch.nan)
+    run(library, step, splits, tile, late, parts=parts, stats=stats)
+    return parts, stats
+
+
+def whole(
+    library: ctypes.CDLL, step: Step, sink: Tensor, freqs: Tensor | None, tile: int = 64, late: bool = False
+) -> Tensor:
+    """The step's attention [T, H, D] by blocks that have all keys of a token."""
+    out = torch.full_like(step.q, torch.nan)
+    run(library, step, 1, tile, late, sink=sink, freqs=freqs, out=out)
+    return out
+
+
+def run(library: ctypes.CDLL, step: Step, splits: int, tile: int, late: bool, **more: Tensor | None) -> None:
+    count, heads = len(step.positions), step.heads
     positions, segment = torch.tensor(step.positions), torch.tensor(step.requests).int()
-    oldest = None if step.oldest is None else torch.tensor(step.oldest)
+    oldest, freqs = None if step.oldest is None else torch.tensor(step.oldest), more.get("freqs")
+    at = [
+        None if (t := more.get(name)) is None else t.data_ptr() for name in ("parts", "stats", "sink", "freqs", "out")
+    ]
     call = Call(
         step.q.data_ptr(), positions.data_ptr(), segment.data_ptr(), step.pool_tables.data_ptr(),
         step.tables.data_ptr(), None if oldest is None else oldest.data_ptr(), step.window.data.data_ptr(),
         step.pool.data.data_ptr() if step.ratio else None, step.selected.data_ptr() if step.ratio == 4 else None,
-        parts.data_ptr(), stats.data_ptr(), step.window.data.stride(0),
-        step.pool.data.stride(0), step.tables.shape[1], ROWS[step.ratio].bit_length() - 1, step.selected.shape[1],
-        heads, splits, SCALE,
+        *at, step.window.data.stride(0), step.pool.data.stride(0), step.tables.shape[1],
+        ROWS[step.ratio].bit_length() - 1, step.selected.shape[1], heads, splits, 0 if freqs is None else len(freqs),
+        SCALE,
     )  # fmt: skip
     library.run_attend(ctypes.byref(call), ctypes.c_uint(count), ctypes.c_uint(tile), ctypes.c_bool(late))
-    return parts, stats
 
 
 def sums(parts: Tensor, stats: Tensor) -> Tensor:
@@ -171,6 +188,31 @@ def test_selected_rows_of_v4_pro(library) -> None:
     step = Step([9_000, 9_001], [0, 0], 4, 1024, heads=128)
     tile, splits = attend_long.plan(2, 128, 128 + 1024)
     check(merged(*partial(library, step, splits, tile)), meant(step))
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("tile", [32, 64])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("ratio", "positions", "requests", "picks", "heads"),
+    [(0, [0, 300], [0, 1], 0, 64), (4, [5, 300], [1, 0], 70, 128), (128, [40_000, 12_799], [0, 1], 0, 64)],
+)  # fmt: skip
+def test_a_block_that_has_all_keys_of_a_token_writes_what_merging_would(
+    library, ratio, positions, requests, picks, heads, tile, late, turned
+) -> None:
+    step = Step(positions, requests, ratio, picks, heads=heads, seed=ratio)
+    sink = torch.randn(heads, generator=torch.Generator().manual_seed(1))
+    sink[:3] = torch.tensor([-torch.inf, 40.0, 0.0])
+    freqs = torch.rand(32) if turned else None
+    got = whole(library, step, sink, freqs, tile, late)
+    parts, stats = partial(library, step, 1, tile)
+    expected = merge(library, parts, stats, sink, torch.tensor(positions), freqs)
+    assert torch.allclose(got, expected, rtol=2e-3, atol=2e-4 * float(expected.abs().max()))
+    share = (stats[:, 0, :, 1].log2() + stats[:, 0, :, 0]) * math.log(2)
+    without = meant(step) * torch.sigmoid(share - sink).double()[..., None]
+    if not turned:
+        check(got[:, 2:], without[:, 2:])
+        assert not got[:, 1].abs().max() > 1e-6, "the sink takes it all"
 
 
 @pytest.mark.parametrize("tile", [32, 64])

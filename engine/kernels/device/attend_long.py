@@ -23,6 +23,8 @@ SHARED_BYTES = {32: 139_776, 64: 205_568}
 MERGE_BYTES = 9_280
 _THREADS = 256
 _MOST_SPLITS = 256
+_PAIRS = 32
+"""Of channels that `attend_all` turns back, at most."""
 BLOCKS = 132
 """At once on a Hopper GPU: one for each of its multiprocessors."""
 TILE_COSTS = {32: 17, 64: 27}
@@ -64,10 +66,30 @@ def attend(
     """As `attend_few.attend`, for heads that are a multiple of HEADS."""
     tokens, heads, dim = q.shape
     tile, splits = plan(tokens, heads, keys)
+    if splits == 1 and (freqs is None or len(freqs) <= _PAIRS):
+        attend_all(q, sink, meta, window, compressed, selected, scale, tile, freqs, out)
+        return
     parts = torch.empty(tokens, splits, heads, dim, dtype=torch.float16, device=q.device)
     stats = torch.empty(tokens, splits, heads, 4, dtype=torch.float32, device=q.device)
     partial(q, meta, window, compressed, selected, scale, tile, parts, stats)
     merge(parts, stats, sink, meta.positions, freqs, out)
+
+
+def attend_all(
+    q: Tensor, sink: Tensor, meta: StepMeta, window: RowPool, compressed: RowPool | None, selected: Tensor | None,
+    scale: float, tile: int, freqs: Tensor | None, out: Tensor,
+) -> None:  # fmt: skip
+    """As `attend`, by blocks that have all keys of a token; up to _PAIRS frequencies."""
+    from engine.kernels.device.cuda import kernel, run
+
+    tokens, heads, _ = q.shape
+    int32 = ctypes.c_int32
+    run(
+        kernel("attend_long.cu", f"penumbra_attend_all_{tile}", SHARED_BYTES[tile]), tokens * (heads // HEADS),
+        _THREADS, SHARED_BYTES[tile], *inputs(q, meta, window, compressed, selected), sink,
+        0 if freqs is None else freqs, int32(0 if freqs is None else len(freqs)), out, int32(heads),
+        ctypes.c_float(scale), waits=True,
+    )  # fmt: skip
 
 
 def partial(
