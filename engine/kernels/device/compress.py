@@ -30,10 +30,8 @@ _C4, _C128 = tl.constexpr(C4_RATIO), tl.constexpr(C128_RATIO)
 SHORT_STEP = 8
 """Steps of up to this many tokens write rings in the same launch: a C4 row reaches back 7 tokens, and a ring has 16, so
 with more of one sequence it might find what was written for a later one."""
-_STRIP = 16
+_STRIP = 8
 """Tokens of a C128 row that are on their way at once."""
-_TOGETHER = 16
-"""Tokens that a program looks through for those that rings keep."""
 
 
 @triton.jit
@@ -49,62 +47,43 @@ def _remember_c4(u, g, u_row, g_row, ape, ring, t, position, seg, offsets, start
 
 
 @triton.jit
-def _c4_row(
-    t, position, u, g, u_row, g_row, ape, norm, ring, segment, offsets, starts, page_table, swa_table, pages, freqs,
-    eps, pool, item_stride, per_item, scale,
-    D: tl.constexpr, STEPS: tl.constexpr, PAIRS: tl.constexpr, ROTATE_KEYS: tl.constexpr, CODEC: tl.constexpr,
-):  # fmt: skip
-    """The row that token t closes, at `position`."""
-    k = tl.arange(0, 2 * _C4)
-    row = t - (2 * _C4 - 1) + k
-    channel = (k >= _C4).to(tl.int32)[:, None] * D + tl.arange(0, D)[None, :]
-    # All that may be the sequence's is sent for before it is known where that begins.
-    values = tl.load(u + row[:, None] * u_row + channel, mask=(row >= 0)[:, None], other=0.0)
-    gates = tl.load(g + row[:, None] * g_row + channel, mask=(row >= 0)[:, None], other=0.0)
-    gates += tl.load(ape + (k % _C4)[:, None] * (2 * D) + channel)
-    seg = tl.load(segment + t)
-    block = position // _C4
-    item = tl.load(page_table + seg * pages + block // (_PAGE // _C4)).to(tl.int64)
-    here = row >= tl.load(offsets + seg)
-    s = position - (2 * _C4 - 1) + k
-    behind = (s >= 0) & ~here
-    page = tl.load(swa_table + seg * pages + s // _PAGE, mask=behind, other=0).to(tl.int64)
-    kept = ring + ((page * _C4_RING + s % _C4_RING) * (4 * D))[:, None] + channel
-    values = tl.where(here[:, None], values, tl.load(kept, mask=behind[:, None], other=0.0))
-    gates = tl.where(here[:, None], gates, tl.load(kept + 2 * D, mask=behind[:, None], other=0.0))
-    # Nothing comes before block 0: its first half weighs nothing.
-    gates = tl.where((s >= 0)[:, None], gates, float("-inf"))
-    weights = tl.exp(gates - tl.max(gates, axis=0)[None, :])
-    pooled = tl.sum(weights * values, axis=0) / tl.sum(weights, axis=0)
-    pooled = pooled * tl.rsqrt(tl.sum(pooled * pooled, axis=0) / D + eps)
-    pooled = tl.load(norm + tl.arange(0, D)) * pooled
-    pooled = rotated(pooled, position - (_C4 - 1), freqs, D, PAIRS, 1.0)
-    if ROTATE_KEYS:
-        pooled = hadamard_row(pooled, D, STEPS) * scale
-    store_row(pool, item_stride, item * per_item + block % (_PAGE // _C4), pooled, per_item, D, CODEC)
-
-
-@triton.jit
 def _c4_token(
     t, u, g, u_row, g_row, ape, norm, ring, positions, segment, offsets, starts, page_table, swa_table, pages, freqs,
     eps, pool, item_stride, per_item, scale,
     D: tl.constexpr, STEPS: tl.constexpr, PAIRS: tl.constexpr, ROTATE_KEYS: tl.constexpr, CODEC: tl.constexpr,
+    REMEMBER: tl.constexpr,
 ):  # fmt: skip
-    """The row that token t closes, if it closes one, and what later ones need of it."""
     position = tl.load(positions + t)
-    if position % _C4 == _C4 - 1:
-        _c4_row(
-            t, position, u, g, u_row, g_row, ape, norm, ring, segment, offsets, starts, page_table, swa_table, pages,
-            freqs, eps, pool, item_stride, per_item, scale, D, STEPS, PAIRS, ROTATE_KEYS, CODEC,
-        )  # fmt: skip
     seg = tl.load(segment + t)
-    _remember_c4(u, g, u_row, g_row, ape, ring, t, position, seg, offsets, starts, swa_table, pages, D)
-
-
-@triton.jit
-def _next(closes, i, after, ROWS: tl.constexpr):
-    """The first of these ROWS tokens behind `after` that closes a row, or ROWS."""
-    return tl.min(tl.where(closes & (i > after), i, ROWS), axis=0)
+    if position % _C4 == _C4 - 1:
+        start, first = tl.load(starts + seg), tl.load(offsets + seg)
+        k = tl.arange(0, 2 * _C4)
+        s = position - (2 * _C4 - 1) + k
+        here = s >= start
+        behind = (s >= 0) & (s < start)
+        channel = (k >= _C4).to(tl.int32)[:, None] * D + tl.arange(0, D)[None, :]
+        row = (first + s - start)[:, None]
+        values = tl.load(u + row * u_row + channel, mask=here[:, None], other=0.0)
+        gates = tl.load(g + row * g_row + channel, mask=here[:, None], other=0.0)
+        gates += tl.load(ape + (k % _C4)[:, None] * (2 * D) + channel)
+        page = tl.load(swa_table + seg * pages + s // _PAGE, mask=behind, other=0).to(tl.int64)
+        kept = ring + ((page * _C4_RING + s % _C4_RING) * (4 * D))[:, None] + channel
+        values += tl.load(kept, mask=behind[:, None], other=0.0)
+        gates = tl.where(behind[:, None], tl.load(kept + 2 * D, mask=behind[:, None], other=0.0), gates)
+        # Nothing comes before block 0: its first half weighs nothing.
+        gates = tl.where((s >= 0)[:, None], gates, float("-inf"))
+        weights = tl.exp(gates - tl.max(gates, axis=0)[None, :])
+        pooled = tl.sum(weights * values, axis=0) / tl.sum(weights, axis=0)
+        pooled = pooled * tl.rsqrt(tl.sum(pooled * pooled, axis=0) / D + eps)
+        pooled = tl.load(norm + tl.arange(0, D)) * pooled
+        pooled = rotated(pooled, position - (_C4 - 1), freqs, D, PAIRS, 1.0)
+        if ROTATE_KEYS:
+            pooled = hadamard_row(pooled, D, STEPS) * scale
+        block = position // _C4
+        item = tl.load(page_table + seg * pages + block // (_PAGE // _C4)).to(tl.int64)
+        store_row(pool, item_stride, item * per_item + block % (_PAGE // _C4), pooled, per_item, D, CODEC)
+    if REMEMBER:
+        _remember_c4(u, g, u_row, g_row, ape, ring, t, position, seg, offsets, starts, swa_table, pages, D)
 
 
 @triton.jit(do_not_specialize=["pages", "tokens"])
@@ -114,50 +93,21 @@ def _c4(
     D: tl.constexpr, STEPS: tl.constexpr, PAIRS: tl.constexpr, ROTATE_KEYS: tl.constexpr, CODEC: tl.constexpr,
     ROWS: tl.constexpr, REMEMBER: tl.constexpr,
 ):  # fmt: skip
-    """REMEMBER: a token a program, and what later rows need of it; else the rows that ROWS tokens close."""
     await_previous()
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    if REMEMBER:
-        _c4_token(
-            first, u, g, u_row, g_row, ape, norm, ring, positions, segment, offsets, starts, page_table, swa_table,
-            pages, freqs, eps, pool, item_stride, per_item, scale, D, STEPS, PAIRS, ROTATE_KEYS, CODEC,
-        )  # fmt: skip
-    else:
-        i = tl.arange(0, ROWS)
-        there = first + i < tokens
-        position = tl.load(positions + first + i, mask=there, other=0)
-        closes = there & (position % _C4 == _C4 - 1)
-        r = _next(closes, i, -1, ROWS)
-        while r < ROWS:
-            _c4_row(
-                first + r, tl.sum(tl.where(i == r, position, 0), axis=0), u, g, u_row, g_row, ape, norm, ring, segment,
-                offsets, starts, page_table, swa_table, pages, freqs, eps, pool, item_stride, per_item, scale,
-                D, STEPS, PAIRS, ROTATE_KEYS, CODEC,
+    for r in tl.range(ROWS):
+        t = tl.program_id(0).to(tl.int64) * ROWS + r
+        if t < tokens:
+            _c4_token(
+                t, u, g, u_row, g_row, ape, norm, ring, positions, segment, offsets, starts, page_table, swa_table,
+                pages, freqs, eps, pool, item_stride, per_item, scale, D, STEPS, PAIRS, ROTATE_KEYS, CODEC, REMEMBER,
             )  # fmt: skip
-            r = _next(closes, i, r, ROWS)
 
 
-@triton.jit(do_not_specialize=["pages", "tokens"])
-def _ring_c4(
-    u, g, u_row, g_row, ape, ring, positions, segment, offsets, starts, swa_table, pages, tokens,
-    D: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
-):  # fmt: skip
-    """`_remember_c4` of ROWS tokens."""
-    t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    there = t < tokens
-    position, seg = tl.load(positions + t, mask=there, other=0), tl.load(segment + t, mask=there, other=0)
-    end = tl.load(starts + seg) + tl.load(offsets + seg + 1) - tl.load(offsets + seg)
-    kept = there & ((position >= end - _C4_RING) | (position % _PAGE >= _PAGE - _C4_RING))
-    if tl.max(kept.to(tl.int32), axis=0) > 0:
-        page = tl.load(swa_table + seg * pages + position // _PAGE, mask=kept, other=0).to(tl.int64)
-        rows = ring + ((page * _C4_RING + position % _C4_RING) * (4 * D))[:, None]
-        for channel in tl.range(0, 2 * D, SPAN):
-            at, mask = channel + tl.arange(0, SPAN)[None, :], kept[:, None]
-            values = tl.load(u + t[:, None] * u_row + at, mask=mask, other=0.0)
-            gates = tl.load(g + t[:, None] * g_row + at, mask=mask, other=0.0)
-            gates += tl.load(ape + (position % _C4 * (2 * D))[:, None] + at)
-            tl.store(rows + at, values, mask=mask)
-            tl.store(rows + 2 * D + at, gates, mask=mask)
+@triton.jit(do_not_specialize=["pages"])
+def _ring_c4(u, g, u_row, g_row, ape, ring, positions, segment, offsets, starts, swa_table, pages, D: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    position, seg = tl.load(positions + t), tl.load(segment + t)
+    _remember_c4(u, g, u_row, g_row, ape, ring, t, position, seg, offsets, starts, swa_table, pages, D)
 
 
 @triton.jit
@@ -172,57 +122,47 @@ def _remember_c128(u, g, u_row, g_row, ape, ring, t, position, seg, offsets, sta
 
 
 @triton.jit
-def _c128_row(
-    t, position, u, g, u_row, g_row, ape, norm, ring, segment, offsets, page_table, slots, pages, freqs, eps, pool,
-    item_stride, per_item, D: tl.constexpr, PAIRS: tl.constexpr, CODEC: tl.constexpr, STRIP: tl.constexpr,
-):  # fmt: skip
-    """The row that token t closes, at `position`."""
-    seg = tl.load(segment + t)
-    block = position // _C128
-    item = tl.load(page_table + seg * pages + block // (_PAGE // _C128)).to(tl.int64)
-    first, slot = tl.load(offsets + seg), tl.load(slots + seg).to(tl.int64)
-    channel = tl.arange(0, D)[None, :]
-    top = tl.full((D,), float("-inf"), tl.float32)
-    total = tl.zeros((D,), tl.float32)
-    weighed = tl.zeros((D,), tl.float32)
-    for strip in tl.range(0, _C128, STRIP):
-        k = strip + tl.arange(0, STRIP)
-        s = position - (_C128 - 1) + k
-        row = t - (_C128 - 1) + k
-        here = (row >= first)[:, None]
-        kept = ring + ((slot * _C128_RING + s % _C128_RING) * (2 * D))[:, None] + channel
-        values = tl.load(u + row[:, None] * u_row + channel, mask=here, other=0.0)
-        gates = tl.load(g + row[:, None] * g_row + channel, mask=here, other=0.0)
-        gates += tl.load(ape + k[:, None] * D + channel)
-        values += tl.load(kept, mask=~here, other=0.0)
-        gates = tl.where(here, gates, tl.load(kept + D, mask=~here, other=0.0))
-        higher = tl.maximum(top, tl.max(gates, axis=0))
-        weights = tl.exp(gates - higher[None, :])
-        shrink = tl.exp(top - higher)
-        total = total * shrink + tl.sum(weights, axis=0)
-        weighed = weighed * shrink + tl.sum(weights * values, axis=0)
-        top = higher
-    pooled = weighed / total
-    pooled = pooled * tl.rsqrt(tl.sum(pooled * pooled, axis=0) / D + eps)
-    pooled = tl.load(norm + tl.arange(0, D)) * pooled
-    pooled = rotated(pooled, position - (_C128 - 1), freqs, D, PAIRS, 1.0)
-    store_row(pool, item_stride, item * per_item + block % (_PAGE // _C128), pooled, per_item, D, CODEC)
-
-
-@triton.jit
 def _c128_token(
     t, u, g, u_row, g_row, ape, norm, ring, positions, segment, offsets, starts, page_table, slots, pages, freqs, eps,
-    pool, item_stride, per_item, D: tl.constexpr, PAIRS: tl.constexpr, CODEC: tl.constexpr, STRIP: tl.constexpr,
+    pool, item_stride, per_item,
+    D: tl.constexpr, PAIRS: tl.constexpr, CODEC: tl.constexpr, STRIP: tl.constexpr, REMEMBER: tl.constexpr,
 ):  # fmt: skip
-    """As `_c4_token`."""
     position = tl.load(positions + t)
-    if position % _C128 == _C128 - 1:
-        _c128_row(
-            t, position, u, g, u_row, g_row, ape, norm, ring, segment, offsets, page_table, slots, pages, freqs, eps,
-            pool, item_stride, per_item, D, PAIRS, CODEC, STRIP,
-        )  # fmt: skip
     seg = tl.load(segment + t)
-    _remember_c128(u, g, u_row, g_row, ape, ring, t, position, seg, offsets, starts, slots, D)
+    if position % _C128 == _C128 - 1:
+        start, first = tl.load(starts + seg), tl.load(offsets + seg)
+        slot = tl.load(slots + seg).to(tl.int64)
+        channel = tl.arange(0, D)[None, :]
+        top = tl.full((D,), float("-inf"), tl.float32)
+        total = tl.zeros((D,), tl.float32)
+        weighed = tl.zeros((D,), tl.float32)
+        for strip in tl.range(0, _C128, STRIP):
+            k = strip + tl.arange(0, STRIP)
+            s = position - (_C128 - 1) + k
+            here = (s >= start)[:, None]
+            row = (first + s - start)[:, None]
+            kept = ring + ((slot * _C128_RING + s % _C128_RING) * (2 * D))[:, None] + channel
+            values = tl.load(u + row * u_row + channel, mask=here, other=0.0)
+            gates = tl.load(g + row * g_row + channel, mask=here, other=0.0)
+            gates += tl.load(ape + k[:, None] * D + channel)
+            behind = (s < start)[:, None]
+            values += tl.load(kept, mask=behind, other=0.0)
+            gates = tl.where(behind, tl.load(kept + D, mask=behind, other=0.0), gates)
+            higher = tl.maximum(top, tl.max(gates, axis=0))
+            weights = tl.exp(gates - higher[None, :])
+            shrink = tl.exp(top - higher)
+            total = total * shrink + tl.sum(weights, axis=0)
+            weighed = weighed * shrink + tl.sum(weights * values, axis=0)
+            top = higher
+        pooled = weighed / total
+        pooled = pooled * tl.rsqrt(tl.sum(pooled * pooled, axis=0) / D + eps)
+        pooled = tl.load(norm + tl.arange(0, D)) * pooled
+        pooled = rotated(pooled, position - (_C128 - 1), freqs, D, PAIRS, 1.0)
+        block = position // _C128
+        item = tl.load(page_table + seg * pages + block // (_PAGE // _C128)).to(tl.int64)
+        store_row(pool, item_stride, item * per_item + block % (_PAGE // _C128), pooled, per_item, D, CODEC)
+    if REMEMBER:
+        _remember_c128(u, g, u_row, g_row, ape, ring, t, position, seg, offsets, starts, slots, D)
 
 
 @triton.jit(do_not_specialize=["pages", "tokens"])
@@ -232,49 +172,21 @@ def _c128(
     D: tl.constexpr, PAIRS: tl.constexpr, CODEC: tl.constexpr, ROWS: tl.constexpr, STRIP: tl.constexpr,
     REMEMBER: tl.constexpr,
 ):  # fmt: skip
-    """As `_c4`."""
     await_previous()
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    if REMEMBER:
-        _c128_token(
-            first, u, g, u_row, g_row, ape, norm, ring, positions, segment, offsets, starts, page_table, slots, pages,
-            freqs, eps, pool, item_stride, per_item, D, PAIRS, CODEC, STRIP,
-        )  # fmt: skip
-    else:
-        i = tl.arange(0, ROWS)
-        there = first + i < tokens
-        position = tl.load(positions + first + i, mask=there, other=0)
-        closes = there & (position % _C128 == _C128 - 1)
-        r = _next(closes, i, -1, ROWS)
-        while r < ROWS:
-            _c128_row(
-                first + r, tl.sum(tl.where(i == r, position, 0), axis=0), u, g, u_row, g_row, ape, norm, ring, segment,
-                offsets, page_table, slots, pages, freqs, eps, pool, item_stride, per_item, D, PAIRS, CODEC, STRIP,
+    for r in tl.range(ROWS):
+        t = tl.program_id(0).to(tl.int64) * ROWS + r
+        if t < tokens:
+            _c128_token(
+                t, u, g, u_row, g_row, ape, norm, ring, positions, segment, offsets, starts, page_table, slots, pages,
+                freqs, eps, pool, item_stride, per_item, D, PAIRS, CODEC, STRIP, REMEMBER,
             )  # fmt: skip
-            r = _next(closes, i, r, ROWS)
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def _ring_c128(
-    u, g, u_row, g_row, ape, ring, positions, segment, offsets, starts, slots, tokens,
-    D: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
-):  # fmt: skip
-    """`_remember_c128` of ROWS tokens."""
-    t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    there = t < tokens
-    position, seg = tl.load(positions + t, mask=there, other=0), tl.load(segment + t, mask=there, other=0)
-    end = tl.load(starts + seg) + tl.load(offsets + seg + 1) - tl.load(offsets + seg)
-    kept = there & (position >= end - _C128_RING)
-    if tl.max(kept.to(tl.int32), axis=0) > 0:
-        slot = tl.load(slots + seg).to(tl.int64)
-        rows = ring + ((slot * _C128_RING + position % _C128_RING) * (2 * D))[:, None]
-        for channel in tl.range(0, D, SPAN):
-            at, mask = channel + tl.arange(0, SPAN)[None, :], kept[:, None]
-            values = tl.load(u + t[:, None] * u_row + at, mask=mask, other=0.0)
-            gates = tl.load(g + t[:, None] * g_row + at, mask=mask, other=0.0)
-            gates += tl.load(ape + (position % _C128 * D)[:, None] + at)
-            tl.store(rows + at, values, mask=mask)
-            tl.store(rows + D + at, gates, mask=mask)
+@triton.jit
+def _ring_c128(u, g, u_row, g_row, ape, ring, positions, segment, offsets, starts, slots, D: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    position, seg = tl.load(positions + t), tl.load(segment + t)
+    _remember_c128(u, g, u_row, g_row, ape, ring, t, position, seg, offsets, starts, slots, D)
 
 
 @triton.jit(do_not_specialize=["pages"])
@@ -292,13 +204,13 @@ def _write_c4(
     if tl.program_id(1) == 0:
         _c4_token(
             t, u, g, u_row, g_row, ape, norm, ring, positions, segment, offsets, starts, page_table, swa_table, pages,
-            freqs, eps, pool, item_stride, per_item, 1.0, D, 0, PAIRS, False, CODEC,
+            freqs, eps, pool, item_stride, per_item, 1.0, D, 0, PAIRS, False, CODEC, True,
         )  # fmt: skip
     elif tl.program_id(1) == 1:
         _c4_token(
             t, index_u, index_g, index_u_row, index_g_row, index_ape, index_norm, index_ring, positions, segment,
             offsets, starts, page_table, swa_table, pages, freqs, eps, keys, key_stride, key_rows, scale, KEY_D,
-            KEY_STEPS, PAIRS, ROTATE_KEYS, KEYS,
+            KEY_STEPS, PAIRS, ROTATE_KEYS, KEYS, True,
         )  # fmt: skip
     else:
         store_latent(
@@ -318,7 +230,7 @@ def _write_c128(
     if tl.program_id(1) == 0:
         _c128_token(
             t, u, g, u_row, g_row, ape, norm, ring, positions, segment, offsets, starts, page_table, slots, pages,
-            freqs, eps, pool, item_stride, per_item, D, PAIRS, CODEC, STRIP,
+            freqs, eps, pool, item_stride, per_item, D, PAIRS, CODEC, STRIP, True,
         )  # fmt: skip
     else:
         store_latent(
@@ -344,9 +256,9 @@ def compress_c4(
         ROWS=rows, REMEMBER=short, num_warps=4 if d > 128 else 1, **early(),
     )  # fmt: skip
     if not short:
-        _ring_c4[(triton.cdiv(tokens, _TOGETHER),)](
+        _ring_c4[(tokens,)](
             u, g, u.stride(0), g.stride(0), ape, ring, meta.positions, meta.segment, meta.offsets, meta.starts,
-            meta.swa_table, meta.page_table.shape[1], tokens, D=d, ROWS=_TOGETHER, SPAN=min(128, 2 * d), num_warps=4,
+            meta.swa_table, meta.page_table.shape[1], D=d, num_warps=2,
         )  # fmt: skip
 
 
@@ -359,7 +271,8 @@ def compress_c128(
     d, tokens = norm.shape[0], u.shape[0]
     u, g = _rows(u), _rows(g)
     short = tokens <= SHORT_STEP
-    rows = 1 if short else C128_RATIO  # in which a sequence closes one row
+    # One row closes in any 128 tokens of a sequence, so a program looks at that many.
+    rows = 1 if short else 32
     _c128[(triton.cdiv(tokens, rows),)](
         u, g, u.stride(0), g.stride(0), ape, norm, ring, meta.positions, meta.segment, meta.offsets, meta.starts,
         meta.page_table, meta.slots, meta.page_table.shape[1], freqs, eps,
@@ -367,9 +280,9 @@ def compress_c128(
         D=d, PAIRS=freqs.shape[0], CODEC=codec(out), ROWS=rows, STRIP=_STRIP, REMEMBER=short, num_warps=4, **early(),
     )  # fmt: skip
     if not short:
-        _ring_c128[(triton.cdiv(tokens, _TOGETHER),)](
+        _ring_c128[(tokens,)](
             u, g, u.stride(0), g.stride(0), ape, ring, meta.positions, meta.segment, meta.offsets, meta.starts,
-            meta.slots, tokens, D=d, ROWS=_TOGETHER, SPAN=min(128, d), num_warps=4,
+            meta.slots, D=d, num_warps=2,
         )  # fmt: skip
 
 
