@@ -1,4 +1,4 @@
-// The lightning indexer's scores of a decode step: sum over heads of weight * relu(query . key), times the key's scale.
+// The lightning indexer's scores: sum over heads of weight * relu(query . key), times the key's scale.
 //
 // Neighbouring tokens of a request are a group of up to four, which reads the request's keys once. The pages of all
 // groups stand in one row, of which each block takes an equal part: it counts them itself, from positions, so that no
@@ -318,7 +318,17 @@ template <int GROUPS, int N> __device__ __forceinline__ void take(
     if (warp == group && share.rounds > 0) write_maximum(share.rounds - 1);
 }
 
-template <int GROUPS> __device__ __forceinline__ void score(u8* memory, u32 block, u32 blocks, PARAMETERS) {
+template <int GROUPS> __device__ __forceinline__ void score(u8* memory, PARAMETERS) {
+    // A step of more tokens is several, each with blocks of its own.
+    u32 steps = (tokens + MOST_TOKENS - 1) / MOST_TOKENS, blocks = gridDim.x / steps, block = blockIdx.x % blocks;
+    int before_these = (int)(blockIdx.x / blocks) * MOST_TOKENS;
+    codes += (long long)before_these * TILE;
+    weights += before_these * HEADS;
+    positions += before_these;
+    segment += before_these;
+    scores += (long long)before_these * pages * PAGE;
+    maxima += (long long)before_these * pages;
+    tokens = tokens - before_these < MOST_TOKENS ? tokens - before_these : MOST_TOKENS;
     Memory m = laid_out(memory, together, stages);
     Fixed& s = *m.fixed;
     if (threadIdx.x == 0) {
@@ -374,17 +384,17 @@ template <int GROUPS> __device__ __forceinline__ void score(u8* memory, u32 bloc
     }
 }
 
-// Blocks: as many as there are multiprocessors, or fewer. Tokens: at most MOST_TOKENS; `together` is 1, 2 or 4, `stages` a
-// multiple of SENDERS.
+// Blocks: of each MOST_TOKENS tokens equally many, as many as there are multiprocessors, or fewer; `together` is 1, 2 or 4,
+// `stages` a multiple of SENDERS.
 // codes [tokens, HEADS, DIM] and weights [tokens, HEADS]; positions, segment [tokens]; page_table [., pages]; pool:
 // item_stride bytes from page to page, TILE of keys and then SCALES of scales -> scores [tokens, pages * PAGE], maxima
 // [tokens, pages]. Scores of keys that a token does not see are -inf, and those of pages of which it sees none, like
 // all of a token that sees k keys or fewer, are not written.
 extern "C" __global__ void __launch_bounds__(256 + 32 * SENDERS, 1) penumbra_index_scores_2(PARAMETERS) {
     extern __shared__ __align__(1024) u8 memory[];
-    score<2>(memory, blockIdx.x, gridDim.x, PASSED);
+    score<2>(memory, PASSED);
 }
 extern "C" __global__ void __launch_bounds__(512 + 32 * SENDERS, 1) penumbra_index_scores_4(PARAMETERS) {
     extern __shared__ __align__(1024) u8 memory[];
-    score<4>(memory, blockIdx.x, gridDim.x, PASSED);
+    score<4>(memory, PASSED);
 }

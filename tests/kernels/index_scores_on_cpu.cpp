@@ -196,7 +196,7 @@ extern "C" int run_scores(const Call* call, unsigned warpgroups, unsigned blocks
     c = *call;
     slow_warp = slow;
     faults = 0;
-    gridDim.x = blocks;
+    gridDim.x = blocks *= (call->tokens + MOST_TOKENS - 1) / MOST_TOKENS;
     blockDim.x = 128 * warpgroups + 32 * SENDERS;
     for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) {
         std::fill(std::begin(memory), std::end(memory), 0xff);  // NaN

@@ -1,4 +1,4 @@
-"""The indexer's scores of a decode step: the source of the CUDA kernel run on the CPU, against fp64."""
+"""The indexer's scores: the source of the CUDA kernel run on the CPU, against fp64."""
 
 from __future__ import annotations
 
@@ -165,6 +165,17 @@ def test_as_many_tokens_as_fit(library) -> None:
     check(step := Step(list(range(300, 364)), [0] * 64), *scored(library, step, plan(4, blocks=2, stages=8)))
 
 
+def test_more_tokens_than_a_block_looks_at_have_blocks_of_their_own(library) -> None:
+    """150 of five requests, so that one goes on behind the 64th; and bits that do not depend on where that is."""
+    spans = [(100, 30), (400, 60), (0, 20), (700, 39), (255, 1)]
+    positions = [start + i for start, count in spans for i in range(count)]
+    step = Step(positions, [s for s, (_, count) in enumerate(spans) for _ in range(count)], seed=9)
+    scores, maxima = scored(library, step, plan(4, blocks=3))
+    check(step, scores, maxima)
+    alone, _ = scored(library, step.only(list(range(60, 70))), plan(4))
+    assert torch.equal(alone, scores[60:70])
+
+
 def test_a_token_that_sees_k_keys_or_fewer_needs_no_scores(library) -> None:
     step = Step([397, 398, 399, 400, 403, 404, 90], [0, 0, 0, 0, 0, 0, 1], k=100)
     scores, maxima = scored(library, step, plan(4))
@@ -239,6 +250,8 @@ def test_plans_fit_a_multiprocessor_and_have_a_stage_for_every_sender() -> None:
     assert index_scores.plan(4, 3520).stages == 8
     assert index_scores.plan(1, 3520).stages == 12
     assert index_scores.plan(1, 1).stages == 4
+    assert index_scores.plan(2048, 3520).blocks == 132
+    assert index_scores.plan(2048, 16).blocks == 16  # of each of 32 times 64 tokens
 
 
 def test_shared_memory_is_as_the_binding_says(library) -> None:
@@ -246,7 +259,7 @@ def test_shared_memory_is_as_the_binding_says(library) -> None:
         assert library.shared_bytes(chosen.together, chosen.stages) == chosen.shared_bytes
 
 
-def test_it_takes_v4_keys_64_heads_and_steps_of_few_tokens(monkeypatch) -> None:
+def test_it_takes_v4_keys_and_64_heads(monkeypatch) -> None:
     pool = Step([3], [0]).pool
     assert not index_scores.takes(1, 64, 300, pool)  # but where products of few tokens are in CUDA C++
     monkeypatch.setattr(index_scores, "cuda_products", lambda: True)
@@ -254,7 +267,7 @@ def test_it_takes_v4_keys_64_heads_and_steps_of_few_tokens(monkeypatch) -> None:
     assert not index_scores.takes(4, 64, 63, pool)  # Triton is sooner done with so few
     assert index_scores.takes(4, 64, 64, pool)
     assert index_scores.takes(64, 64, 3520, pool)
-    assert not index_scores.takes(65, 64, 300, pool)
+    assert index_scores.takes(2048, 64, 3520, pool)
     assert not index_scores.takes(0, 64, 300, pool)
     assert not index_scores.takes(1, 32, 300, pool)
     exact = RowPool(torch.zeros(2, 64 * 512, dtype=torch.uint8), 64, "index", "exact", 128, 64)

@@ -1,4 +1,4 @@
-"""The binding of engine/csrc/index_scores.cu: the indexer's scores of a decode step, by e4m3 products."""
+"""The binding of engine/csrc/index_scores.cu: the indexer's scores, by e4m3 products."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.kernels.device import cuda_products
 from engine.kernels.rows import INDEX_DIM, RowPool
 
 TOKENS = 64
-"""Of a step, at most."""
+"""That a block looks at, at most: the next ones have blocks of their own."""
 TOGETHER = 4
 """Neighbouring tokens that share a read of the keys, at most."""
 LEAST_PAGES = 256
@@ -23,6 +23,8 @@ _TILE, _SCALES, _FIXED = 8192, 256, 1960
 _SENDERS = 4
 _SHARED_BYTES = 232_448
 """A block's, at most. A kernel is asked for with that, whatever a plan needs, for what was asked for last holds."""
+LEAST_OF_BLOCK = 16
+"""Pages, each for TOGETHER tokens, where there are blocks of other tokens too."""
 _MULTIPROCESSORS = 132
 """Of a Hopper GPU, each with one block."""
 _ALIGNED = 16
@@ -30,7 +32,7 @@ _ALIGNED = 16
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    blocks: int
+    blocks: int  # of each TOKENS
     together: int  # tokens of a request that read its keys at once: 1, 2 or 4
     warpgroups: int = 4  # that multiply: 2 or 4
     stages: int = 12  # pages on their way, or being multiplied: 4 to 24, a multiple of 4
@@ -47,21 +49,23 @@ class Plan:
 def takes(tokens: int, heads: int, pages: int, pool: RowPool) -> bool:
     """Whether `score` takes so many tokens and heads, a table of so many pages, and this pool."""
     return (
-        0 < tokens <= TOKENS
-        and tokens * pages >= LEAST_PAGES
+        tokens * pages >= LEAST_PAGES
         and cuda_products()
         and heads == _HEADS
         and (pool.layout, pool.dim, pool.rows_per_item) == ("v4", INDEX_DIM, _PAGE)
         and pool.data.data_ptr() % _ALIGNED == 0
         and pool.data.stride(0) % _ALIGNED == 0
-        and tokens * pages * _PAGE < 1 << 31
+        and min(tokens, TOKENS) * pages * _PAGE < 1 << 31
     )
 
 
 @lru_cache(maxsize=1024)
 def plan(tokens: int, pages: int) -> Plan:
     """By shapes alone. Blocks share the pages that tokens see, and those left over end at once."""
+    steps, tokens = -(-tokens // TOKENS), min(tokens, TOKENS)
     blocks = min(_MULTIPROCESSORS, tokens * pages)
+    if steps > 1:  # there are blocks enough, and each has to find out first what there is
+        blocks = min(blocks, -(-tokens * pages // (TOGETHER * LEAST_OF_BLOCK)))
     together = min(TOGETHER, 1 << (tokens - 1).bit_length())
     each = -(-tokens * pages // blocks)
     room = (_SHARED_BYTES - _FIXED) // (_TILE + _SCALES) - 2 * together
@@ -85,7 +89,7 @@ def score(
     int32 = ctypes.c_int32
     run(
         kernel("index_scores.cu", f"penumbra_index_scores_{plan.warpgroups}", _SHARED_BYTES),
-        plan.blocks, plan.threads, plan.shared_bytes,
+        plan.blocks * -(-codes.shape[0] // TOKENS), plan.threads, plan.shared_bytes,
         codes, weights, positions, segment, page_table, int32(page_table.shape[1]), pool.data,
         ctypes.c_int64(pool.data.stride(0)), scores, maxima, int32(codes.shape[0]), int32(k), int32(plan.together),
         int32(plan.stages), waits=True,

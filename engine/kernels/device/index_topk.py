@@ -148,7 +148,7 @@ def scores_and_maxima(
     last = tokens if last is None else last
     pages = meta.page_table.shape[1]
     v4 = pool.layout == "v4"
-    own = last - first <= index_scores.TOKENS or not libraries.takes_index_scores(heads, dim, pool)
+    own = index_scores.takes(last - first, heads, pages, pool) or not libraries.takes_index_scores(heads, dim, pool)
     if half and v4 and backend("index-scores", rather_own=own) is not None:
         return libraries.index_scores(q, w, pool, meta, first, last)
     kind = (0 if v4 else 1) if half else 2
