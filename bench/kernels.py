@@ -33,7 +33,6 @@ from engine.kernels.device import (
     mix_few,
     require,
     route_few,
-    sample_rows,
     sparse_attention,
     use_cuda_products,
 )
@@ -41,7 +40,7 @@ from engine.kernels.device.norm_rope import norm_rotate
 from engine.kernels.device.topk_rows import choose, topk_rows
 from engine.kernels.hyper_connections import Unbalanced
 from engine.kernels.rows import RowPool
-from engine.kernels.sample import Row, how_drawn
+from engine.kernels.sample import How, Row, draw
 from wire.types import PAGE_TOKENS, SamplingParams
 
 CALLS = 20
@@ -451,8 +450,8 @@ def sampling_cases(bandwidth: float) -> Cases:
         params = SamplingParams(max_tokens=1, seed=1, temperature=temperature, top_p=top_p)
         for rows in (1, 4, 32):
             logits = [torch.randn(rows, vocabulary, device="cuda") * 4 for _ in turns(4 * rows * vocabulary)]
-            how = how_drawn([Row(params=params, position=n) for n in range(rows)])
-            there, filtered = torch.from_numpy(how.view(np.int64)).cuda(), params.top_p < 1
+            how = How.of_rows([Row(params=params, position=n) for n in range(rows)])
+            there, filtered = torch.from_numpy(how.bits.view(np.int64)).cuda(), params.top_p < 1
 
             def theirs(x: Tensor) -> Tensor:
                 if params.temperature == 0:
@@ -463,7 +462,7 @@ def sampling_cases(bandwidth: float) -> Cases:
                     likely = likely * (likely.cumsum(-1) - likely < params.top_p)
                 return likely.multinomial(1)
 
-            us = in_cuda(lambda x: sample_rows.draw(x, there, filtered), logits)
+            us = in_cuda(lambda x: draw(x, there, filtered), logits)
             floor = 4 * rows * vocabulary / bandwidth * 1e6
             peer = microseconds(theirs, logits)
             yield Figure(f"draw, {name}", f"{rows} rows of {vocabulary:,}", us, floor, "torch", peer)

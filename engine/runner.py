@@ -13,12 +13,12 @@ from engine.cache.pools import KvPools, PoolSizes, plan_sizes
 from engine.config import C4_RATIO, EngineConfig, KvLayout, ModelConfig
 from engine.constraint import Grammars
 from engine.kernels.device import backends, require, use_cuda_products
-from engine.kernels.sample import sample_rows, score
+from engine.kernels.sample import DRAWN, UNSURE, How, sample_rows, score
 from engine.model.deepseek_v4 import DeepseekV4
 from engine.model.mtp import DraftLayer
 from engine.model.weights import load_checkpoint
 from engine.sampler import Draws
-from engine.steps import SingleStep, Step, StepGraphs, token_ids
+from engine.steps import GraphStep, SingleStep, Step, StepGraphs, token_ids
 from wire.errors import ConfigError
 from wire.types import PAGE_TOKENS, SamplingParams
 
@@ -162,8 +162,38 @@ class Runner:
 
     def _compute(self, batch: list[Segment], tables: Tables) -> list[Drawn]:
         step = self.graphs.step(batch, tables) if self.graphs is not None else None
-        if step is None:
-            step = SingleStep(self.model, self.draft, self.pools, batch, tables)
+        if step is not None and self._plain(batch) and step.takes():
+            return self._at_once(step, batch)
+        return self._by_turns(step or SingleStep(self.model, self.draft, self.pools, batch, tables), batch, tables)
+
+    def _plain(self, batch: list[Segment]) -> bool:
+        return all(self._draws_of(s.sequence).is_plain(s.index) for s in batch if s.sample)
+
+    def _at_once(self, step: GraphStep, batch: list[Segment]) -> list[Drawn]:
+        """For draws of which all is known before."""
+        came = step.drawn(How.of([segment.sequence.sampling for segment in batch]))
+        results = []
+        end = 0
+        for segment, guesses in zip(batch, came.guesses, strict=True):
+            end += len(segment.tokens)
+            tokens: list[Sampled] = []
+            drafts = segment.tokens[len(segment.tokens) - segment.drafts :]
+            first = end - segment.drafts - 1
+            for i in range(segment.drafts + 1) if segment.sample else ():
+                token, state = came.drawn[first + i]
+                if state == UNSURE:
+                    place = segment.start + len(segment.tokens) - segment.drafts + i
+                    tokens += sample_rows(step.row(first + i), [self._draws_of(segment.sequence).row(place, 0)])
+                else:
+                    tokens.append(Sampled(token_id=token, logprob=0.0, ok=state == DRAWN))
+                # The step has gone no further.
+                if state != DRAWN or i == segment.drafts or token != drafts[i]:
+                    break
+            results.append(Drawn(tuple(tokens), tuple(guesses), segment.drafts))
+        return results
+
+    def _by_turns(self, step: Step, batch: list[Segment], tables: Tables) -> list[Drawn]:
+        """The step and the host, which draws, wait for each other."""
         wanted, rows = [], []
         end = 0
         for segment in batch:

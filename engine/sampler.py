@@ -30,6 +30,15 @@ class Draws:
         self._scores: list[Sampled] = []
         self.push(sequence.answer)
 
+    def is_plain(self, index: int) -> bool:
+        """Whether the answer's tokens from `index` on depend on nothing but their logits, their places and how rows are
+        drawn from, and nothing else is asked about them.
+        """
+        p = self._params
+        follows = self._history is not None or self._follower is not None
+        asks = p.logprobs or (index == 0 and p.prompt_logprobs is not None)
+        return not (follows or asks or p.logit_bias or (self._banned and index < p.min_tokens))
+
     def push(self, tokens: collections.abc.Sequence[int]) -> None:
         """These tokens were added to the answer."""
         if self._history is not None:

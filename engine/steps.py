@@ -1,7 +1,8 @@
 """One step on its device: the forward pass, then the draft layer over it. As single calls, or as CUDA graphs.
 
 A step is made for a batch, asked for logits once, told how many of each segment's tokens stay, and then asked for guess
-after guess. What lies between those calls stays on the device.
+after guess. What lies between those calls stays on the device. Or it draws, verifies and guesses by itself, where all
+that draws depend on can be handed over before: graphs then follow one another without a word from the host.
 
 T tokens of B segments, P pages at most, V vocabulary, D hidden.
 """
@@ -11,14 +12,19 @@ from __future__ import annotations
 import gc
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import structlog
 import torch
 from torch import Tensor
 
 from engine.batch import Segment, StepMeta, Tables, extents
 from engine.cache.pools import KvPools
+from engine.kernels.sample import HOW, How, draw, takes
+from engine.kernels.verify import Asked, Guessing, advance, verify
 from engine.model.deepseek_v4 import DeepseekV4
 from engine.model.mtp import DraftLayer
 
@@ -30,6 +36,10 @@ TOKEN_SIZES = (*range(1, 9), 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 PAGE_SIZES = (16, 64, 256, 1024, 4096)
 """A graph is captured for the next larger of these: contexts of 4K, 16K, 64K, 256K and 1M tokens. The pages decide how
 many programs look for work in a context, so short ones do not pay for long ones."""
+MOST_DRAWN = 64
+"""Tokens of a step that draws where its logits are: it draws behind every one of them."""
+MOST_GUESSES = 8
+"""Of a segment, in such a step."""
 MOST_FAMILIES = 24
 """Families of graphs that are kept; the one not used for longest goes first."""
 
@@ -111,7 +121,7 @@ class StepGraphs:
         self._memory = _Memory() if capture else None
         self._families: OrderedDict[tuple[int, int], _Family] = OrderedDict()
 
-    def step(self, batch: list[Segment], tables: Tables) -> Step | None:
+    def step(self, batch: list[Segment], tables: Tables) -> GraphStep | None:
         """None for a batch that no graph takes: a long one, one that rebuilds windows, one of which every row is
         scored.
         """
@@ -133,7 +143,7 @@ class StepGraphs:
             if len(self._families) > MOST_FAMILIES:
                 self._families.popitem(last=False)
         self._families.move_to_end(key)
-        return _GraphStep(self._families[key], tokens, batch, tables)
+        return GraphStep(self._families[key], tokens, batch, tables)
 
 
 class _Memory:
@@ -148,16 +158,20 @@ class _Memory:
 
 
 class _Part(Generic[T]):
-    """A piece of a step in which the host looks at no value."""
+    """A piece of a step in which the host looks at no value.
 
-    def __init__(self, run: Callable[[], T], memory: _Memory | None) -> None:
-        self._run, self._memory = run, memory
+    behind  the piece whose results this one reads: they lie in one place only once that one is captured
+    """
+
+    def __init__(self, run: Callable[[], T], memory: _Memory | None, behind: _Part[Any] | None = None) -> None:
+        self._run, self._memory, self._behind = run, memory, behind
         self._graph: torch.cuda.CUDAGraph | None = None
         self._ran = False
         self._made: T
 
     def __call__(self) -> T:
-        if not self._ran or self._memory is None:
+        stays = self._behind is None or self._behind._graph is not None
+        if not self._ran or self._memory is None or not stays:
             self._made, self._ran = self._run(), True
             return self._made
         if self._graph is None:
@@ -216,6 +230,29 @@ class _Buffer:
         self.send()
 
 
+class _Results:
+    """int32 numbers that a step makes and one copy brings to the host."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.device = torch.full((count,), -1, dtype=torch.int32, device=device)
+        self._host = torch.empty(count, dtype=torch.int32, pin_memory=device.type == "cuda")
+
+    def host(self) -> Tensor:
+        """When all that the step queued is done."""
+        self._host.copy_(self.device, non_blocking=True)
+        if self.device.is_cuda:
+            torch.cuda.current_stream().synchronize()
+        return self._host
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step drew behind each of its tokens, as `sample.draw` says, and each segment's guesses."""
+
+    drawn: list[list[int]]
+    guesses: list[list[int]]
+
+
 class _Family:
     """What is captured for batches of up to B - 1 segments of up to P pages."""
 
@@ -232,13 +269,20 @@ class _Family:
         self.segments, self.pages = segments, pages
         device = model.device
         self.tables = _Buffer(segments * (1 + 2 * pages), device)
-        self.guessing = _Buffer(3 * segments, device)  # ids, places, whether it goes on
+        self.guessing = _Buffer(3 * segments, device)  # a `Guessing`
+        # Of steps that draw where the logits are: a `How` of any position and an `Asked`, and what came of them.
+        self.draws = _Buffer(segments * (2 * HOW + 3), device)
+        self.results = _Results(2 * MOST_DRAWN + segments * MOST_GUESSES, device)
         self.forwards: dict[int, _Forward] = {}
         if draft is not None:
             c = model.config
             self.before = torch.zeros(segments, c.hc_mult, c.hidden_size, device=device)
             self.oldest = torch.zeros(segments, dtype=torch.int64, device=device)
             self.guess = _Part(self._guess, memory)
+            self.advance = {
+                filtered: _Part(partial(self._advance, filtered), memory, self.guess) for filtered in (False, True)
+            }
+            self.guessed = torch.empty(0)  # logits that `guess` made last: once it is captured, always in one place
 
     def forward(self, tokens: int) -> _Forward:
         if tokens not in self.forwards:
@@ -250,10 +294,29 @@ class _Family:
         slots, pages, swa_pages = self.tables.device.split([b, b * p, b * p])
         return Tables(slots, pages.view(b, p), swa_pages.view(b, p))
 
+    def how(self) -> Tensor:
+        """[B, 5] int64."""
+        return self.draws.device[: self.segments * 2 * HOW].view(torch.int64).view(self.segments, HOW)
+
+    def asked(self) -> Asked:
+        return Asked(*self.draws.device[self.segments * 2 * HOW :].view(3, self.segments))
+
+    def to_guess(self) -> Guessing:
+        return Guessing(*self.guessing.device.view(3, self.segments))
+
+    def guesses(self) -> Tensor:
+        """[B, MOST_GUESSES] int32."""
+        return self.results.device[2 * MOST_DRAWN :].view(self.segments, MOST_GUESSES)
+
+    def _advance(self, filtered: bool) -> None:
+        to_guess = self.to_guess()
+        drawn = draw(self.guessed, self.how(), filtered, None, to_guess.places.long())
+        advance(drawn, self.on_device().swa_pages, self.asked(), to_guess, self.guesses())
+
     def _guess(self) -> Tensor:
         """[B, V]; rows of segments that do not go on mean nothing."""
         assert self.draft is not None
-        ids, places, going = self.guessing.device.view(3, self.segments)
+        ids, places, going = self.to_guess()
         tables, more = self.on_device(), going[:, None]
         at = StepMeta.at(
             Tables(tables.slots * going, tables.pages * more, tables.swa_pages * more),
@@ -275,8 +338,11 @@ class _Forward:
         self.batch = _Buffer(2 * family.segments + tokens, family.model.device)  # starts, counts, ids
         self.kept = _Buffer(family.segments, family.model.device)
         self.run = _Part(self._run, family.memory)
-        self.remember = _Part(self._remember, family.memory)
-        self.streams = torch.empty(0)  # what `run` made last: once it is captured, always in one place
+        self.verify = {
+            filtered: _Part(partial(self._verify, filtered), family.memory, self.run) for filtered in (False, True)
+        }
+        self.remember = _Part(self._remember, family.memory, self.run)
+        self.streams = self.logits = torch.empty(0)  # what `run` made last: once it is captured, always in one place
 
     def _inputs(self) -> tuple[Tensor, StepMeta]:
         b = self.family.segments
@@ -289,6 +355,12 @@ class _Forward:
         streams = model.streams(*self._inputs(), self.family.pools)
         return streams, model.read_out(streams)
 
+    def _verify(self, filtered: bool) -> None:
+        family, (ids, meta) = self.family, self._inputs()
+        drawn = family.results.device[: 2 * self.tokens].view(self.tokens, 2)
+        drawn.copy_(draw(self.logits, family.how(), filtered, meta.segment, meta.positions))
+        verify(drawn, ids, meta, family.asked(), self.kept.device, family.to_guess(), family.guesses())
+
     def _remember(self) -> None:
         family, (ids, meta) = self.family, self._inputs()
         assert family.draft is not None
@@ -297,7 +369,15 @@ class _Forward:
         family.oldest.copy_(oldest)
 
 
-class _GraphStep:
+class _Asked(NamedTuple):
+    """`verify.Asked`, of the segments there are."""
+
+    drafts: list[int]
+    draws: list[int]
+    guesses: list[int]
+
+
+class GraphStep:
     """One batch's pass through what its family has captured."""
 
     def __init__(self, family: _Family, tokens: int, batch: list[Segment], tables: Tables) -> None:
@@ -305,13 +385,57 @@ class _GraphStep:
         self._starts = [segment.start for segment in batch]
         self._counts = [len(segment.tokens) for segment in batch]
         self._ids = [token for segment in batch for token in segment.tokens]
+        self._asked = _Asked(
+            [segment.drafts for segment in batch],
+            [int(segment.sample) for segment in batch],
+            [segment.guesses for segment in batch],
+        )
         self._tables = tables
         # The last segment takes the tokens of the padding; those between have none.
         self._unused = [0] * (family.segments - len(batch) - 1)
         self._spare = tokens - len(self._ids)
 
+    def takes(self) -> bool:
+        """Whether `drawn` can be asked for."""
+        family = self._family
+        return (
+            self._forward.tokens <= MOST_DRAWN
+            and max(self._asked.guesses) <= MOST_GUESSES
+            and takes(family.model.device, family.model.config.vocab_size)
+        )
+
     @torch.inference_mode()
-    def logits(self, wanted: list[int]) -> Tensor:
+    def drawn(self, how: How) -> Outcome:
+        """The whole step, in which the host looks at nothing: it draws behind every token, keeps the drafts that are
+        what was drawn, and guesses on; all by `how` [B], of any position. Nothing else is asked for then, but `row`.
+        """
+        family, forward, asked = self._family, self._forward, self._asked
+        filtered = bool(how.filtered[np.flatnonzero(asked.draws)].any())
+        bits = np.zeros((family.segments, HOW), dtype=np.uint64)
+        bits[: len(how.bits)] = how.bits
+        unused = [*self._unused, 0]
+        family.draws.send_these(
+            bits.view(np.int32).ravel().tolist(), asked.drafts, unused, asked.draws, unused, asked.guesses, unused
+        )
+        self._run()
+        forward.verify[filtered]()
+        if family.draft is not None:
+            forward.remember()
+            for _ in range(max(asked.guesses)):
+                family.guessed = family.guess()
+                family.advance[filtered]()
+        results = family.results.host().numpy()
+        made = results[2 * MOST_DRAWN :].reshape(family.segments, MOST_GUESSES)[: len(how.bits)]
+        return Outcome(
+            drawn=results[: 2 * len(self._ids)].reshape(-1, 2).tolist(),
+            guesses=[[int(token) for token in row if token >= 0] for row in made],
+        )
+
+    def row(self, token: int) -> Tensor:
+        """[1, V] float32, the logits of one of the step's tokens."""
+        return self._forward.logits[token : token + 1]
+
+    def _run(self) -> None:
         family, forward, tables = self._family, self._forward, self._tables
         b, p = family.segments, family.pages
         slots, pages, swa_pages = family.tables.host().split([b, b * p, b * p])
@@ -326,7 +450,12 @@ class _GraphStep:
         forward.batch.send_these(
             self._starts, self._unused, [0], self._counts, self._unused, [self._spare], self._ids, [0] * self._spare
         )
-        forward.streams, logits = forward.run()
+        forward.streams, forward.logits = forward.run()
+
+    @torch.inference_mode()
+    def logits(self, wanted: list[int]) -> Tensor:
+        self._run()
+        logits = self._forward.logits
         if len(wanted) == len(self._ids):
             return logits[: len(wanted)]
         return logits[torch.tensor(wanted, dtype=torch.int64, device=logits.device)]

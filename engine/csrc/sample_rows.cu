@@ -18,12 +18,18 @@ typedef unsigned long long u64;
 #define THREADS 256     // of a block that makes parts
 #define SPANS 32        // of a row
 #define CANDIDATES 512  // and threads of a block that takes a row
+#define GOLDEN 0x9E3779B97F4A7C15ull
 
 #ifndef ON_CPU
 __device__ __forceinline__ double as_double(u64 bits) { return __longlong_as_double((long long)bits); }
 #endif
 
-// How a row is drawn from: as the host hands it over.
+// How rows are drawn from, as the host hands it over: each its own, or each that of its segment and of its position.
+struct How {
+    const struct Row* rows;
+    const int* segment;           // or none: row i is drawn by rows[i]
+    const long long* positions;  // of the tokens in front of those that are drawn, or none: keys are those of the positions
+};
 struct Row {
     u64 key, temperature, top_p, min_p, top_k;
     __device__ __forceinline__ bool greedy() const { return as_double(temperature) == 0.0; }
@@ -43,8 +49,13 @@ __device__ __forceinline__ u64 mix(u64 x) {
     x = (x ^ x >> 27) * 0x94D049BB133111EBull;
     return x ^ x >> 31;
 }
+__device__ __forceinline__ Row row_of(const How& how, int at) {
+    Row row = how.rows[how.segment ? how.segment[at] : at];
+    if (how.positions) row.key = mix(row.key + (u64)(how.positions[at] + 1) * GOLDEN);
+    return row;
+}
 __device__ __forceinline__ double gumbel(u64 key, int token) {
-    u64 bits = mix(key + (u64)(token + 1) * 0x9E3779B97F4A7C15ull);
+    u64 bits = mix(key + (u64)(token + 1) * GOLDEN);
     return -log(-log(((double)(bits >> 11) + 0.5) * 0x1p-53));
 }
 __device__ __forceinline__ bool is_finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
@@ -69,13 +80,14 @@ template <int N> __device__ __forceinline__ void best_of(double (&values)[N], in
 
 // logits [rows, vocabulary], each `row_stride` behind the one before -> parts [rows, SPANS].
 extern "C" __global__ void __launch_bounds__(THREADS) penumbra_sample_parts(
-    const float* logits, long long row_stride, const Row* rows, Part* parts, int vocabulary) {
+    const float* logits, long long row_stride, const Row* rows, const int* segment, const long long* positions, Part* parts,
+    int vocabulary) {
     __shared__ double values[THREADS];
     __shared__ int tokens[THREADS];
     __shared__ float tops[THREADS];
     await_previous();
     int at = blockIdx.x / SPANS, span = blockIdx.x % SPANS, thread = threadIdx.x;
-    const Row row = rows[at];
+    const Row row = row_of(How{rows, segment, positions}, at);
     int size = (vocabulary + SPANS - 1) / SPANS, first = span * size;
     int end = first + size < vocabulary ? first + size : vocabulary;
     const float* mine = logits + at * row_stride;
@@ -124,13 +136,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) penumbra_sample_parts(
 // candidates [rows, CANDIDATES]: the most likely tokens of rows that have filters, ascending -> drawn [rows, 2]: a token
 // and a State.
 extern "C" __global__ void __launch_bounds__(CANDIDATES) penumbra_sample_rows(
-    const float* logits, long long row_stride, const Row* rows, const Part* parts, const int* candidates, int* drawn) {
+    const float* logits, long long row_stride, const Row* rows, const int* segment, const long long* positions,
+    const Part* parts, const int* candidates, int* drawn) {
     __shared__ double values[CANDIDATES], ranked[CANDIDATES], before[2][CANDIDATES];
     __shared__ int tokens[CANDIDATES], ranked_tokens[CANDIDATES];
     __shared__ double all;
     await_previous();
     int at = blockIdx.x, thread = threadIdx.x;
-    const Row row = rows[at];
+    const Row row = row_of(How{rows, segment, positions}, at);
     parts += at * SPANS;
     bool finite = true;
     for (int s = 0; s < SPANS; s++) finite = finite && parts[s].finite;

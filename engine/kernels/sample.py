@@ -39,6 +39,9 @@ CANDIDATES = 512
 """At least as many of the most likely tokens filters look at first: what they keep is nearly always among these, and to
 find these in a vocabulary of 129,280 costs a tenth of sorting it."""
 
+DRAWN, NOT_FINITE, UNSURE = range(3)
+"""What became of a row that was drawn where its logits are: as in engine/csrc/sample_rows.cu."""
+
 BLOCK_LOGITS = 1 << 16
 """Logits worked on at once: half a MiB of them as doubles, which stays in a core's cache from pass to pass."""
 
@@ -125,32 +128,125 @@ def sample_rows(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
     """
     if not logits.is_cuda:
         return sample(logits.numpy(), rows)
-    from engine.kernels.device import sample_rows as device
-
     answers: dict[int, Sampled] = {}
-    if device.takes(logits.shape[1]) and (plain := [i for i, row in enumerate(rows) if _is_plain(row)]):
-        some = [rows[i] for i in plain]
-        how = torch.from_numpy(how_drawn(some).view(np.int64)).to(logits.device)
+    if takes(logits.device, logits.shape[1]) and (plain := [i for i, row in enumerate(rows) if _is_plain(row)]):
+        how = How.of_rows([rows[i] for i in plain])
+        bits = torch.from_numpy(how.bits.view(np.int64)).to(logits.device)
         every = logits if len(plain) == len(rows) else logits[plain]
-        drawn = device.draw(every, how, any(map(_filters, some))).tolist()
+        drawn = draw(every, bits, bool(how.filtered.any())).tolist()
         for i, (token, state) in zip(plain, drawn, strict=True):
-            if state != device.UNSURE:
-                answers[i] = Sampled(token_id=token, logprob=0.0, ok=state == device.DRAWN)
+            if state != UNSURE:
+                answers[i] = Sampled(token_id=token, logprob=0.0, ok=state == DRAWN)
     if left := [i for i in range(len(rows)) if i not in answers]:
         here = sample(logits[left].cpu().numpy(), [rows[i] for i in left])
         answers |= dict(zip(left, here, strict=True))
     return [answers[i] for i in range(len(rows))]
 
 
-def how_drawn(rows: Sequence[Row]) -> NDArray[np.uint64]:
-    """[S, 5], bits as engine/csrc/sample_rows.cu takes them: key of the noise, temperature, top_p, min_p, top_k."""
-    params = [row.params for row in rows]
-    how = np.empty((len(rows), 5), dtype=np.uint64)
-    how[:, 0] = _keys(params, [row.position for row in rows])
-    for place, name in enumerate(("temperature", "top_p", "min_p"), start=1):
-        how[:, place] = _column(rows, name).view(np.uint64)
-    how[:, 4] = [p.top_k for p in params]
-    return how
+HOW = 5
+"""Numbers of 64 bits that say how a row is drawn from."""
+
+
+class How:
+    """How S rows are drawn from, as engine/csrc/sample_rows.cu takes it: [S, HOW] uint64, a row's key of the noise and
+    the bits of its temperature, top_p, min_p and top_k.
+    """
+
+    def __init__(self, bits: NDArray[np.uint64]) -> None:
+        self.bits = bits
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams]) -> How:
+        """For draws at any position: see `at`."""
+        bits = np.empty((len(params), HOW), dtype=np.uint64)
+        bits[:, 0] = _base_keys(params)
+        for place, name in enumerate(("temperature", "top_p", "min_p"), start=1):
+            bits[:, place] = np.array([getattr(p, name) for p in params], dtype=np.float64).view(np.uint64)
+        bits[:, 4] = [p.top_k for p in params]
+        return cls(bits)
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Row]) -> How:
+        return cls.of([row.params for row in rows]).at([row.position for row in rows])
+
+    def at(self, positions: Sequence[int] | Ids) -> How:
+        """For the draws at these positions [S]."""
+        bits = self.bits.copy()
+        bits[:, 0] = _mix(bits[:, 0] + np.asarray(positions).astype(np.uint64) * _GOLDEN)
+        return How(bits)
+
+    def only(self, rows: Ids) -> How:
+        return How(self.bits[rows])
+
+    @property
+    def keys(self) -> NDArray[np.uint64]:
+        return self.bits[:, 0]
+
+    @property
+    def temperature(self) -> F64:
+        return self._column(1)
+
+    @property
+    def top_p(self) -> F64:
+        return self._column(2)
+
+    @property
+    def min_p(self) -> F64:
+        return self._column(3)
+
+    @property
+    def top_k(self) -> Ids:
+        return self.bits[:, 4].astype(np.int64)
+
+    @property
+    def filtered(self) -> NDArray[np.bool_]:
+        """[S] whether top_k, top_p or min_p say which tokens may be drawn."""
+        return (self.temperature != 0) & ((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0))
+
+    def _column(self, place: int) -> F64:
+        return np.ascontiguousarray(self.bits[:, place]).view(np.float64)
+
+
+def takes(device: torch.device, vocabulary: int) -> bool:
+    """Whether `draw` takes logits of so many tokens there: any on a CPU, most on a GPU."""
+    if device.type != "cuda":
+        return True
+    from engine.kernels.device import sample_rows
+
+    return sample_rows.takes(vocabulary)
+
+
+def draw(
+    logits: Tensor, how: Tensor, filtered: bool, segment: Tensor | None = None, positions: Tensor | None = None
+) -> Tensor:
+    """logits [S, V] fp32 -> [S, 2] int32: a token and DRAWN, or one that means nothing where logits are not finite, or
+    where, on a GPU, more than CANDIDATES tokens pass a row's filters (UNSURE).
+
+    how        [., 5] int64, bits of a `How`: row i is drawn by row i of it, or by row segment[i]; all where logits are
+    filtered   any of them has top_k, top_p or min_p
+    segment    [S] int32
+    positions  [S] int64, of the tokens in front of those that are drawn, for a `How` of any position
+    """
+    if logits.is_cuda:
+        from engine.kernels.device import sample_rows as device
+
+        return device.draw(logits, how, filtered, segment, positions)
+    of = How(how.numpy().view(np.uint64))
+    if segment is not None:
+        of = of.only(segment.numpy())
+    if positions is not None:
+        of = of.at(positions.numpy() + 1)
+    values = logits.numpy()
+    finite = np.isfinite(values).all(axis=-1)
+    drawn = np.zeros((len(values), 2), dtype=np.int32)
+    drawn[:, 1] = np.where(finite, DRAWN, NOT_FINITE)
+    for some, drawer in (
+        (finite & (of.temperature == 0), lambda scores, _: scores.argmax(axis=-1)),
+        (finite & (of.temperature != 0), _draw),
+    ):
+        if (rows := np.flatnonzero(some)).size:
+            drawn[rows, 0] = drawer(values[rows], of.only(rows))
+    return torch.from_numpy(drawn)
 
 
 def _is_plain(row: Row) -> bool:
@@ -158,28 +254,22 @@ def _is_plain(row: Row) -> bool:
     return not (_is_shaped(row) or row.params.logprobs or row.problem)
 
 
-def _filters(row: Row) -> bool:
-    p = row.params
-    return p.temperature != 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
-
-
 def _sample(logits: NDArray[np.float32], rows: Sequence[Row]) -> list[Sampled]:
     finite: NDArray[np.bool_] = np.asarray(np.isfinite(logits).all(axis=-1))
     finite = finite & np.array([not row.problem for row in rows])
     shaped = np.array([_is_shaped(row) for row in rows])
     values = _shape(logits[shaped], [row for row, touched in zip(rows, shaped.tolist(), strict=True) if touched])
-    temperatures = _column(rows, "temperature")
+    how = How.of_rows(rows)
     chosen = np.zeros(len(rows), dtype=np.int64)
-    greedy = finite & (temperatures == 0)
+    greedy = finite & (how.temperature == 0)
     if greedy.any():
         chosen[greedy] = logits[greedy].argmax(axis=-1)
         chosen[greedy & shaped] = values[greedy[shaped]].argmax(axis=-1)
-    drawn = finite & (temperatures != 0)
+    drawn = finite & (how.temperature != 0)
     # Shaped rows have twice the digits, and are few as a rule.
     for part, which, scores in ((drawn & shaped, drawn[shaped], values), (drawn & ~shaped, drawn & ~shaped, logits)):
         if part.any():
-            several = [rows[int(i)] for i in np.flatnonzero(part)]
-            chosen[part] = _draw(scores if which.all() else scores[which], several)
+            chosen[part] = _draw(scores if which.all() else scores[which], how.only(np.flatnonzero(part)))
     answers = [
         Sampled(token_id=int(token), logprob=0.0, ok=ok, problem=row.problem)
         for token, ok, row in zip(chosen, finite.tolist(), rows, strict=True)
@@ -258,25 +348,23 @@ def _penalise(shaped: F64, rows: Sequence[Row], penalised: list[int]) -> None:
 # 5 to 8: what is drawn from
 
 
-def _draw(scores: Floats, rows: list[Row]) -> Ids:
+def _draw(scores: Floats, how: How) -> Ids:
     """scores [S, V], logits before temperature -> [S] tokens."""
-    chosen = np.zeros(len(rows), dtype=np.int64)
-    keys = _keys([row.params for row in rows], [row.position for row in rows])
-    filtered = np.array([_filters(row) for row in rows])
+    chosen = np.zeros(len(scores), dtype=np.int64)
+    filtered = how.filtered
     free = np.flatnonzero(~filtered)
     if len(free):
-        noise = _gumbel(keys[free, None], np.arange(scores.shape[-1]))
-        noise += scores[free] / _column([rows[int(i)] for i in free], "temperature")[:, None]
+        noise = _gumbel(how.keys[free, None], np.arange(scores.shape[-1]))
+        noise += scores[free] / how.temperature[free, None]
         chosen[free] = noise.argmax(axis=-1)
     left = np.flatnonzero(filtered)
     for top in (_head, _all):
         if not len(left):
             break
-        several = [rows[int(i)] for i in left]
-        ids, values, kept, sure = _keep(scores[left], several, top)
+        ids, values, kept, sure = _keep(scores[left], how.only(left), top)
         row, place = np.nonzero(kept & sure[:, None])
         ids = ids[row, place]
-        noisy = values[row, place] + _gumbel(keys[left[row]], ids)
+        noisy = values[row, place] + _gumbel(how.keys[left[row]], ids)
         first = np.flatnonzero(np.diff(row, prepend=-1))
         best = np.flatnonzero(noisy == np.repeat(np.maximum.reduceat(noisy, first), np.diff(first, append=len(row))))
         # Ids ascend within a row, so the first of equals is the lowest.
@@ -286,15 +374,14 @@ def _draw(scores: Floats, rows: list[Row]) -> Ids:
     return chosen
 
 
-def _keep(scores: Floats, rows: list[Row], top: Top) -> tuple[Ids, F64, NDArray[np.bool_], NDArray[np.bool_]]:
+def _keep(scores: Floats, how: How, top: Top) -> tuple[Ids, F64, NDArray[np.bool_], NDArray[np.bool_]]:
     """([S, K] candidates, [S, K] their scores over temperature, [S, K] which of them the filters leave, at least the
     most likely one; [S] whether more candidates could not change that).
     """
     ids, values, whole = top(scores)
-    temperatures = _column(rows, "temperature")[:, None]
-    values = values / temperatures
+    values = values / how.temperature[:, None]
     ranked = np.sort(values, axis=-1)[:, ::-1]
-    counts, least = _count_kept(scores, temperatures, ranked, rows)
+    counts, least = _count_kept(scores, ranked, how)
     # Had they kept the last candidate, they might keep one that we have not seen.
     sure = (counts < np.isfinite(values).sum(axis=-1)) | whole
     kept = values >= least[:, None]
@@ -333,16 +420,16 @@ def _head(scores: Floats) -> tuple[Ids, F64, bool]:
     return ids, values, False
 
 
-def _count_kept(scores: Floats, temperatures: F64, values: F64, rows: list[Row]) -> tuple[Ids, F64]:
+def _count_kept(scores: Floats, values: F64, how: How) -> tuple[Ids, F64]:
     """([S] how many tokens the filters leave, the most likely first; [S] the score over temperature of the last of
     them), as far as the most likely ones, whose scores over temperature are `values` [S, K], tell.
     """
     size = scores.shape[-1]
     rank = np.arange(values.shape[-1])
-    top_k = np.array([min(row.params.top_k or size, size) for row in rows])
-    top_p, min_p = _column(rows, "top_p"), _column(rows, "min_p")[:, None]
+    top_k = np.where(how.top_k > 0, np.minimum(how.top_k, size), size)
+    top_p, temperature = how.top_p, how.temperature[:, None]
     weights = np.exp(values - values[:, :1])
-    keep = (rank < top_k[:, None]) & (weights >= min_p) & np.isfinite(values)
+    keep = (rank < top_k[:, None]) & (weights >= how.min_p[:, None]) & np.isfinite(values)
     if (nucleus := np.flatnonzero(top_p < 1)).size:
         within = np.where(rank < top_k[nucleus, None], weights[nucleus], 0.0)
         # One after the other, since how many candidates there are depends on the other rows.
@@ -350,7 +437,7 @@ def _count_kept(scores: Floats, temperatures: F64, values: F64, rows: list[Row])
         total = reached[:, -1]
         # Summed over the whole row where top_k leaves it whole, in one order whatever the width.
         if (whole := np.flatnonzero(top_k[nucleus] == size)).size:
-            every = scores[nucleus[whole]] / temperatures[nucleus[whole]]
+            every = scores[nucleus[whole]] / temperature[nucleus[whole]]
             every -= values[nucleus[whole], :1]
             total[whole] = np.exp(every, out=every).sum(axis=-1)
         keep[nucleus] &= reached - within < top_p[nucleus, None] * total[:, None]
@@ -386,13 +473,12 @@ def gumbel(seeds: Sequence[int], choices: Sequence[int], positions: Sequence[int
     seeds [S] and choices [S].
     """
     params = [SamplingParams(max_tokens=1, seed=s, choice=c) for s, c in zip(seeds, choices, strict=True)]
-    return _gumbel(_keys(params, positions)[:, None], ids)
+    return _gumbel(How.of(params).at(positions).keys[:, None], ids)
 
 
-def _keys(params: Sequence[SamplingParams], positions: Sequence[int]) -> NDArray[np.uint64]:
+def _base_keys(params: Sequence[SamplingParams]) -> NDArray[np.uint64]:
     key = _mix(np.array([p.seed & (2**64 - 1) for p in params], dtype=np.uint64))
-    key = _mix(key + np.array([p.choice for p in params], dtype=np.uint64) * _GOLDEN)
-    return _mix(key + np.array(positions, dtype=np.uint64) * _GOLDEN)
+    return _mix(key + np.array([p.choice for p in params], dtype=np.uint64) * _GOLDEN)
 
 
 def _gumbel(keys: NDArray[np.uint64], ids: Ids) -> F64:

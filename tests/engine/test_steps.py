@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import structlog
 import torch
 
+from engine import steps
 from engine.batch import Segment, Tables
 from engine.config import KvLayout
+from engine.kernels.sample import UNSURE, draw
 from engine.runner import WARM_UP_TOKENS, Runner
 from engine.steps import PAGE_SIZES, TOKEN_SIZES, StepGraphs, _Memory, _Part
 from tests.engine.speculation import Speculator, drafting_model, half_right, runner_of
@@ -21,11 +24,20 @@ PADDED = [SamplingParams(max_tokens=20, seed=n, temperature=float(n % 2), ignore
 
 
 class Counting(StepGraphs):
-    taken = 0
+    taken = drawn = 0
 
     def step(self, batch, tables):
         step = super().step(batch, tables)
         self.taken += step is not None
+        if step is not None:
+            self.drawn += 1
+            logits = step.logits
+
+            def by_turns(wanted):
+                self.drawn -= 1
+                return logits(wanted)
+
+            step.logits = by_turns
         return step
 
 
@@ -66,6 +78,7 @@ def test_padded_steps_draw_and_guess_and_leave_what_single_ones_do(layout: KvLay
     (single, first, guessed), (padded, second, guessed_padded) = runs
     assert isinstance(padded.graphs, Counting)
     assert padded.graphs.taken > 15
+    assert padded.graphs.drawn > 10, "drawn and verified without the host"
     assert guessed_padded == guessed
     for one, other in zip(first.requests, second.requests, strict=True):
         assert other.drawn == one.drawn
@@ -73,6 +86,44 @@ def test_padded_steps_draw_and_guess_and_leave_what_single_ones_do(layout: KvLay
     assert all(one.answer == [s.token_id for s in said] for one, said in zip(first.requests, truth, strict=True))
     for one, other in zip(pages_of(single), pages_of(padded), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_row_that_is_left_to_the_host_is_drawn_there_and_the_step_ends_for_its_request(monkeypatch) -> None:
+    """Some draws are left, of tokens and of guesses: answers are the same, only fewer drafts are kept."""
+    config, tensors = drafting_model(31, "flash")
+    prompts = [prompt_of(config, n, n) for n in (5, 127)]
+    truth = plain_answers(runner_of(config, tensors, "exact", draft=False), prompts, PADDED[:2])
+    turn = itertools.count()
+
+    def unsure_at_times(*arguments):
+        drawn = draw(*arguments)
+        drawn[next(turn) % 3 :: 3, 1] = UNSURE
+        return drawn
+
+    monkeypatch.setattr(steps, "draw", unsure_at_times)
+    runner = with_graphs(runner_of(config, tensors, "exact", draft=True))
+    run = Speculator(runner, 3, guesser=half_right(truth, config.vocab_size, 7))
+    for prompt, options in zip(prompts, PADDED[:2], strict=True):
+        run.prefill(prompt, options)
+    run.run()
+    assert [one.answer for one in run.requests] == [[s.token_id for s in said] for said in truth]
+    assert runner.graphs.drawn > 10
+    assert any(one.kept for one in run.requests)
+
+
+def test_steps_of_which_the_host_has_to_see_logits_go_by_turns() -> None:
+    """One request of the batch wants log probabilities: then all are drawn on the host."""
+    config, tensors = drafting_model(31, "flash")
+    prompts = [prompt_of(config, n, n) for n in (5, 127)]
+    params = [replace(PADDED[0], logprobs=True, top_logprobs=2), PADDED[1]]
+    truth = plain_answers(runner_of(config, tensors, "exact", draft=False), prompts, params)
+    runner = with_graphs(runner_of(config, tensors, "exact", draft=True))
+    run = Speculator(runner, 3)
+    for prompt, options in zip(prompts, params, strict=True):
+        run.prefill(prompt, options)
+    run.run()
+    assert [one.answer for one in run.requests] == [[s.token_id for s in said] for said in truth]
+    assert runner.graphs.taken > runner.graphs.drawn
 
 
 def test_a_batch_of_every_size_fits_its_graph_and_a_longer_one_has_none() -> None:

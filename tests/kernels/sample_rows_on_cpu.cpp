@@ -14,6 +14,8 @@ struct Call {
     Part* parts;
     const int* candidates;
     int* drawn;
+    const int* segment;
+    const long long* positions;
     long long row_stride;
     int count, vocabulary;
 };
@@ -23,14 +25,16 @@ extern "C" void run_parts(const Call* call) {
     c = *call;
     blockDim.x = THREADS;
     for (blockIdx.x = 0; blockIdx.x < (unsigned)c.count * SPANS; blockIdx.x++)
-        block::run(THREADS, [] { penumbra_sample_parts(c.logits, c.row_stride, c.rows, c.parts, c.vocabulary); });
+        block::run(THREADS, [] { 
+            penumbra_sample_parts(c.logits, c.row_stride, c.rows, c.segment, c.positions, c.parts, c.vocabulary);
+        });
 }
 extern "C" void run_rows(const Call* call) {
     c = *call;
     blockDim.x = CANDIDATES;
     for (blockIdx.x = 0; blockIdx.x < (unsigned)c.count; blockIdx.x++)
         block::run(CANDIDATES, [] {
-            penumbra_sample_rows(c.logits, c.row_stride, c.rows, c.parts, c.candidates, c.drawn);
+            penumbra_sample_rows(c.logits, c.row_stride, c.rows, c.segment, c.positions, c.parts, c.candidates, c.drawn);
         });
 }
 extern "C" unsigned part_bytes() { return sizeof(Part); }

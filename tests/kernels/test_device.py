@@ -14,9 +14,9 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton", reason="triton comes with the gpu extra")
 
-from engine.batch import StepMeta
+from engine.batch import StepMeta, Tables
 from engine.config import C4_RING, C128_RING
-from engine.kernels import addresses, compress, draft_state, experts, hyper_connections, norm_rope
+from engine.kernels import addresses, compress, draft_state, experts, hyper_connections, norm_rope, verify
 from engine.kernels.checksum import item_checksums
 
 # Triton decides on import, so this comes last.
@@ -32,6 +32,7 @@ from engine.kernels.device import linear as device_linear
 from engine.kernels.device import norm_rope as device_norm
 from engine.kernels.device import rows as device_rows
 from engine.kernels.device import sparse_attention as device_attention
+from engine.kernels.device import verify as device_verify
 from engine.kernels.index_topk import index_topk
 from engine.kernels.linear import Matrix, linear
 from engine.kernels.rows import RowPool, read_rows, write_latents, write_rows
@@ -469,6 +470,46 @@ def test_the_draft_layer_resumes_from_states_and_keeps_them(step):
         assert ours[0, 0] == states[0, 0] == 0, "the sink's is a state of no time"
     assert (oldest[:2] < torch.tensor([4, 259])).all(), "states were found"
     assert oldest[3] == 9, "nobody's page has no state"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_drafts_stay_and_guesses_go_on_as_on_a_cpu(seed):
+    """Segments with many drafts, few or none, and without tokens; guesses, some not drawn, at the edges of pages."""
+    g = torch.Generator().manual_seed(seed)
+    counts = torch.tensor([4, 0, 1, 20, 64, 1, 0, 6, 2])
+    b, tokens = len(counts), int(counts.sum())
+    starts = torch.tensor([509, 0, 250, 0, 3, 767, 0, 100, 254])
+    swa_table = torch.randint(0, 3, (b, 3), generator=g).int()
+    meta = StepMeta.at(Tables(torch.zeros(b).int(), swa_table, swa_table), starts, counts, tokens)
+    most = (counts - 1).clamp(min=0, max=verify.MOST_DRAFTS)
+    asked = verify.Asked(
+        torch.minimum(most, torch.tensor([3, 0, 0, 0, 63, 0, 0, 5, 1])).int(),
+        torch.tensor([1, 0, 1, 0, 1, 1, 0, 1, 1]).int(),
+        torch.tensor([3, 0, 1, 0, 8, 2, 0, 5, 0]).int(),
+    )
+    ids = torch.randint(5, (tokens,), generator=g)
+    drawn = torch.stack([ids.roll(-1), (torch.rand(tokens, generator=g) < 0.03).long()], dim=1).int()
+    drawn[:, 0] = torch.where(torch.rand(tokens, generator=g) < 0.1, 7, drawn[:, 0])
+
+    def fresh():
+        return torch.full((b,), 99).int(), verify.Guessing(*torch.full((3, b), 99).int()), torch.full((b, 8), 99).int()
+
+    kept, guessing, guesses = fresh()
+    verify.verify(drawn, ids, meta, asked, kept, guessing, guesses)
+    got_kept, got_guessing, got_guesses = (there(kept), verify.Guessing(*map(there, guessing)), there(guesses))
+    for part in (got_kept, *got_guessing, got_guesses):
+        part.fill_(77)
+    there_asked = verify.Asked(*map(there, asked))
+    device_verify.verify(there(drawn), there(ids), there(meta), there_asked, got_kept, got_guessing, got_guesses)
+    for turn in range(8):
+        for one, wanted in zip((got_kept, *got_guessing, got_guesses), (kept, *guessing, guesses), strict=True):
+            assert torch.equal(one.cpu(), wanted)
+        guess = torch.stack(
+            [torch.randint(9, (b,), generator=g), (torch.rand(b, generator=g) < 0.1).long()], dim=1
+        ).int()
+        verify.advance(guess, swa_table, asked, guessing, guesses)
+        device_verify.advance(there(guess), there(swa_table), there_asked, got_guessing, got_guesses)
+        assert turn or guesses.max() < 99
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

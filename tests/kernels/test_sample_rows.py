@@ -11,12 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.kernels.device import sample_rows as device
-from engine.kernels.sample import Row, how_drawn, sample, sample_rows
+from engine.kernels.sample import CANDIDATES, DRAWN, NOT_FINITE, UNSURE, How, Row, draw, sample, sample_rows, takes
 from engine.kernels.topk_rows import topk_rows
 from tests.kernels.cuda_on_cpu import compiled
 from wire.types import SamplingParams
-
-CANDIDATES = 512
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +25,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 class Call(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("logits", "rows", "parts", "candidates", "drawn")),
+        *((name, ctypes.c_void_p) for name in ("segment", "positions")),
         ("row_stride", ctypes.c_longlong), ("count", ctypes.c_int), ("vocabulary", ctypes.c_int),
     )  # fmt: skip
 
@@ -35,15 +34,19 @@ def row(position: int, seed: int = 0, **options: object) -> Row:
     return Row(params=SamplingParams(max_tokens=1, seed=seed, **options), position=position)  # type: ignore[arg-type]
 
 
-def drawn(library: ctypes.CDLL, logits: Tensor, rows: list[Row]) -> NDArray[np.int32]:
+def drawn(
+    library: ctypes.CDLL, logits: Tensor, rows: list[Row] | How, segment: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> NDArray[np.int32]:  # fmt: skip
     """[S, 2]: tokens and what became of the rows."""
     count, vocabulary = logits.shape
-    how = how_drawn(rows)
+    how = (rows if isinstance(rows, How) else How.of_rows(rows)).bits
     parts = np.full((count * 32, device.PART_BYTES), 0xFF, np.uint8)
     made = np.full((count, 2), -9, np.int32)
     candidates = topk_rows(logits, torch.full((count,), vocabulary), CANDIDATES).int().contiguous()
     call = Call(
         logits.data_ptr(), how.ctypes.data, parts.ctypes.data, candidates.data_ptr(), made.ctypes.data,
+        None if segment is None else segment.data_ptr(), None if positions is None else positions.data_ptr(),
         logits.stride(0), count, vocabulary,
     )  # fmt: skip
     library.run_parts(ctypes.byref(call))
@@ -69,11 +72,11 @@ def test_the_tokens_are_those_of_the_twin(library, vocabulary: int, spread: floa
     logits = (torch.randn(len(rows), vocabulary + 64, generator=generator) * spread)[:, :vocabulary]
     got = drawn(library, logits, rows)
     expected = sample(logits.numpy(), rows)
-    certain = got[:, 1] == device.DRAWN
+    certain = got[:, 1] == DRAWN
     assert got[certain, 0].tolist() == [s.token_id for s, known in zip(expected, certain, strict=True) if known]
     # Flat rows are those of which filters keep more than the candidates.
     assert certain.sum() >= (len(rows) if spread > 1 else len(rows) - 12)
-    assert set(got[~certain, 1].tolist()) <= {device.UNSURE}
+    assert set(got[~certain, 1].tolist()) <= {UNSURE}
 
 
 def test_equals_go_to_the_lower_token(library) -> None:
@@ -81,7 +84,7 @@ def test_equals_go_to_the_lower_token(library) -> None:
     logits[:, [700, 31, 32, 900]] = 4.0
     rows = [row(0, temperature=0), row(1, seed=1, top_k=2), row(2, seed=1, top_k=3, min_p=0.5)]
     got = drawn(library, logits, rows)
-    assert got[0].tolist() == [31, device.DRAWN]
+    assert got[0].tolist() == [31, DRAWN]
     assert got[1, 0] in (31, 32)
     assert got[2, 0] in (31, 32, 700)
     assert got[:, 0].tolist() == [s.token_id for s in sample(logits.numpy(), rows)]
@@ -93,13 +96,13 @@ def test_a_row_that_is_not_finite_is_told_and_its_neighbour_drawn(library, worth
     logits = torch.randn(4, 1_024, generator=torch.Generator().manual_seed(1))
     logits[[0, 2], place] = worth
     got = drawn(library, logits, [row(0, seed=1), row(0, seed=1), row(0, seed=1, top_p=0.5), row(0, seed=1, top_p=0.5)])
-    assert got[:, 1].tolist() == [device.NOT_FINITE, device.DRAWN, device.NOT_FINITE, device.DRAWN]
+    assert got[:, 1].tolist() == [NOT_FINITE, DRAWN, NOT_FINITE, DRAWN]
 
 
 def test_a_row_whose_filters_pass_every_candidate_is_left_to_others(library) -> None:
     logits = torch.randn(3, 2_048, generator=torch.Generator().manual_seed(1)) * 0.01
     got = drawn(library, logits, [row(0, seed=1, top_p=0.9), row(0, seed=1, top_k=512), row(0, seed=1, top_k=511)])
-    assert got[:, 1].tolist() == [device.UNSURE, device.UNSURE, device.DRAWN]
+    assert got[:, 1].tolist() == [UNSURE, UNSURE, DRAWN]
 
 
 def test_a_rows_token_depends_on_no_other_row(library) -> None:
@@ -118,6 +121,20 @@ def test_noise_is_that_of_the_twin_at_every_place(library) -> None:
     tokens = drawn(library, logits, rows)[:, 0].tolist()
     assert tokens == [s.token_id for s in sample(logits.numpy(), rows)]
     assert len(set(tokens)) == 4
+
+
+def test_rows_are_drawn_by_their_segment_and_position(library) -> None:
+    """As parts of a step do, which know positions only where they run: in the source and in the twin."""
+    logits = torch.randn(9, 1_024, generator=torch.Generator().manual_seed(3)) * 3
+    logits[4, 7] = torch.nan
+    params = [row(0, **MIXES[n]).params for n in (0, 1, 4, 7)]
+    segment, positions = torch.tensor([0, 1, 1, 1, 2, 2, 3, 3, 3]).int(), torch.arange(9) * 100_000
+    rows = [Row(params=params[s], position=p + 1) for s, p in zip(segment.tolist(), positions.tolist(), strict=True)]
+    expected = [[s.token_id, DRAWN if s.ok else NOT_FINITE] for s in sample(logits.numpy(), rows)]
+    assert drawn(library, logits, How.of(params), segment, positions).tolist() == expected
+    how = torch.from_numpy(How.of(params).bits.view(np.int64))
+    assert draw(logits, how, True, segment, positions).tolist() == expected
+    assert takes(logits.device, 1_024)
 
 
 def test_on_a_cpu_rows_are_drawn_by_the_twin() -> None:

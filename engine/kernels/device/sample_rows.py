@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 
 from engine.kernels.device import cuda_products
+from engine.kernels.sample import CANDIDATES
 from engine.kernels.topk_rows import TILE
 
-CANDIDATES = 512
-"""Of a row's tokens, that filters look at."""
 PART_BYTES = 32
-DRAWN, NOT_FINITE, UNSURE = range(3)
-"""What became of a row: as in the source."""
 _SPANS, _THREADS = 32, 256
 _MOST_TOKENS = 262_144
 """Of a vocabulary, from which candidates are found."""
@@ -25,12 +22,8 @@ def takes(vocabulary: int) -> bool:
     return cuda_products() and vocabulary % TILE == 0 and CANDIDATES < vocabulary <= _MOST_TOKENS
 
 
-def draw(logits: Tensor, how: Tensor, filtered: bool) -> Tensor:
-    """logits [S, V] fp32, how [S, 5] int64, on a GPU, as `Row` of the source -> [S, 2] int32: a token and DRAWN, or one
-    that means nothing where logits are not finite, or where more than CANDIDATES tokens pass a row's filters.
-
-    filtered: any of the rows has top_k, top_p or min_p.
-    """
+def draw(logits: Tensor, how: Tensor, filtered: bool, segment: Tensor | None, positions: Tensor | None) -> Tensor:
+    """As `engine.kernels.sample.draw`."""
     from engine.kernels.device import topk_rows
     from engine.kernels.device.cuda import kernel, run
 
@@ -39,9 +32,10 @@ def draw(logits: Tensor, how: Tensor, filtered: bool) -> Tensor:
     parts = torch.empty(count * _SPANS, PART_BYTES, dtype=torch.uint8, device=logits.device)
     drawn = torch.empty(count, 2, dtype=torch.int32, device=logits.device)
     stride = ctypes.c_int64(logits.stride(0))
+    by = (how, 0 if segment is None else segment, 0 if positions is None else positions)
     run(
         kernel("sample_rows.cu", "penumbra_sample_parts"), count * _SPANS, _THREADS, 0,
-        logits, stride, how, parts, ctypes.c_int32(vocabulary), waits=True,
+        logits, stride, *by, parts, ctypes.c_int32(vocabulary), waits=True,
     )  # fmt: skip
     candidates: Tensor | int = 0
     if filtered:
@@ -50,6 +44,6 @@ def draw(logits: Tensor, how: Tensor, filtered: bool) -> Tensor:
         candidates = topk_rows.choose(logits, maxima, lengths - 1, 1, CANDIDATES)
     run(
         kernel("sample_rows.cu", "penumbra_sample_rows"), count, CANDIDATES, 0,
-        logits, stride, how, parts, candidates, drawn, waits=True,
+        logits, stride, *by, parts, candidates, drawn, waits=True,
     )  # fmt: skip
     return drawn
