@@ -289,19 +289,18 @@ def test_splits_are_chosen_by_shapes_and_leave_none_without_a_tile() -> None:
 
 def test_it_takes_v4_rows_bf16_products_and_whole_tiles_of_heads(monkeypatch) -> None:
     window, pool = empty_pool(WINDOW, 2), empty_pool(64, 2)
-    assert not attend_few.takes(1, 64, 512, True, window, pool)  # but where CUDA C++ is asked for
+    assert not attend_few.takes(64, 512, True, window, pool)  # but where CUDA C++ is asked for
     monkeypatch.setattr(attend_few, "cuda_products", lambda: True)
-    assert attend_few.takes(8, 16, 512, True, window, None)
-    assert attend_few.takes(1, 128, 512, True, window, pool)
-    assert attend_few.takes(64, 64, 512, True, window, pool)
-    assert not attend_few.takes(65, 64, 512, True, window, pool)
-    assert not attend_few.takes(1, 24, 512, True, window, pool)
-    assert not attend_few.takes(1, 64, 512, False, window, pool)
-    assert not attend_few.takes(1, 64, 512, True, window, empty_pool(32, 2))
+    assert attend_few.takes(16, 512, True, window, None)
+    assert attend_few.takes(128, 512, True, window, pool)
+    assert attend_few.takes(64, 512, True, window, pool)
+    assert not attend_few.takes(24, 512, True, window, pool)
+    assert not attend_few.takes(64, 512, False, window, pool)
+    assert not attend_few.takes(64, 512, True, window, empty_pool(32, 2))
     exact = RowPool(torch.zeros(2, 64 * 2048, dtype=torch.uint8), 64, "latent", "exact", 512, 64)
-    assert not attend_few.takes(1, 64, 512, True, window, exact)
+    assert not attend_few.takes(64, 512, True, window, exact)
     askew = torch.zeros(2, pool.data.shape[1] + 8, dtype=torch.uint8)[:, 8:]
-    assert not attend_few.takes(1, 64, 512, True, window, RowPool(askew, 64, "latent", "v4", 512, 64))
+    assert not attend_few.takes(64, 512, True, window, RowPool(askew, 64, "latent", "v4", 512, 64))
 
 
 def test_shared_memory_is_as_the_binding_says(library) -> None:

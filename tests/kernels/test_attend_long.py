@@ -380,11 +380,18 @@ def test_splits_are_chosen_by_shapes_and_leave_none_without_a_tile() -> None:
                 assert (splits - 1) * share < tiles <= splits * share
 
 
-def test_it_is_asked_for_whole_blocks_of_heads_and_many_keys() -> None:
-    assert attend_long.better(64, 8192)
-    assert attend_long.better(128, 640)
-    assert not attend_long.better(32, 8192)
-    assert not attend_long.better(64, 160)
+def test_it_is_asked_for_whole_blocks_of_heads_and_many_keys_or_tokens() -> None:
+    assert attend_long.better(1, 64, 8192)
+    assert attend_long.better(4, 128, 640)
+    assert attend_long.better(2048, 64, 128)
+    assert not attend_long.better(2048, 32, 8192)
+    assert not attend_long.better(4, 64, 160)
+
+
+def test_tokens_that_are_more_than_blocks_at_once_have_one_each() -> None:
+    assert attend_long.plan(133, 64, 640) == (32, 1)
+    assert attend_long.plan(67, 128, 7168) == (64, 1)
+    assert attend_long.plan(66, 128, 7168)[1] == 1
 
 
 def test_shared_memory_is_as_the_binding_says(library) -> None:

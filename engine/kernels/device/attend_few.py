@@ -1,4 +1,4 @@
-"""The binding of engine/csrc/attend_few.cu: attention of up to 64 tokens, keys split over blocks.
+"""The binding of engine/csrc/attend_few.cu: attention of few tokens, keys split over blocks.
 
 How many splits there are depends on shapes alone. Where a page table is wider than a context the splits share the keys
 that there are, and those left over end at once.
@@ -19,7 +19,7 @@ from engine.kernels.rows import LATENT_DIM, RowPool
 from wire.types import PAGE_TOKENS
 
 TOKENS = 64
-"""At most. On an H200 32 of them attended to 640 keys in 29 us, in which FlashMLA, and what it is handed, took 61."""
+"""At most. Of more, parts of keys would be many, and Triton reads what each needs by itself."""
 _THREADS, _MERGERS, _TILE, _HEADS = 256, 128, 32, 16
 """As in the source; heads of a tile."""
 SHARED_BYTES = {1: 95_616, 2: 117_440}
@@ -31,12 +31,11 @@ _MANY = 32
 _ALIGNED = 16
 
 
-def takes(tokens: int, heads: int, dim: int, half: bool, window: RowPool, compressed: RowPool | None) -> bool:
-    """Whether `attend` takes so many tokens and heads, and these pools."""
+def takes(heads: int, dim: int, half: bool, window: RowPool, compressed: RowPool | None) -> bool:
+    """Whether `attend`, and that of `attend_long`, takes so many heads, and these pools."""
     pools = [window] if compressed is None else [window, compressed]
     return (
-        0 < tokens <= TOKENS
-        and cuda_products()
+        cuda_products()
         and half
         and dim == LATENT_DIM
         and heads % _HEADS == 0

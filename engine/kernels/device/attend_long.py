@@ -1,4 +1,5 @@
-"""The binding of engine/csrc/attend_long.cu: attention of up to 64 tokens over many keys, split over blocks.
+"""The binding of engine/csrc/attend_long.cu: attention by blocks of 64 heads, of few tokens over many keys, which blocks
+share, or of any number of tokens, each with blocks of its own.
 
 How many splits there are depends on shapes alone. Where a page table is wider than a context the splits share the keys
 that there are, and those left over end at once.
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.batch import StepMeta
-from engine.kernels.device.attend_few import inputs
+from engine.kernels.device import attend_few
 from engine.kernels.rows import RowPool
 
 HEADS = 64
@@ -32,18 +33,24 @@ TILE_COSTS = {32: 17, 64: 27}
 added: in hundreds of cycles, estimated."""
 PART_COST = 0.4
 LEAST_KEYS = 512
-"""With fewer of them `attend_few` is done sooner."""
+"""With fewer of them `attend_few` is done sooner, up to its TOKENS."""
+MANY_KEYS = 2048
+"""From so many on the larger tiles are better for prompts too, and 128 heads are better off with FlashMLA, whose blocks
+decode a key once for all of them."""
 
 
-def better(heads: int, keys: int) -> bool:
+def better(tokens: int, heads: int, keys: int) -> bool:
     """Whether `attend` is to take what `attend_few.takes` says that its own does."""
-    return heads % HEADS == 0 and keys >= LEAST_KEYS
+    return heads % HEADS == 0 and (keys >= LEAST_KEYS or tokens > attend_few.TOKENS)
 
 
 @lru_cache(maxsize=1024)
 def plan(tokens: int, heads: int, keys: int) -> tuple[int, int]:
     """(keys of a tile, splits of the keys), of which there are so many at most."""
     groups = tokens * heads // HEADS
+    if groups > BLOCKS:
+        # Blocks follow one another: what counts besides tiles is how soon one is under way.
+        return (64 if keys >= MANY_KEYS else 32), 1
     plans = []
     for tile, cost in TILE_COSTS.items():
         tiles = -(-keys // tile)
@@ -86,7 +93,7 @@ def attend_all(
     int32 = ctypes.c_int32
     run(
         kernel("attend_long.cu", f"penumbra_attend_all_{tile}", SHARED_BYTES[tile]), tokens * (heads // HEADS),
-        _THREADS, SHARED_BYTES[tile], *inputs(q, meta, window, compressed, selected), sink,
+        _THREADS, SHARED_BYTES[tile], *attend_few.inputs(q, meta, window, compressed, selected), sink,
         0 if freqs is None else freqs, int32(0 if freqs is None else len(freqs)), out, int32(heads),
         ctypes.c_float(scale), waits=True,
     )  # fmt: skip
@@ -107,7 +114,7 @@ def partial(
     run(
         kernel("attend_long.cu", f"penumbra_attend_long_{tile}", SHARED_BYTES[tile]),
         tokens * splits * (heads // HEADS), _THREADS, SHARED_BYTES[tile],
-        *inputs(q, meta, window, compressed, selected), parts, stats, int32(heads), int32(splits),
+        *attend_few.inputs(q, meta, window, compressed, selected), parts, stats, int32(heads), int32(splits),
         ctypes.c_float(scale), waits=True,
     )  # fmt: skip
 

@@ -2,8 +2,7 @@
 
 A program takes one token, some of its heads and a run of key tiles; partial results are merged by a second kernel,
 in order. Rows are decoded in registers on their way into the products, so pools are read as they are, once.
-A few tokens go to `attend_few.py` where it takes them, for there a program's latency is all that counts; those that
-attend to many keys to `attend_long.py`.
+With CUDA C++ this is for what that does not take: pools and numbers of heads of small models.
 
 T tokens, H heads, D values a row, S splits.
 """
@@ -214,15 +213,17 @@ def sparse_attention(
     v4 = window.layout == "v4"
     pages = meta.page_table.shape[1]
     keys = WINDOW + {0: 0, C4_RATIO: picks, C128_RATIO: pages * (256 // C128_RATIO)}[ratio]
-    few = attend_few.takes(tokens, heads, dim, half, window, compressed)
-    # Over a window alone FlashMLA is the slower one at any number of tokens.
-    own = few or compressed is None or not libraries.takes_attention(heads, dim, window)
+    ours = attend_few.takes(heads, dim, half, window, compressed)
+    long = attend_long.better(tokens, heads, keys)
+    ours = ours and (long or tokens <= attend_few.TOKENS)
+    best = ours and (tokens <= attend_few.TOKENS or heads <= attend_long.HEADS or keys < attend_long.MANY_KEYS)
+    own = best or not libraries.takes_attention(heads, dim, window)
     library = half and backend("attention", rather_own=own) is not None
     if library:
         out = libraries.attention(q, sink, meta, window, compressed, ratio, selected, scale)
         return out if freqs is None else norm_rotate(out, None, None, meta.positions, freqs, inverse=True)
-    if few:
-        kernels = attend_long if attend_long.better(heads, keys) else attend_few
+    if ours:
+        kernels = attend_long if long else attend_few
         kernels.attend(q.contiguous(), sink, meta, window, compressed, selected, keys, scale, freqs, out)
         return out
     block, tile, warps = shape(tokens, heads, half, v4)
