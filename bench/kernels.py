@@ -258,7 +258,7 @@ def compressor_cases(bandwidth: float) -> Cases:
                 u, g = (part.unflatten(0, (-1, ratio)) for part in (x[:, :width], x[:, width:]))
                 return (torch.softmax(g + ape, dim=1) * u).sum(dim=1)
 
-            us = microseconds(lambda x: ours(x), inputs)
+            us = in_cuda(lambda x: ours(x), inputs)
             peer = float("nan")
             if tokens >= 8_192:
                 peer = microseconds(lambda x: naive(x), inputs)

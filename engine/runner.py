@@ -26,8 +26,8 @@ SCORED_ROWS = 64
 """Rows of logits made at once where a prompt's log probabilities are asked for: 32 MiB of a vocabulary of 129,280."""
 
 
-WARM_UP_TOKENS = (1, 2, 4, 12, 40, 200)
-"""Steps of one token, of a few, of up to 16, up to 64 and more run different kernels on a GPU."""
+WARM_UP_TOKENS = (1, 2, 4, 12, 40, 200, 300)
+"""Steps of one token, of a few, of up to 16, 64, 255 and more run different kernels on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class Runner:
         sequence = Sequence(
             request_id="warm-up", sampling=greedy, slot=slot[0], pages=page * width, swa_pages=swa_page * width
         )
-        for tokens in WARM_UP_TOKENS:
+        for tokens in (n for n in WARM_UP_TOKENS if n + guesses <= self.max_context):
             for start in {0, max(0, self.max_context - tokens - guesses)}:
                 for _ in range(1 if self.graphs is None else 2):  # a graph is captured the second time
                     self.step(

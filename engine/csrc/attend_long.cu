@@ -29,7 +29,6 @@
 #define HALF (DIM / 2)          // channels of a warpgroup
 #define LOG2_E 1.4426950408889634f
 #define BATCH 4   // heads whose queries are on their way at once
-#define MERGED 8  // parts that are on their way at once
 #define TURNED 64 // channels at most, the last ones
 
 #ifndef ON_CPU
@@ -472,8 +471,9 @@ struct Merging {
 
 // parts and stats of up to as many splits as there are threads -> out [tokens, heads, DIM]: their softmax, with sink
 // [heads] in it, a logit that has no value. With freqs [pairs] the last channels, in pairs, are turned back by the token's
-// position. A block takes half of a head's channels, a warp every WARPS-th split. Blocks: [tokens][heads][2].
-template <int WARPS>
+// position. A block takes half of a head's channels, a warp every WARPS-th split, AT_ONCE of them on their way at once.
+// Blocks: [tokens][heads][2].
+template <int WARPS, int AT_ONCE>
 __device__ __forceinline__ void merge(
     const unsigned short* parts, const float* stats, const float* sink, const long long* positions,
     const float* freqs, int pairs, float* out, int heads, int splits) {
@@ -510,24 +510,24 @@ __device__ __forceinline__ void merge(
     float sums[8] = {};
     int from = warp;
     do {
-        Words some[MERGED] = {};
-        float by[MERGED];
+        Words some[AT_ONCE] = {};
+        float by[AT_ONCE];
         const unsigned short* part = parts + (first + (long long)from * heads) * DIM + half * HALF + 8 * lane;
 #pragma unroll
-        for (int i = 0; i < MERGED; i++) by[i] = from + WARPS * i < splits ? s.weights[from + WARPS * i] : 0.0f;
+        for (int i = 0; i < AT_ONCE; i++) by[i] = from + WARPS * i < splits ? s.weights[from + WARPS * i] : 0.0f;
 #pragma unroll
-        for (int i = 0; i < MERGED; i++)
+        for (int i = 0; i < AT_ONCE; i++)
             if (by[i] != 0.0f) some[i] = *reinterpret_cast<const Words*>(part + (long long)(WARPS * i * DIM) * heads);
         if (angle != 0.0f && from == warp) sincosf(angle, &sine, &cosine);  // while they are on their way
 #pragma unroll
-        for (int i = 0; i < MERGED; i++)
+        for (int i = 0; i < AT_ONCE; i++)
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 Floats<2> two = of_halves(some[i].w[j]);
                 sums[2 * j] += by[i] * two.f[0];
                 sums[2 * j + 1] += by[i] * two.f[1];
             }
-        from += WARPS * MERGED;
+        from += WARPS * AT_ONCE;
     } while (from < splits);
 #pragma unroll
     for (int i = 0; i < 2; i++)
@@ -550,11 +550,13 @@ __device__ __forceinline__ void merge(
         Floats<2>{{even * cosine + odd * sine, odd * cosine - even * sine}};
 }
 
-#define MERGE(WARPS)                                                                                                \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS, 24 / WARPS) penumbra_attend_long_merge_##WARPS(         \
+// For up to SPLITS of them in one go; as many blocks at once as have room for what is on its way.
+#define MERGE(SPLITS, WARPS, AT_ONCE, BLOCKS)                                                                        \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) penumbra_attend_long_merge_##SPLITS(            \
         const unsigned short* parts, const float* stats, const float* sink, const long long* positions,              \
         const float* freqs, int pairs, float* out, int heads, int splits) {                                          \
-        merge<WARPS>(parts, stats, sink, positions, freqs, pairs, out, heads, splits);                               \
+        merge<WARPS, AT_ONCE>(parts, stats, sink, positions, freqs, pairs, out, heads, splits);                               \
     }
-MERGE(4)
-MERGE(8)
+MERGE(4, 4, 1, 12)
+MERGE(32, 8, 4, 5)
+MERGE(64, 8, 8, 3)

@@ -210,7 +210,7 @@ struct Pipe {
     __device__ __forceinline__ void send(int to) {
         if (lane_id() == 0 && steps) {
             expect(barriers + to, sizeof(Step));
-            bring(ring + to, next, sizeof(Step), barriers + to);
+            bring_once(ring + to, next, sizeof(Step), barriers + to);
             next += 4 * sizeof(Step);
             if (--steps == 0) turn_page();
         }

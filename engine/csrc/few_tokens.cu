@@ -234,7 +234,7 @@ template <Format F, int R> struct Pipe {
                 for (int h = 0; h < 2; h++)
 #pragma unroll
                     for (int l = 0; l < S::LOADS; l++)
-                        fetch16(&stage.weights[r][h][l][lane], rows.weights[r] + h * 8 * rows.row_bytes + l * 64);
+                        fetch16_once(&stage.weights[r][h][l][lane], rows.weights[r] + h * 8 * rows.row_bytes + l * 64);
             if (F == FP8)
 #pragma unroll
                 for (int r = 0; r < R; r++)

@@ -115,7 +115,7 @@ template <int N, bool GATED> struct Pipe {
             int row = i * 4 % N, block = i * 4 / N;
             long long from = (long long)(row % S::ROWS) * inputs + block * BLOCK;
             if (row >= S::ROWS) from += matrices[1].weights - matrices[0].weights;
-            fetch16(memory + (to ^ i % 2 * 64) + stage * STAGE + i * 4 * SLAB_ROW, next + from);
+            fetch16_once(memory + (to ^ i % 2 * 64) + stage * STAGE + i * 4 * SLAB_ROW, next + from);
         }
         int lane = lane_id();
         if (lane < S::KINDS * S::BLOCKS) {

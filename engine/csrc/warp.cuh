@@ -35,9 +35,21 @@ __device__ __forceinline__ void await_previous() {
 }
 // The next kernel may take multiprocessors that are free as soon as all blocks of this one have begun.
 __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+// For what is read once a step, as weights are: the L2 gives it up before anything else, and keeps kernels' code and the
+// small tensors between them.
+__device__ __forceinline__ unsigned long long once() {
+    unsigned long long policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
 // 16 bytes on their way to shared memory; what a lane sends for, in groups that come in order.
 __device__ __forceinline__ void fetch16(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+// Likewise, of what is read once.
+__device__ __forceinline__ void fetch16_once(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
+        :: "r"((u32)__cvta_generic_to_shared(to)), "l"(from), "l"(once()) : "memory");
 }
 // Likewise, zeros if `from` is null.
 __device__ __forceinline__ void fetch16_or_zeros(void* to, const void* from) {

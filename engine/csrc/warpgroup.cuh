@@ -40,6 +40,11 @@ __device__ __forceinline__ void bring(void* to, const void* from, u32 bytes, u64
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
         :: "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
 }
+// As bring, of what is read once.
+__device__ __forceinline__ void bring_once(void* to, const void* from, u32 bytes, u64* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+        :: "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(once()) : "memory");
+}
 // Until the phase of this parity has ended; before the first one, an odd one has.
 __device__ __forceinline__ void await(u64* barrier, u32 parity) {
     asm volatile(

@@ -80,12 +80,15 @@ template <auto KERNEL> static void merged_by() {
     KERNEL(m.parts, m.stats, m.sink, m.positions, m.freqs, m.pairs, m.out, m.heads, m.splits);
 }
 
-extern "C" void run_merge(const Merge* call, unsigned tokens, unsigned warps) {
+extern "C" void run_merge(const Merge* call, unsigned tokens, unsigned most) {
     m = *call;
-    blockDim.x = 32 * warps;
+    auto body = most == 4 ? merged_by<penumbra_attend_long_merge_4>
+              : most == 32 ? merged_by<penumbra_attend_long_merge_32>
+                           : merged_by<penumbra_attend_long_merge_64>;
+    blockDim.x = most == 4 ? 128 : 256;
     for (blockIdx.x = 0; blockIdx.x < tokens * m.heads * 2; blockIdx.x++) {
         std::fill(std::begin(memory), std::end(memory), 0xff);
-        block::run(blockDim.x, warps == 4 ? merged_by<penumbra_attend_long_merge_4> : merged_by<penumbra_attend_long_merge_8>);
+        block::run(blockDim.x, body);
     }
 }
 extern "C" unsigned shared_bytes(unsigned keys) {

@@ -4,6 +4,7 @@
 
 #define __shared__
 unsigned char memory[1 << 18] __attribute__((aligned(16)));
+static void fetch16_once(void* to, const void* from) { std::memcpy(to, from, 16); }
 static void fetch4(void* to, const void* from) { std::memcpy(to, from, 4); }
 static float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 static _Float16 half_of(uint32_t bits) { uint16_t low = (uint16_t)bits; _Float16 x; std::memcpy(&x, &low, 2); return x; }

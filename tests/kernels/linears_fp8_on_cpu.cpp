@@ -1,10 +1,8 @@
 // The blocks of engine/csrc/linears_fp8.cu, one after another, on the CPU.
 #include <cmath>
 #include <deque>
-#define fetch16 fetch16_at_once
 #include "cuda_on_cpu.h"
 #include "e4m3_on_cpu.h"
-#undef fetch16
 
 #define __shared__
 typedef unsigned long long u64;
@@ -55,7 +53,7 @@ static void fetch(void* to, const void* from, int bytes) {
     std::memset(published + shared_address(to), 0xff, bytes);
     sent[threadIdx.x].push_back({(unsigned char*)to, from, bytes});
 }
-static void fetch16(void* to, const void* from) { fetch(to, from, 16); }
+static void fetch16_once(void* to, const void* from) { fetch(to, from, 16); }
 static void fetch4(void* to, const void* from) { fetch(to, from, 4); }
 static void arrive_when_there(u64* barrier) {
     deliveries.push_back({std::move(sent[threadIdx.x]), barrier, polls + 40});

@@ -33,6 +33,7 @@ static void bring(void* to, const void* from, uint32_t bytes, u64* barrier) {
     std::memset(to, 0xff, bytes);
     copies[barrier].copies.push_back(Copy{to, from, bytes});
 }
+static void bring_once(void* to, const void* from, uint32_t bytes, u64* barrier) { bring(to, from, bytes, barrier); }
 static void await(u64* barrier, uint32_t turn) {
     if (phases(barrier).needs == 0xffff) std::abort();
     while ((phases(barrier).ended & 1) == turn) {

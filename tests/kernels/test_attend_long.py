@@ -328,7 +328,7 @@ def merge(library: ctypes.CDLL, parts: Tensor, stats: Tensor, sink: Tensor, at: 
     return out
 
 
-@pytest.mark.parametrize("splits", [1, 3, 4, 5, 8, 9, 64, 65, 132, 256])
+@pytest.mark.parametrize("splits", [1, 3, 4, 5, 8, 9, 32, 33, 64, 65, 132, 256])
 @pytest.mark.parametrize("turned", [False, True])
 def test_parts_merge_to_the_softmax_with_the_sink_in_it(library, splits: int, turned: bool) -> None:
     """Empty splits stand anywhere; their parts are NaN."""

@@ -250,8 +250,10 @@ def test_plans_fit_a_multiprocessor_and_have_a_stage_for_every_sender() -> None:
     assert index_scores.plan(4, 3520).stages == 8
     assert index_scores.plan(1, 3520).stages == 12
     assert index_scores.plan(1, 1).stages == 4
-    assert index_scores.plan(2048, 3520).blocks == 132
-    assert index_scores.plan(2048, 16).blocks == 16  # of each of 32 times 64 tokens
+    assert index_scores.plan(64, 3520).blocks == 132
+    assert index_scores.plan(65, 3520).blocks == 66  # of each of two times 64 tokens
+    assert index_scores.plan(2048, 16).blocks == 4
+    assert index_scores.plan(65_536, 16).blocks == 4
 
 
 def test_shared_memory_is_as_the_binding_says(library) -> None:
@@ -261,16 +263,16 @@ def test_shared_memory_is_as_the_binding_says(library) -> None:
 
 def test_it_takes_v4_keys_and_64_heads(monkeypatch) -> None:
     pool = Step([3], [0]).pool
-    assert not index_scores.takes(1, 64, 300, pool)  # but where products of few tokens are in CUDA C++
+    assert not index_scores.takes(1, 64, 3000, pool)  # but where products of few tokens are in CUDA C++
     monkeypatch.setattr(index_scores, "cuda_products", lambda: True)
-    assert index_scores.takes(1, 64, 300, pool)
-    assert not index_scores.takes(4, 64, 63, pool)  # Triton is sooner done with so few
-    assert index_scores.takes(4, 64, 64, pool)
+    assert index_scores.takes(1, 64, 3000, pool)
+    assert not index_scores.takes(4, 64, 255, pool)  # Triton is sooner done with so few
+    assert index_scores.takes(4, 64, 256, pool)
     assert index_scores.takes(64, 64, 3520, pool)
     assert index_scores.takes(2048, 64, 3520, pool)
     assert not index_scores.takes(0, 64, 300, pool)
-    assert not index_scores.takes(1, 32, 300, pool)
+    assert not index_scores.takes(1, 32, 3000, pool)
     exact = RowPool(torch.zeros(2, 64 * 512, dtype=torch.uint8), 64, "index", "exact", 128, 64)
-    assert not index_scores.takes(1, 64, 300, exact)
+    assert not index_scores.takes(1, 64, 3000, exact)
     askew = torch.zeros(2, pool.data.shape[1] + 8, dtype=torch.uint8)[:, 8:]
-    assert not index_scores.takes(1, 64, 300, RowPool(askew, 64, "index", "v4", 128, 64))
+    assert not index_scores.takes(1, 64, 3000, RowPool(askew, 64, "index", "v4", 128, 64))

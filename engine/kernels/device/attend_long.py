@@ -22,18 +22,23 @@ HEADS = 64
 SHARED_BYTES = {32: 139_776, 64: 205_568}
 """Of a block that takes so many keys at once, likewise, and MERGE_BYTES of one that merges."""
 MERGE_BYTES = 9_280
+MERGING_WARPS = {4: 4, 32: 8, 64: 8}
+"""Of the kernel for so many splits."""
 _THREADS = 256
-_MOST_SPLITS = 256
+_MOST_SPLITS = 64
+"""That a block of eight warps merges in one go."""
 _PAIRS = 32
 """Of channels that `attend_all` turns back, at most."""
 BLOCKS = 132
 """At once on a Hopper GPU: one for each of its multiprocessors."""
-TILE_COSTS = {32: 17, 64: 27}
-"""What a tile of so many keys takes of a block, and what a block more takes of all for its part to be written, read and
-added: in hundreds of cycles, estimated."""
-PART_COST = 0.4
-LEAST_KEYS = 512
-"""With fewer of them `attend_few` is done sooner, up to its TOKENS."""
+TILE_COSTS = {32: (0.6, 1.5), 64: (1.2, 2.5)}
+"""What a block takes for its first tile of so many keys more than for each; and for all else where it has all keys, and
+where parts are merged. What merging adds for 64 heads of a token, by its kernel, and for each of their parts: measured on
+an H200, in microseconds."""
+WHOLE_COST, SPLIT_COST = 7.5, 5.1
+MERGE_COSTS, PART_COST = {4: 0.33, 32: 0.62, 64: 0.62}, 0.02
+LEAST_KEYS, FEW_GROUPS = 512, 16
+"""With fewer keys `attend_few` is done sooner, for up to so many times 64 heads."""
 MANY_KEYS = 2048
 """From so many on the larger tiles are better for prompts too, and 128 heads are better off with FlashMLA, whose blocks
 decode a key once for all of them."""
@@ -41,7 +46,7 @@ decode a key once for all of them."""
 
 def better(tokens: int, heads: int, keys: int) -> bool:
     """Whether `attend` is to take what `attend_few.takes` says that its own does."""
-    return heads % HEADS == 0 and (keys >= LEAST_KEYS or tokens > attend_few.TOKENS)
+    return heads % HEADS == 0 and (keys >= LEAST_KEYS or tokens * heads // HEADS > FEW_GROUPS)
 
 
 @lru_cache(maxsize=1024)
@@ -52,18 +57,19 @@ def plan(tokens: int, heads: int, keys: int) -> tuple[int, int]:
         # Blocks follow one another: what counts besides tiles is how soon one is under way.
         return (64 if keys >= MANY_KEYS else 32), 1
     plans = []
-    for tile, cost in TILE_COSTS.items():
+    for tile, (first, each) in TILE_COSTS.items():
         tiles = -(-keys // tile)
-        least = -(-tiles // min(_MOST_SPLITS, max(1, BLOCKS // groups)))
-        for share in range(least, min(tiles, 4 * least) + 1):
+        least = -(-tiles // min(_MOST_SPLITS, BLOCKS // groups))
+        for share in {*range(least, min(tiles, 4 * least) + 1), tiles}:
             splits = -(-tiles // share)
-            plans.append((share * cost + groups * splits * PART_COST, tile, splits))
+            merge = SPLIT_COST + groups * (MERGE_COSTS[merging(splits)] + PART_COST * splits)
+            plans.append((first + share * each + (WHOLE_COST if splits == 1 else merge), tile, splits))
     return min(plans)[1:]
 
 
 def merging(splits: int) -> int:
-    """Warps of a block that merges so many splits: with more than four some would have none."""
-    return 8 if splits > 4 else 4
+    """Which of the kernels that merge takes so many splits: the least that has them all on their way at once."""
+    return next((most for most in MERGING_WARPS if splits <= most), max(MERGING_WARPS))
 
 
 def attend(
@@ -124,10 +130,10 @@ def merge(parts: Tensor, stats: Tensor, sink: Tensor, positions: Tensor, freqs: 
     from engine.kernels.device.cuda import kernel, run
 
     tokens, splits, heads, _ = parts.shape
-    int32, warps = ctypes.c_int32, merging(splits)
+    int32, most = ctypes.c_int32, merging(splits)
     run(
-        kernel("attend_long.cu", f"penumbra_attend_long_merge_{warps}", MERGE_BYTES), tokens * heads * 2, 32 * warps,
-        MERGE_BYTES,
+        kernel("attend_long.cu", f"penumbra_attend_long_merge_{most}", MERGE_BYTES), tokens * heads * 2,
+        32 * MERGING_WARPS[most], MERGE_BYTES,
         parts, stats, sink, positions, 0 if freqs is None else freqs, int32(0 if freqs is None else freqs.shape[0]),
         out, int32(heads), int32(splits), waits=True,
     )  # fmt: skip

@@ -30,7 +30,7 @@ _ELSEWHERE = "Penumbra's own kernels are Hopper's, so that no step of it runs on
 
 BACKENDS = (
     Backend("attention", "flash-mla", "sgl-flash-mla", "1.0.0", faster=True),
-    Backend("index-scores", "deep-gemm", "sgl-deep-gemm", "0.1.3", faster=True),
+    Backend("index-scores", "deep-gemm", "sgl-deep-gemm", "0.1.3"),
     Backend("linears", "deep-gemm", "sgl-deep-gemm", "0.1.3"),
     Backend("experts", "humming", "humming-kernels", "0.1.19"),
     Backend("experts", "trtllm-gen", "flashinfer-python", "", BLACKWELL, _ELSEWHERE),

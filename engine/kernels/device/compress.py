@@ -3,6 +3,9 @@
 A program owns whole rows, so nothing of a row ever lies in memory in fp32. Every input is read once: the first half of
 a token's C4 channels by the block behind it, the second by its own. Rings are written by the same launch where a step
 is too short for a write to meet a read of it, else by a second one.
+
+The rows of many tokens are made by CUDA C++ (`compress_long`), which writes as much of C4 rings as none of its rows may
+read. It leaves the last tokens of each segment, and of the page that one begins in.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from engine.batch import StepMeta
 from engine.config import C4_RATIO, C4_RING, C128_RATIO, C128_RING
-from engine.kernels.device import cuda_products
+from engine.kernels.device import compress_long, cuda_products
 from engine.kernels.device.codec import hadamard_row, rotated
 from engine.kernels.device.early import await_previous, early
 from engine.kernels.device.rows import check_dim, codec, store_latent, store_row
@@ -35,15 +38,21 @@ _STRIP = 8
 
 
 @triton.jit
+def _keep_c4(u, g, u_row, g_row, ape, ring, t, position, seg, swa_table, pages, D: tl.constexpr):
+    """Token t's [u | g + ape] into the ring of its SWA page."""
+    page = tl.load(swa_table + seg * pages + position // _PAGE).to(tl.int64)
+    into = ring + (page * _C4_RING + position % _C4_RING) * (4 * D)
+    at = tl.arange(0, 2 * D)
+    tl.store(into + at, tl.load(u + t * u_row + at))
+    tl.store(into + 2 * D + at, tl.load(g + t * g_row + at) + tl.load(ape + position % _C4 * (2 * D) + at))
+
+
+@triton.jit
 def _remember_c4(u, g, u_row, g_row, ape, ring, t, position, seg, offsets, starts, swa_table, pages, D: tl.constexpr):
-    """Keep token t's [u | g + ape] in the ring of its SWA page, if it is among the last 16 of the step or page."""
+    """Keep token t if it is among the last 16 of the step or page."""
     end = tl.load(starts + seg) + tl.load(offsets + seg + 1) - tl.load(offsets + seg)
     if (position >= end - _C4_RING) | (position % _PAGE >= _PAGE - _C4_RING):
-        page = tl.load(swa_table + seg * pages + position // _PAGE).to(tl.int64)
-        into = ring + (page * _C4_RING + position % _C4_RING) * (4 * D)
-        at = tl.arange(0, 2 * D)
-        tl.store(into + at, tl.load(u + t * u_row + at))
-        tl.store(into + 2 * D + at, tl.load(g + t * g_row + at) + tl.load(ape + position % _C4 * (2 * D) + at))
+        _keep_c4(u, g, u_row, g_row, ape, ring, t, position, seg, swa_table, pages, D)
 
 
 @triton.jit
@@ -110,15 +119,36 @@ def _ring_c4(u, g, u_row, g_row, ape, ring, positions, segment, offsets, starts,
     _remember_c4(u, g, u_row, g_row, ape, ring, t, position, seg, offsets, starts, swa_table, pages, D)
 
 
+@triton.jit(do_not_specialize=["pages"])
+def _ends_c4(u, g, u_row, g_row, ape, ring, offsets, starts, swa_table, pages, D: tl.constexpr):
+    """What `compress_long` leaves of a segment: its last 16 tokens, and before them those of the page it begins in."""
+    await_previous()
+    seg, i = tl.program_id(0), tl.program_id(1)
+    start, first = tl.load(starts + seg), tl.load(offsets + seg).to(tl.int64)
+    last = tl.load(offsets + seg + 1).to(tl.int64)
+    if i >= _C4_RING:
+        last = tl.minimum(last - _C4_RING, first + (start // _PAGE + 1) * _PAGE - start)
+    t = last - 1 - i % _C4_RING
+    position = start + t - first
+    if (t >= first) & ((i < _C4_RING) | (position % _PAGE >= _PAGE - _C4_RING)):
+        _keep_c4(u, g, u_row, g_row, ape, ring, t, position, seg, swa_table, pages, D)
+
+
+@triton.jit
+def _keep_c128(u, g, u_row, g_row, ape, ring, t, position, seg, slots, D: tl.constexpr):
+    """Token t's [u | g + ape] into the ring of its request."""
+    slot = tl.load(slots + seg).to(tl.int64)
+    into = ring + (slot * _C128_RING + position % _C128_RING) * (2 * D)
+    at = tl.arange(0, D)
+    tl.store(into + at, tl.load(u + t * u_row + at))
+    tl.store(into + D + at, tl.load(g + t * g_row + at) + tl.load(ape + position % _C128 * D + at))
+
+
 @triton.jit
 def _remember_c128(u, g, u_row, g_row, ape, ring, t, position, seg, offsets, starts, slots, D: tl.constexpr):
     end = tl.load(starts + seg) + tl.load(offsets + seg + 1) - tl.load(offsets + seg)
     if position >= end - _C128_RING:
-        slot = tl.load(slots + seg).to(tl.int64)
-        into = ring + (slot * _C128_RING + position % _C128_RING) * (2 * D)
-        at = tl.arange(0, D)
-        tl.store(into + at, tl.load(u + t * u_row + at))
-        tl.store(into + D + at, tl.load(g + t * g_row + at) + tl.load(ape + position % _C128 * D + at))
+        _keep_c128(u, g, u_row, g_row, ape, ring, t, position, seg, slots, D)
 
 
 @triton.jit
@@ -189,6 +219,17 @@ def _ring_c128(u, g, u_row, g_row, ape, ring, positions, segment, offsets, start
     _remember_c128(u, g, u_row, g_row, ape, ring, t, position, seg, offsets, starts, slots, D)
 
 
+@triton.jit
+def _ends_c128(u, g, u_row, g_row, ape, ring, offsets, starts, slots, D: tl.constexpr):
+    """A segment's last 256 tokens, into its request's ring."""
+    await_previous()
+    seg = tl.program_id(0)
+    first, last = tl.load(offsets + seg).to(tl.int64), tl.load(offsets + seg + 1).to(tl.int64)
+    t = last - 1 - tl.program_id(1)
+    if t >= first:
+        _keep_c128(u, g, u_row, g_row, ape, ring, t, tl.load(starts + seg) + t - first, seg, slots, D)
+
+
 @triton.jit(do_not_specialize=["pages"])
 def _write_c4(
     kv, kv_row, kv_norm, rows, window, window_stride, window_rows,
@@ -246,16 +287,25 @@ def compress_c4(
     check_dim(out)
     d, tokens = norm.shape[0], u.shape[0]
     u, g = _rows(u), _rows(g)
-    short = tokens <= SHORT_STEP
-    rows = 1 if short else C4_RATIO
-    _c4[(triton.cdiv(tokens, rows),)](
-        u, g, u.stride(0), g.stride(0), ape, norm, ring, meta.positions, meta.segment, meta.offsets, meta.starts,
-        meta.page_table, meta.swa_table, meta.page_table.shape[1], freqs, eps,
-        out.data, out.data.stride(0), out.rows_per_item, tokens, d**-0.5,
-        D=d, STEPS=d.bit_length() - 1, PAIRS=freqs.shape[0], ROTATE_KEYS=rotate_keys, CODEC=codec(out),
-        ROWS=rows, REMEMBER=short, num_warps=4 if d > 128 else 1, **early(),
-    )  # fmt: skip
-    if not short:
+    segments, short = meta.starts.shape[0], tokens <= SHORT_STEP
+    long = compress_long.takes(u, g, ape, norm, ring, freqs, out, rotate_keys)
+    if long:
+        compress_long.compress(u, g, ape, norm, ring, meta, freqs, eps, out, rotate_keys)
+    else:
+        rows = 1 if short else C4_RATIO
+        _c4[(triton.cdiv(tokens, rows),)](
+            u, g, u.stride(0), g.stride(0), ape, norm, ring, meta.positions, meta.segment, meta.offsets, meta.starts,
+            meta.page_table, meta.swa_table, meta.page_table.shape[1], freqs, eps,
+            out.data, out.data.stride(0), out.rows_per_item, tokens, d**-0.5,
+            D=d, STEPS=d.bit_length() - 1, PAIRS=freqs.shape[0], ROTATE_KEYS=rotate_keys, CODEC=codec(out),
+            ROWS=rows, REMEMBER=short, num_warps=4 if d > 128 else 1, **early(),
+        )  # fmt: skip
+    if long and segments * 2 * C4_RING < tokens:
+        _ends_c4[(segments, 2 * C4_RING)](
+            u, g, u.stride(0), g.stride(0), ape, ring, meta.offsets, meta.starts, meta.swa_table,
+            meta.page_table.shape[1], D=d, num_warps=2, **early(),
+        )  # fmt: skip
+    elif not short:
         _ring_c4[(tokens,)](
             u, g, u.stride(0), g.stride(0), ape, ring, meta.positions, meta.segment, meta.offsets, meta.starts,
             meta.swa_table, meta.page_table.shape[1], D=d, num_warps=2,
@@ -270,16 +320,24 @@ def compress_c128(
     check_dim(out)
     d, tokens = norm.shape[0], u.shape[0]
     u, g = _rows(u), _rows(g)
-    short = tokens <= SHORT_STEP
-    # One row closes in any 128 tokens of a sequence, so a program looks at that many.
-    rows = 1 if short else 32
-    _c128[(triton.cdiv(tokens, rows),)](
-        u, g, u.stride(0), g.stride(0), ape, norm, ring, meta.positions, meta.segment, meta.offsets, meta.starts,
-        meta.page_table, meta.slots, meta.page_table.shape[1], freqs, eps,
-        out.data, out.data.stride(0), out.rows_per_item, tokens,
-        D=d, PAIRS=freqs.shape[0], CODEC=codec(out), ROWS=rows, STRIP=_STRIP, REMEMBER=short, num_warps=4, **early(),
-    )  # fmt: skip
-    if not short:
+    segments, short = meta.starts.shape[0], tokens <= SHORT_STEP
+    if compress_long.takes(u, g, ape, norm, ring, freqs, out):
+        compress_long.compress(u, g, ape, norm, ring, meta, freqs, eps, out)
+    else:
+        # One row closes in any 128 tokens of a sequence, so a program looks at that many.
+        rows = 1 if short else 32
+        _c128[(triton.cdiv(tokens, rows),)](
+            u, g, u.stride(0), g.stride(0), ape, norm, ring, meta.positions, meta.segment, meta.offsets, meta.starts,
+            meta.page_table, meta.slots, meta.page_table.shape[1], freqs, eps,
+            out.data, out.data.stride(0), out.rows_per_item, tokens, D=d, PAIRS=freqs.shape[0], CODEC=codec(out),
+            ROWS=rows, STRIP=_STRIP, REMEMBER=short, num_warps=4, **early(),
+        )  # fmt: skip
+    if segments * C128_RING < tokens:
+        _ends_c128[(segments, C128_RING)](
+            u, g, u.stride(0), g.stride(0), ape, ring, meta.offsets, meta.starts, meta.slots, D=d, num_warps=2,
+            **early(),
+        )  # fmt: skip
+    elif not short:
         _ring_c128[(tokens,)](
             u, g, u.stride(0), g.stride(0), ape, ring, meta.positions, meta.segment, meta.offsets, meta.starts,
             meta.slots, D=d, num_warps=2,

@@ -15,7 +15,7 @@ TOKENS = 64
 """That a block looks at, at most: the next ones have blocks of their own."""
 TOGETHER = 4
 """Neighbouring tokens that share a read of the keys, at most."""
-LEAST_PAGES = 256
+LEAST_PAGES = 1024
 """Of keys for each token, all tokens' together: fewer are scored sooner by Triton's kernel, a block for each page."""
 _HEADS, _PAGE = 64, 64
 _TILE, _SCALES, _FIXED = 8192, 256, 1960
@@ -23,8 +23,8 @@ _TILE, _SCALES, _FIXED = 8192, 256, 1960
 _SENDERS = 4
 _SHARED_BYTES = 232_448
 """A block's, at most. A kernel is asked for with that, whatever a plan needs, for what was asked for last holds."""
-LEAST_OF_BLOCK = 16
-"""Pages, each for TOGETHER tokens, where there are blocks of other tokens too."""
+LEAST_BLOCKS = 4
+"""Of each TOKENS, where there are as many as fill a GPU by themselves."""
 _MULTIPROCESSORS = 132
 """Of a Hopper GPU, each with one block."""
 _ALIGNED = 16
@@ -64,8 +64,8 @@ def plan(tokens: int, pages: int) -> Plan:
     """By shapes alone. Blocks share the pages that tokens see, and those left over end at once."""
     steps, tokens = -(-tokens // TOKENS), min(tokens, TOKENS)
     blocks = min(_MULTIPROCESSORS, tokens * pages)
-    if steps > 1:  # there are blocks enough, and each has to find out first what there is
-        blocks = min(blocks, -(-tokens * pages // (TOGETHER * LEAST_OF_BLOCK)))
+    if steps > 1:  # all at once, for each has to find out first what there is
+        blocks = min(blocks, max(LEAST_BLOCKS, _MULTIPROCESSORS // steps))
     together = min(TOGETHER, 1 << (tokens - 1).bit_length())
     each = -(-tokens * pages // blocks)
     room = (_SHARED_BYTES - _FIXED) // (_TILE + _SCALES) - 2 * together
