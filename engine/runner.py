@@ -13,7 +13,7 @@ from engine.cache.pools import KvPools, PoolSizes, plan_sizes
 from engine.config import C4_RATIO, EngineConfig, KvLayout, ModelConfig
 from engine.constraint import Grammars
 from engine.kernels.device import backends, require, use_cuda_products
-from engine.kernels.sample import DRAWN, UNSURE, How, sample_rows, score
+from engine.kernels.sample import ANYHOW, DRAWN, UNSURE, How, sample_rows, score
 from engine.model.deepseek_v4 import DeepseekV4
 from engine.model.mtp import DraftLayer
 from engine.model.weights import load_checkpoint
@@ -171,7 +171,7 @@ class Runner:
 
     def _at_once(self, step: GraphStep, batch: list[Segment]) -> list[Drawn]:
         """For draws of which all is known before."""
-        came = step.drawn(How.of([segment.sequence.sampling for segment in batch]))
+        came = step.drawn(How.all_of([self._draws_of(s.sequence).how if s.sample else ANYHOW for s in batch]))
         results = []
         end = 0
         for segment, guesses in zip(batch, came.guesses, strict=True):

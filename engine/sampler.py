@@ -10,7 +10,7 @@ import collections.abc
 
 from engine.batch import Sampled, Sequence
 from engine.constraint import Grammars
-from engine.kernels.sample import History, Row, needs_history
+from engine.kernels.sample import History, How, Row, needs_history
 from wire.types import PromptScores
 
 
@@ -28,6 +28,7 @@ class Draws:
             self._history = History(sequence.prompt if params.repetition_penalty != 1 else ())
         self._follower = grammars.follow(params.grammar) if params.grammar else None
         self._scores: list[Sampled] = []
+        self.how = How.of([params])  # its rows are drawn, at any position
         self.push(sequence.answer)
 
     def is_plain(self, index: int) -> bool:

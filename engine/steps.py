@@ -10,6 +10,7 @@ T tokens of B segments, P pages at most, V vocabulary, D hidden.
 from __future__ import annotations
 
 import gc
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 import structlog
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.batch import Segment, StepMeta, Tables, extents
@@ -210,24 +212,62 @@ class _Buffer:
     def __init__(self, count: int, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
         self.device = torch.zeros(count, dtype=torch.int32, device=device)
-        self._host = torch.zeros(count, dtype=torch.int32, pin_memory=on_gpu)
+        self._pinned = torch.zeros(count, dtype=torch.int32, pin_memory=on_gpu)
+        self._host: NDArray[np.int32] = self._pinned.numpy()
         self._sent = torch.cuda.Event() if on_gpu else None
 
-    def host(self) -> Tensor:
+    def host(self) -> NDArray[np.int32]:
         """The host's side, to be written: the last copy of it has been made."""
         if self._sent is not None:
             self._sent.synchronize()
         return self._host
 
     def send(self) -> None:
-        self.device.copy_(self._host, non_blocking=True)
+        self.device.copy_(self._pinned, non_blocking=True)
         if self._sent is not None:
             self._sent.record()
 
-    def send_these(self, *parts: Sequence[int]) -> None:
-        """Fill it with the parts, one behind the other, and send it."""
-        self.host().copy_(torch.tensor([number for part in parts for number in part], dtype=torch.int32))
+    def send_these(self, numbers: Sequence[int]) -> None:
+        """Fill all of it, and send it."""
+        self.host()[:] = numbers
         self.send()
+
+
+class _Inputs(NamedTuple):
+    """What the host hands over for a step of up to B segments of up to P pages: arrays of the host, or tensors.
+
+    how        [B, 2 HOW], the bits of a `How` of any position
+    slots      [B], pages and swa_pages [B, P]: see `Tables`
+    starts     [B], counts [B], of each segment's tokens; ids of all
+    asked      [3, B]: an `Asked`
+    """
+
+    how: Any
+    slots: Any
+    pages: Any
+    swa_pages: Any
+    starts: Any
+    counts: Any
+    asked: Any
+    ids: Any
+
+    @classmethod
+    def of(cls, flat: Any, b: int, p: int) -> _Inputs:
+        """The parts of so many numbers as `size` says. Those of 64 bits come first, where they are aligned."""
+        parts, at = [], 0
+        for shape in cls._shapes(b, p):
+            size = math.prod(shape)
+            parts.append(flat[at : at + size].reshape(shape))
+            at += size
+        return cls(*parts)
+
+    @classmethod
+    def size(cls, b: int, p: int) -> int:
+        return sum(map(math.prod, cls._shapes(b, p)))
+
+    @staticmethod
+    def _shapes(b: int, p: int) -> list[tuple[int, ...]]:
+        return [(b, 2 * HOW), (b,), (b, p), (b, p), (b,), (b,), (3, b), (TOKEN_SIZES[-1],)]
 
 
 class _Results:
@@ -235,14 +275,14 @@ class _Results:
 
     def __init__(self, count: int, device: torch.device) -> None:
         self.device = torch.full((count,), -1, dtype=torch.int32, device=device)
-        self._host = torch.empty(count, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._pinned = torch.empty(count, dtype=torch.int32, pin_memory=device.type == "cuda")
 
-    def host(self) -> Tensor:
+    def host(self) -> NDArray[np.int32]:
         """When all that the step queued is done."""
-        self._host.copy_(self.device, non_blocking=True)
+        self._pinned.copy_(self.device, non_blocking=True)
         if self.device.is_cuda:
             torch.cuda.current_stream().synchronize()
-        return self._host
+        return self._pinned.numpy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,10 +308,10 @@ class _Family:
         self.model, self.draft, self.pools, self.memory = model, draft, pools, memory
         self.segments, self.pages = segments, pages
         device = model.device
-        self.tables = _Buffer(segments * (1 + 2 * pages), device)
+        self.given = _Buffer(_Inputs.size(segments, pages), device)
+        self.inputs = _Inputs.of(self.given.device, segments, pages)
+        self.kept = _Buffer(segments, device)
         self.guessing = _Buffer(3 * segments, device)  # a `Guessing`
-        # Of steps that draw where the logits are: a `How` of any position and an `Asked`, and what came of them.
-        self.draws = _Buffer(segments * (2 * HOW + 3), device)
         self.results = _Results(2 * MOST_DRAWN + segments * MOST_GUESSES, device)
         self.forwards: dict[int, _Forward] = {}
         if draft is not None:
@@ -289,17 +329,13 @@ class _Family:
             self.forwards[tokens] = _Forward(self, tokens)
         return self.forwards[tokens]
 
-    def on_device(self) -> Tables:
-        b, p = self.segments, self.pages
-        slots, pages, swa_pages = self.tables.device.split([b, b * p, b * p])
-        return Tables(slots, pages.view(b, p), swa_pages.view(b, p))
+    def tables(self) -> Tables:
+        return Tables(self.inputs.slots, self.inputs.pages, self.inputs.swa_pages)
 
     def how(self) -> Tensor:
-        """[B, 5] int64."""
-        return self.draws.device[: self.segments * 2 * HOW].view(torch.int64).view(self.segments, HOW)
-
-    def asked(self) -> Asked:
-        return Asked(*self.draws.device[self.segments * 2 * HOW :].view(3, self.segments))
+        """[B, HOW] int64."""
+        bits: Tensor = self.inputs.how
+        return bits.view(torch.int64)
 
     def to_guess(self) -> Guessing:
         return Guessing(*self.guessing.device.view(3, self.segments))
@@ -311,13 +347,13 @@ class _Family:
     def _advance(self, filtered: bool) -> None:
         to_guess = self.to_guess()
         drawn = draw(self.guessed, self.how(), filtered, None, to_guess.places.long())
-        advance(drawn, self.on_device().swa_pages, self.asked(), to_guess, self.guesses())
+        advance(drawn, self.inputs.swa_pages, Asked(*self.inputs.asked), to_guess, self.guesses())
 
     def _guess(self) -> Tensor:
         """[B, V]; rows of segments that do not go on mean nothing."""
         assert self.draft is not None
         ids, places, going = self.to_guess()
-        tables, more = self.on_device(), going[:, None]
+        tables, more = self.tables(), going[:, None]
         at = StepMeta.at(
             Tables(tables.slots * going, tables.pages * more, tables.swa_pages * more),
             places,
@@ -335,8 +371,6 @@ class _Forward:
 
     def __init__(self, family: _Family, tokens: int) -> None:
         self.family, self.tokens = family, tokens
-        self.batch = _Buffer(2 * family.segments + tokens, family.model.device)  # starts, counts, ids
-        self.kept = _Buffer(family.segments, family.model.device)
         self.run = _Part(self._run, family.memory)
         self.verify = {
             filtered: _Part(partial(self._verify, filtered), family.memory, self.run) for filtered in (False, True)
@@ -345,9 +379,9 @@ class _Forward:
         self.streams = self.logits = torch.empty(0)  # what `run` made last: once it is captured, always in one place
 
     def _inputs(self) -> tuple[Tensor, StepMeta]:
-        b = self.family.segments
-        starts, counts, ids = self.batch.device.split([b, b, self.tokens])
-        return ids.long(), StepMeta.at(self.family.on_device(), starts, counts, self.tokens)
+        given = self.family.inputs
+        meta = StepMeta.at(self.family.tables(), given.starts, given.counts, self.tokens)
+        return given.ids[: self.tokens].long(), meta
 
     def _run(self) -> tuple[Tensor, Tensor]:
         """streams [T, 4, D] and logits [T, V]."""
@@ -359,22 +393,15 @@ class _Forward:
         family, (ids, meta) = self.family, self._inputs()
         drawn = family.results.device[: 2 * self.tokens].view(self.tokens, 2)
         drawn.copy_(draw(self.logits, family.how(), filtered, meta.segment, meta.positions))
-        verify(drawn, ids, meta, family.asked(), self.kept.device, family.to_guess(), family.guesses())
+        asked = Asked(*family.inputs.asked)
+        verify(drawn, ids, meta, asked, family.kept.device, family.to_guess(), family.guesses())
 
     def _remember(self) -> None:
         family, (ids, meta) = self.family, self._inputs()
         assert family.draft is not None
-        before, oldest = family.draft.remember(self.streams, ids, meta, self.kept.device.long(), family.pools)
+        before, oldest = family.draft.remember(self.streams, ids, meta, family.kept.device.long(), family.pools)
         family.before.copy_(before)
         family.oldest.copy_(oldest)
-
-
-class _Asked(NamedTuple):
-    """`verify.Asked`, of the segments there are."""
-
-    drafts: list[int]
-    draws: list[int]
-    guesses: list[int]
 
 
 class GraphStep:
@@ -382,26 +409,17 @@ class GraphStep:
 
     def __init__(self, family: _Family, tokens: int, batch: list[Segment], tables: Tables) -> None:
         self._family, self._forward = family, family.forward(tokens)
-        self._starts = [segment.start for segment in batch]
-        self._counts = [len(segment.tokens) for segment in batch]
+        self._batch, self._tables = batch, tables
         self._ids = [token for segment in batch for token in segment.tokens]
-        self._asked = _Asked(
-            [segment.drafts for segment in batch],
-            [int(segment.sample) for segment in batch],
-            [segment.guesses for segment in batch],
-        )
-        self._tables = tables
-        # The last segment takes the tokens of the padding; those between have none.
-        self._unused = [0] * (family.segments - len(batch) - 1)
-        self._spare = tokens - len(self._ids)
+        self._guesses = max(segment.guesses for segment in batch)
 
     def takes(self) -> bool:
         """Whether `drawn` can be asked for."""
-        family = self._family
+        model = self._family.model
         return (
             self._forward.tokens <= MOST_DRAWN
-            and max(self._asked.guesses) <= MOST_GUESSES
-            and takes(family.model.device, family.model.config.vocab_size)
+            and self._guesses <= MOST_GUESSES
+            and takes(model.device, model.config.vocab_size)
         )
 
     @torch.inference_mode()
@@ -409,48 +427,47 @@ class GraphStep:
         """The whole step, in which the host looks at nothing: it draws behind every token, keeps the drafts that are
         what was drawn, and guesses on; all by `how` [B], of any position. Nothing else is asked for then, but `row`.
         """
-        family, forward, asked = self._family, self._forward, self._asked
-        filtered = bool(how.filtered[np.flatnonzero(asked.draws)].any())
-        bits = np.zeros((family.segments, HOW), dtype=np.uint64)
-        bits[: len(how.bits)] = how.bits
-        unused = [*self._unused, 0]
-        family.draws.send_these(
-            bits.view(np.int32).ravel().tolist(), asked.drafts, unused, asked.draws, unused, asked.guesses, unused
-        )
-        self._run()
+        family, forward, filtered = self._family, self._forward, bool(how.filtered.any())
+        self._run(how)
         forward.verify[filtered]()
         if family.draft is not None:
             forward.remember()
-            for _ in range(max(asked.guesses)):
+            for _ in range(self._guesses):
                 family.guessed = family.guess()
                 family.advance[filtered]()
-        results = family.results.host().numpy()
-        made = results[2 * MOST_DRAWN :].reshape(family.segments, MOST_GUESSES)[: len(how.bits)]
+        results = family.results.host()
+        made = results[2 * MOST_DRAWN :].reshape(family.segments, MOST_GUESSES)[: len(self._batch)]
         return Outcome(
             drawn=results[: 2 * len(self._ids)].reshape(-1, 2).tolist(),
-            guesses=[[int(token) for token in row if token >= 0] for row in made],
+            guesses=[[token for token in row if token >= 0] for row in made.tolist()],
         )
 
     def row(self, token: int) -> Tensor:
         """[1, V] float32, the logits of one of the step's tokens."""
         return self._forward.logits[token : token + 1]
 
-    def _run(self) -> None:
-        family, forward, tables = self._family, self._forward, self._tables
-        b, p = family.segments, family.pages
-        slots, pages, swa_pages = family.tables.host().split([b, b * p, b * p])
-        for whole, part in (
-            (slots.view(b, 1), tables.slots[:, None]),
-            (pages.view(b, p), tables.pages),
-            (swa_pages.view(b, p), tables.swa_pages),
-        ):
-            whole.zero_()
-            whole[: part.shape[0], : part.shape[1]] = part
-        family.tables.send()
-        forward.batch.send_these(
-            self._starts, self._unused, [0], self._counts, self._unused, [self._spare], self._ids, [0] * self._spare
-        )
+    def _run(self, how: How | None = None) -> None:
+        family, forward, batch, tables = self._family, self._forward, self._batch, self._tables
+        flat, n = family.given.host(), len(batch)
+        flat[:] = 0
+        given = _Inputs.of(flat, family.segments, family.pages)
+        given.slots[:n] = tables.slots
+        given.pages[:n, : tables.pages.shape[1]] = tables.pages
+        given.swa_pages[:n, : tables.swa_pages.shape[1]] = tables.swa_pages
+        given.starts[:n] = [segment.start for segment in batch]
+        given.counts[:n] = [len(segment.tokens) for segment in batch]
+        given.counts[-1] = self._spare
+        given.ids[: len(self._ids)] = self._ids
+        if how is not None:
+            given.how.view(np.uint64)[:n] = how.bits
+            given.asked[:, :n] = [[s.drafts for s in batch], [s.sample for s in batch], [s.guesses for s in batch]]
+        family.given.send()
         forward.streams, forward.logits = forward.run()
+
+    @property
+    def _spare(self) -> int:
+        """Tokens of the padding, which the last segment takes; those between have none."""
+        return self._forward.tokens - len(self._ids)
 
     @torch.inference_mode()
     def logits(self, wanted: list[int]) -> Tensor:
@@ -465,8 +482,8 @@ class GraphStep:
 
     @torch.inference_mode()
     def remember(self, kept: list[int]) -> None:
-        self._ends = [start + count for start, count in zip(self._starts, kept, strict=True)]
-        self._forward.kept.send_these(kept, self._unused, [self._spare])
+        self._ends = [segment.start + count for segment, count in zip(self._batch, kept, strict=True)]
+        self._family.kept.send_these([*kept, *[0] * (self._family.segments - len(kept) - 1), self._spare])
         self._forward.remember()
 
     @torch.inference_mode()
@@ -474,7 +491,7 @@ class GraphStep:
         token, place, goes = ([0] * self._family.segments for _ in range(3))
         for segment, one in zip(going, ids, strict=True):
             token[segment], place[segment], goes[segment] = one, self._ends[segment] + depth, 1
-        self._family.guessing.send_these(token, place, goes)
+        self._family.guessing.send_these([*token, *place, *goes])
         logits = self._family.guess()
         if going == list(range(len(going))):
             return logits[: len(going)]

@@ -166,6 +166,11 @@ class How:
         return cls(bits)
 
     @classmethod
+    def all_of(cls, parts: Sequence[How]) -> How:
+        """Rows of these, one behind the other."""
+        return cls(np.concatenate([part.bits for part in parts]))
+
+    @classmethod
     def of_rows(cls, rows: Sequence[Row]) -> How:
         return cls.of([row.params for row in rows]).at([row.position for row in rows])
 
@@ -205,6 +210,10 @@ class How:
 
     def _column(self, place: int) -> F64:
         return np.ascontiguousarray(self.bits[:, place]).view(np.float64)
+
+
+ANYHOW = How(np.zeros((1, HOW), dtype=np.uint64))
+"""For a row that is drawn only because its neighbours are."""
 
 
 def takes(device: torch.device, vocabulary: int) -> bool:

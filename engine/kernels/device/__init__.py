@@ -13,8 +13,8 @@ Precision: a product takes fp32 operands where its matrix is fp32 (`--dtype floa
 multiplies by e4m3 and e2m1 two e4m3 terms of each (`experts_few`, `experts_some`, `linears_fp8`, `linears_some`) or
 fp16 ones (`few_tokens`); it sums in fp32. What lies between products is fp32.
 
-With `--kernels cuda`, the modules named `*_few.py`, `linears_fp8.py` and `few_tokens.py` take what they can of a step of
-few tokens, `linears_some.py` of up to 512, `compress_long.py` and `experts_some.py` of more, and `attend_long.py`,
+With `--kernels cuda`, the modules named `*_few.py`, `linears_fp8.py` and `few_tokens.py` take what they can of a step
+of few tokens, `linears_some.py` of up to 512, `compress_long.py` and `experts_some.py` of more, and `attend_long.py`,
 `index_scores.py` and `sample_rows.py` of any number.
 """
 

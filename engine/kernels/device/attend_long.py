@@ -1,5 +1,5 @@
-"""The binding of engine/csrc/attend_long.cu: attention by blocks of 64 heads, of few tokens over many keys, which blocks
-share, or of any number of tokens, each with blocks of its own.
+"""The binding of engine/csrc/attend_long.cu: attention by blocks of 64 heads, of few tokens over many keys, which
+blocks share, or of any number of tokens, each with blocks of its own.
 
 How many splits there are depends on shapes alone. Where a page table is wider than a context the splits share the keys
 that there are, and those left over end at once.
@@ -32,9 +32,9 @@ _PAIRS = 32
 BLOCKS = 132
 """At once on a Hopper GPU: one for each of its multiprocessors."""
 TILE_COSTS = {32: (0.6, 1.5), 64: (1.2, 2.5)}
-"""What a block takes for its first tile of so many keys more than for each; and for all else where it has all keys, and
-where parts are merged. What merging adds for 64 heads of a token, by its kernel, and for each of their parts: measured on
-an H200, in microseconds."""
+"""What a block takes for its first tile of so many keys more than for each; and for all else where it has all keys,
+and where parts are merged. What merging adds for 64 heads of a token, by its kernel, and for each of their parts:
+measured on an H200, in microseconds."""
 WHOLE_COST, SPLIT_COST = 7.5, 5.1
 MERGE_COSTS, PART_COST = {4: 0.33, 32: 0.62, 64: 0.62}, 0.02
 LEAST_KEYS, FEW_GROUPS = 512, 16

@@ -14,7 +14,7 @@ from wire.types import PAGE_TOKENS
 
 LEAST_TOKENS = 256
 """Of fewer a multiprocessor has less than one C4 row, and two all C128 rows there are: nothing to stream."""
-SHARED_BYTES = {(LATENT_DIM, C4_RATIO): 196_936, (INDEX_DIM, C4_RATIO): 197_920, (LATENT_DIM, C128_RATIO): 196_936}
+SHARED_BYTES = {(LATENT_DIM, C4_RATIO): 131_312, (INDEX_DIM, C4_RATIO): 132_032, (LATENT_DIM, C128_RATIO): 131_312}
 """Of a block, as in the source; for rows of so many values, of so many tokens."""
 THREADS = {LATENT_DIM: 320, INDEX_DIM: 512}
 """Likewise: eight warps, and one for each group of them that makes a row."""
