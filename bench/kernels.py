@@ -253,10 +253,8 @@ def compressor_cases(bandwidth: float) -> Cases:
                 else:
                     compress.compress_c128(u, g, ape, norm, ring, meta, freqs, 1e-6, out)
 
-            def naive(x: Tensor) -> Tensor:
-                """The softmax-weighted sum alone: no overlap, norm, rotation, quantisation or store."""
-                u, g = (part.unflatten(0, (-1, ratio)) for part in (x[:, :width], x[:, width:]))
-                return (torch.softmax(g + ape, dim=1) * u).sum(dim=1)
+            def naive(x: Tensor) -> None:
+                peers.torch_compressor(x[:, :width], x[:, width:], ape, norm, ring, meta, freqs, out)
 
             us = in_cuda(lambda x: ours(x), inputs)
             peer = float("nan")
@@ -264,7 +262,7 @@ def compressor_cases(bandwidth: float) -> Cases:
                 peer = microseconds(lambda x: naive(x), inputs)
             floor = tokens * (8 * width + (132 if dim == 128 else 584) / ratio) / bandwidth * 1e6
             name = f"compressor C{ratio}" + (" index" if dim == 128 else "")
-            yield Figure(name, f"{tokens:,} tokens", us, floor, "torch softmax-sum alone", peer)
+            yield Figure(name, f"{tokens:,} tokens", us, floor, "torch", peer)
 
 
 def linear_cases(bandwidth: float) -> Cases:
@@ -422,13 +420,14 @@ def prompt_cases(bandwidth: float) -> Cases:
         def ours(p: RowPool | None) -> Tensor:
             return sparse_attention.sparse_attention(q, sink, meta, window, p, ratio, selected, 512**-0.5, True)
 
-        us = microseconds(ours, [rows])
+        us, cuda = microseconds(ours, [rows]), in_cuda(ours, [rows])
         keys = 128 + {0: 0, 4: 512, 128: length // 128}[ratio]
         floor = 4 * tokens * 64 * keys * 512 / BF16_FLOPS * 1e6
         name = {0: "window", 4: "C4", 128: "C128"}[ratio]
-        figure = Figure(f"attention {name}", f"{keys:,} keys, {tokens} tokens, 64 heads", us, floor)
+        shape = f"{keys:,} keys, {tokens} tokens, 64 heads"
+        yield Figure(f"attention {name}", shape, us, floor)
         yield beside(
-            figure,
+            Figure(f"attention {name} in CUDA C++", shape, cuda, floor),
             "sgl-flash-mla",
             peers.flash_mla_attention((q, sink, meta, window, rows, ratio, selected, 512**-0.5)),
         )
@@ -437,9 +436,15 @@ def prompt_cases(bandwidth: float) -> Cases:
         meta, pool = step([length], tokens), random_pool(length // 256 + 1, 64, "index")
         q, w = torch.randn(tokens, 64, 128, device="cuda"), torch.rand(tokens, 64, device="cuda")
         codes, weights = index_topk.quantise(q, w)
-        us = microseconds(lambda p: index_topk.scores_and_maxima(codes, weights, p, meta, 512, True), [pool])
+
+        def scores(p: RowPool) -> object:
+            return index_topk.scores_and_maxima(codes, weights, p, meta, 512, True)
+
+        us, cuda = microseconds(scores, [pool]), in_cuda(scores, [pool])
         floor = 2 * tokens * 64 * 128 * length // 4 / (2 * BF16_FLOPS) * 1e6
-        figure = Figure("indexer logits", f"{length // 4:,} keys, {tokens} tokens", us, floor)
+        shape = f"{length // 4:,} keys, {tokens} tokens"
+        yield Figure("indexer logits", shape, us, floor)
+        figure = Figure("indexer logits in CUDA C++", shape, cuda, floor)
         yield beside(figure, "sgl-deep-gemm", peers.deep_gemm_scores(codes, weights, pool, meta))
 
 

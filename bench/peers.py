@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from engine.batch import StepMeta
+from engine.config import C4_RATIO
 from engine.kernels.device import libraries
 from engine.kernels.rows import RowPool
+from wire.types import PAGE_TOKENS
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -186,3 +188,49 @@ def deep_gemm_scores(codes: Tensor, weights: Tensor, pool: RowPool, meta: StepMe
     libraries.index_scores(codes, weights, pool, meta, 0, len(codes))
     torch.cuda.synchronize()
     return lambda: libraries.index_scores(codes, weights, pool, meta, 0, len(codes))
+
+
+def torch_compressor(
+    u: Tensor, g: Tensor, ape: Tensor, norm: Tensor, ring: Tensor, meta: StepMeta, freqs: Tensor, out: RowPool
+) -> None:
+    """All that a compressor does to a prompt of one sequence, which begins with it, an operation of torch at a time."""
+    ratio, dim, tokens = ape.shape[0], norm.shape[0], len(u)
+    gates = g.unflatten(0, (-1, ratio)) + ape
+    values = u.unflatten(0, (-1, ratio))
+    if ratio == C4_RATIO:
+        first_values, first_gates = values[:, :, :dim].roll(1, 0), gates[:, :, :dim].roll(1, 0)
+        first_values[0], first_gates[0] = 0, -torch.inf
+        values, gates = (
+            torch.cat([first, own[:, :, dim:]], 1) for first, own in ((first_values, values), (first_gates, gates))
+        )
+    pooled = (torch.softmax(gates, 1) * values).sum(1)
+    pooled = pooled * torch.rsqrt(pooled.square().mean(1, keepdim=True) + 1e-6) * norm
+    pairs = pooled[:, -2 * len(freqs) :].unflatten(1, (-1, 2))
+    turn = torch.polar(torch.ones_like(pairs[..., 0]), meta.positions[::ratio, None].float() * freqs)
+    pooled[:, -2 * len(freqs) :] = torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(1)
+    if out.kind == "index":
+        for d in range(dim.bit_length() - 1):
+            halves = pooled.view(-1, dim >> d + 1, 2, 1 << d)
+            pooled = torch.stack([halves[:, :, 0] + halves[:, :, 1], halves[:, :, 0] - halves[:, :, 1]], 2).flatten(1)
+        pooled = pooled * dim**-0.5
+    group = dim if out.kind == "index" else 64
+    groups = pooled.unflatten(1, (-1, group))
+    exponents = (groups.abs().amax(2).clamp_min(1e-4) / 448).log2().ceil()
+    codes = (groups * torch.exp2(-exponents)[..., None]).to(torch.float8_e4m3fn).view(torch.uint8).flatten(1)
+    per_item = out.rows_per_item
+    made = torch.arange(tokens // ratio, device=u.device)
+    item, place = meta.page_table[0].long()[made // per_item], made % per_item
+    if out.kind == "index":
+        data, scales = codes, torch.exp2(exponents).view(torch.uint8)
+    else:
+        data = torch.cat([codes[:, :448], pooled[:, 448:].bfloat16().view(torch.uint8)], 1)
+        scales = torch.nn.functional.pad((exponents[:, :7] + 127).to(torch.uint8), (0, 1))
+    width = data.shape[1]
+    out.data[:, : per_item * width].unflatten(1, (per_item, width))[item, place] = data
+    behind = out.data[:, per_item * width : per_item * (width + scales.shape[1])]
+    behind.unflatten(1, (per_item, scales.shape[1]))[item, place] = scales
+    kept = torch.cat([u, gates.flatten(0, 1) if ratio != C4_RATIO else g + ape.repeat(tokens // ratio, 1)], 1)
+    if ratio == C4_RATIO:
+        ring[meta.swa_table[0].long()] = kept.unflatten(0, (-1, PAGE_TOKENS))[:, -ring.shape[1] :]
+    else:
+        ring[meta.slots[0].long()] = kept[-ring.shape[1] :]
