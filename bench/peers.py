@@ -233,4 +233,4 @@ def torch_compressor(
     if ratio == C4_RATIO:
         ring[meta.swa_table[0].long()] = kept.unflatten(0, (-1, PAGE_TOKENS))[:, -ring.shape[1] :]
     else:
-        ring[meta.slots[0].long()] = kept[-ring.shape[1] :]
+        ring[meta.slots.long()] = kept[None, -ring.shape[1] :]
