@@ -1,7 +1,8 @@
 """One decode step of full-size DeepSeek-V4-Flash on one GPU, as a CUDA graph: forward pass and head, no sampling.
 
 Where a sequence has four tokens, the draft layer too: what it takes to remember them and to guess three more, each from
-the likeliest token of the guess before. The step and that together are the cycle of a depth-3 decode.
+the likeliest token of the guess before. The step and that together are the cycle of a depth-3 decode. Served is the
+same as a worker runs it, by the clock: its graphs, tokens drawn with noise and verified, and what the host does.
 
 All of Flash does not fit one GPU, so a layer holds fewer experts than the 256 of the checkpoint, and the router chooses
 among those: as many are read per token, from as much memory as the L2 can not hold. Weights are random, made where they
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
@@ -23,21 +25,25 @@ from torch import Tensor
 
 from bench.kernels import copy_bandwidth, replayed
 from bench.record import append_rows, commit
-from engine.batch import StepMeta
+from engine.batch import Segment, Sequence, StepMeta, Tables
 from engine.cache.pools import KvPools, PoolSizes
 from engine.config import C4_RATIO, C128_RATIO, FLASH, ModelConfig
 from engine.kernels.device import require, use_cuda_products
 from engine.kernels.experts import Fp4Stack
 from engine.kernels.linear import Fp8Weight
 from engine.kernels.rows import RowPool
+from engine.kernels.sample import How
 from engine.model.deepseek_v4 import DeepseekV4
 from engine.model.mtp import DraftLayer
-from wire.types import PAGE_TOKENS
+from engine.steps import StepGraphs
+from wire.types import PAGE_TOKENS, SamplingParams
 
 T = TypeVar("T")
 
 DRAFTED = 4
 """Tokens of a step that verifies three drafts."""
+SERVED = 30
+"""Steps as a worker runs them; the first third compiles, captures and warms up."""
 FLASH_EXPERTS = FLASH.num_experts
 RESERVE_BYTES = 12 << 30
 """For pools, workspaces and the graph."""
@@ -200,6 +206,32 @@ def drafts(draft: DraftLayer, streams: Tensor, ids: Tensor, meta: StepMeta, kept
     return likeliest
 
 
+def served(model: DeepseekV4, draft: DraftLayer, pools: KvPools, context: int) -> float:
+    """Milliseconds of a step of one sequence that verifies three drafts and guesses three more."""
+    width = -(-(context + DRAFTED) // PAGE_TOKENS)
+    mapped = min(3, width)
+    sequence = Sequence(
+        request_id="bench", sampling=SamplingParams(max_tokens=1, seed=0), slot=1, pages=[*range(1, width + 1)],
+        swa_pages=[*[0] * (width - mapped), *range(1, mapped + 1)],
+    )  # fmt: skip
+    graphs, how, times = StepGraphs(model, draft, pools), How.of([sequence.sampling]), []
+    for n in range(SERVED):
+        batch = [
+            Segment(
+                sequence=sequence, start=context, tokens=[n, n + 1, n + 2, n + 3], sample=True, drafts=DRAFTED - 1,
+                guesses=DRAFTED - 1,
+            )
+        ]  # fmt: skip
+        tables = Tables.of(batch)
+        begin = time.perf_counter()
+        step = graphs.step(batch, tables)
+        assert step is not None
+        assert step.takes()
+        step.drawn(how)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[SERVED // 3 :]) * 1e3
+
+
 def run(
     *,
     layers: int = 43,
@@ -231,14 +263,16 @@ def run(
             fill(pool)
     versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "triton"))
     rows: list[dict[str, object]] = []
-    table = Table("batch", "tokens", "context", "ms", "least ms", "kernels a layer", "drafts ms", "cycle ms")
+    table = Table(
+        "batch", "tokens", "context", "ms", "least ms", "kernels a layer", "drafts ms", "cycle ms", "served ms"
+    )
     for batch, tokens, context in CELLS:
         meta = step(pools, batch, tokens, context)
         ids = torch.randint(config.vocab_size, (batch * tokens,), device="cuda")
         wanted = torch.arange(batch * tokens, device="cuda")
         step_graph, logits = captured(model.forward, ids, meta, wanted, pools)
         times = replayed(step_graph)
-        cycle: dict[str, object] = {"drafts_ms": "", "cycle_ms": ""}
+        cycle: dict[str, object] = {"drafts_ms": "", "cycle_ms": "", "served_ms": ""}
         if tokens == DRAFTED:
             streams = torch.randn(batch * tokens, 4, config.hidden_size, device="cuda")
             kept = torch.full((batch,), tokens, device="cuda")
@@ -246,6 +280,8 @@ def run(
             drafting = statistics.median(replayed(graph))
             cycle = {"drafts_ms": round(drafting, 3), "cycle_ms": round(drafting + statistics.median(times), 3)}
             del graph
+            by_itself = kernels == "cuda"  # tokens are drawn where the logits are
+            cycle["served_ms"] = round(served(model, draft, pools, context), 3) if by_itself else ""
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             step_graph.replay()
             torch.cuda.synchronize()
@@ -279,6 +315,7 @@ def run(
                     "kernels_a_layer",
                     "drafts_ms",
                     "cycle_ms",
+                    "served_ms",
                 )
             )
         )
@@ -290,8 +327,8 @@ def run(
         else "all experts"
     )
     console.print(
-        f"{torch.cuda.get_device_name()}; {versions}; {layers} layers; {aliased}; forward and head, no sampling; "
-        f"copies at {bandwidth / 1e12:.2f} TB/s; commit {commit()}"
+        f"{torch.cuda.get_device_name()}; {versions}; {layers} layers; {aliased}; forward and head; "
+        f"tokens are drawn where served; copies at {bandwidth / 1e12:.2f} TB/s; commit {commit()}"
     )
     if save:
         console.print(f"rows added to {append_rows('step', rows)}")
