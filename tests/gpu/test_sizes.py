@@ -408,14 +408,13 @@ def test_compressors_of_prompts(ratio: int, dim: int, early: bool) -> None:
     empty = RowPool(torch.full((items, size), 0xFF, dtype=torch.uint8), 256 // ratio, kind, "v4", dim, 64)  # type: ignore[arg-type]
     around = torch.full((tokens, 2 * wide * dim + 64), torch.nan)
     around[:, : 2 * wide * dim] = torch.randn(tokens, 2 * wide * dim)
-    u, g = around[:, : wide * dim], around[:, wide * dim : 2 * wide * dim]
     ape, norm, freqs = torch.randn(ratio, wide * dim), torch.randn(dim), rope_frequencies(160_000.0, 64)
     ring = torch.randn(items if ratio == 4 else 6, 16 if ratio == 4 else 256, 2 * wide * dim)
 
     def compressed(device: str) -> tuple[Tensor, RowPool]:
         moved, out = ring.to(device, copy=True), replace(empty, data=empty.data.to(device, copy=True))
         parts = around.to(device)
-        given = parts[:, : u.shape[1]], parts[:, u.shape[1] : 2 * u.shape[1]], ape.to(device), norm.to(device)
+        given = *parts[:, : 2 * wide * dim].split(wide * dim, 1), ape.to(device), norm.to(device)
         assert device == "cpu" or compress_long.takes(*given, moved, freqs.to(device), out, dim == 128)
         last = freqs.to(device), 1e-6, out
         if ratio == 4:
