@@ -489,15 +489,17 @@ GROUPS: dict[str, Callable[[float], Cases]] = {
 
 
 def run(only: tuple[str, ...] = (), console: Console | None = None, save: bool = True) -> list[dict[str, object]]:
-    """Measure, print a table and append rows to bench/results/kernels.csv."""
+    """Measure, print a table and append rows to bench/results/kernels.csv: a group at a time, so that what was measured
+    stays if the run ends early.
+    """
     require("cuda")
     console = console or Console()
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "triton"))
-    rows: list[dict[str, object]] = []
-    table = Table("kernel", "shape", "us", "floor us", "peer", "peer us")
+    measured: list[dict[str, object]] = []
     for name in only or tuple(GROUPS):
+        table, rows = Table("kernel", "shape", "us", "floor us", "peer", "peer us", title=name), []
         for f in GROUPS[name](bandwidth):
             table.add_row(f.op, f.shape, f"{f.us:.2f}", f"{f.floor_us:.2f}", f.peer, f"{f.peer_us:.2f}")
             rows.append(
@@ -514,10 +516,11 @@ def run(only: tuple[str, ...] = (), console: Console | None = None, save: bool =
                 }
             )
             torch.cuda.empty_cache()
-    console.print(table)
+        console.print(table)
+        if save:
+            console.print(f"rows added to {append_rows('kernels', rows)}")
+        measured += rows
     console.print(
         f"{torch.cuda.get_device_name()}; {versions}; copies at {bandwidth / 1e12:.2f} TB/s; commit {commit()}"
     )
-    if save:
-        console.print(f"rows added to {append_rows('kernels', rows)}")
-    return rows
+    return measured

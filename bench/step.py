@@ -20,7 +20,6 @@ from typing import TypeVar
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from bench.kernels import copy_bandwidth, replayed
@@ -44,6 +43,9 @@ DRAFTED = 4
 """Tokens of a step that verifies three drafts."""
 SERVED = 30
 """Steps as a worker runs them; the first third compiles, captures and warms up."""
+SHOWN = (
+    "batch", "tokens", "context", "step_ms", "least_ms", "kernels_a_layer", "drafts_ms", "cycle_ms", "served_ms",
+)  # fmt: skip
 FLASH_EXPERTS = FLASH.num_experts
 RESERVE_BYTES = 12 << 30
 """For pools, workspaces and the graph."""
@@ -240,7 +242,7 @@ def run(
     console: Console | None = None,
     save: bool = True,
 ) -> list[dict[str, object]]:
-    """Measure every cell, print a table and append rows to bench/results/step.csv; `kernels` as of a worker."""
+    """Measure every cell, print it and append it to bench/results/step.csv; `kernels` as of a worker."""
     require("cuda")
     use_cuda_products(kernels == "cuda")
     console = console or Console()
@@ -263,9 +265,6 @@ def run(
             fill(pool)
     versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "triton"))
     rows: list[dict[str, object]] = []
-    table = Table(
-        "batch", "tokens", "context", "ms", "least ms", "kernels a layer", "drafts ms", "cycle ms", "served ms"
-    )
     for batch, tokens, context in CELLS:
         meta = step(pools, batch, tokens, context)
         ids = torch.randint(config.vocab_size, (batch * tokens,), device="cuda")
@@ -303,24 +302,11 @@ def run(
             **cycle,
         }
         rows.append(row)
-        table.add_row(
-            *(
-                str(row[name])
-                for name in (
-                    "batch",
-                    "tokens",
-                    "context",
-                    "step_ms",
-                    "least_ms",
-                    "kernels_a_layer",
-                    "drafts_ms",
-                    "cycle_ms",
-                    "served_ms",
-                )
-            )
-        )
+        shown = {name.replace("_", " "): row[name] for name in SHOWN}
+        console.print(", ".join(f"{name} {value}" for name, value in shown.items() if value != ""), highlight=False)
+        if save:
+            append_rows("step", [row])
         del step_graph
-    console.print(table)
     aliased = (
         f"{experts} of {FLASH_EXPERTS} experts a layer are there (aliased)"
         if experts < FLASH_EXPERTS
@@ -330,6 +316,4 @@ def run(
         f"{torch.cuda.get_device_name()}; {versions}; {layers} layers; {aliased}; forward and head; "
         f"tokens are drawn where served; copies at {bandwidth / 1e12:.2f} TB/s; commit {commit()}"
     )
-    if save:
-        console.print(f"rows added to {append_rows('step', rows)}")
     return rows
