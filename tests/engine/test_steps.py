@@ -136,13 +136,13 @@ def test_a_batch_of_every_size_fits_its_graph_and_a_longer_one_has_none() -> Non
     def segment(tokens: int, **changes) -> Segment:
         return Segment(sequence=sequence, start=0, tokens=[3] * tokens, sample=True, **changes)
 
-    for tokens in (1, 9, 40, 256):
+    for tokens in (1, 9, 40, 256, 257, 2048):
         batch = [segment(tokens)]
         step = graphs.step(batch, Tables.of(batch))
         assert step is not None
         assert step.logits([tokens - 1]).shape == (1, config.vocab_size)
         assert len(step.streams()) == tokens
-    for batch in ([segment(257)], [segment(1)] * 65, [segment(4, rebuild=True)], [segment(4, following=[1, 2])]):
+    for batch in ([segment(2049)], [segment(1)] * 65, [segment(4, rebuild=True)], [segment(4, following=[1, 2])]):
         assert graphs.step(batch, Tables.of(batch)) is None
     wide = Tables.of([replace(segment(1), start=PAGE_SIZES[-1] * 256)])
     assert graphs.step([segment(1)], wide) is None
@@ -158,10 +158,12 @@ def test_warming_up_takes_steps_at_both_ends_of_the_longest_context_and_gives_al
     every = (pools.full, pools.swa, pools.slots)
     free = [pool.free for pool in every]
     runner.warm_up()
-    assert set(places) == {(start, n) for n in WARM_UP_TOKENS for start in (0, runner.max_context - n - 2)}
+    sizes = [n for n in WARM_UP_TOKENS if n + 2 <= runner.max_context]
+    assert sizes == [1, 2, 4, 12, 40, 200, 512]
+    assert set(places) == {(start, n) for n in sizes for start in (0, runner.max_context - n - 2)}
     assert len(places) == 2 * len(set(places)), "a graph is captured the second time"
     assert isinstance(runner.graphs, Counting)
-    assert runner.graphs.taken == len([n for _, n in places if n <= TOKEN_SIZES[-1]])
+    assert runner.graphs.taken == len(places)
     assert [pool.free for pool in every] == free
 
 
