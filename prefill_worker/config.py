@@ -10,7 +10,7 @@ from engine.window import most_window_pages
 
 CHUNK_TOKENS = 512
 GPU_CHUNK_TOKENS = (2048, 1024)
-"""Kernels of a shorter chunk take a GPU less than it takes to launch them; and weights are read again for each chunk."""
+"""Kernels of a shorter chunk take a GPU less than it takes to launch them; and each chunk reads the weights again."""
 AT_ONCE = 8
 """Prompts that windows should be there for, if there may be as many."""
 
