@@ -1,4 +1,5 @@
-"""One decode step of full-size DeepSeek-V4-Flash on one GPU, as a CUDA graph: forward pass and head, no sampling.
+"""One step of full-size DeepSeek-V4-Flash on one GPU, as a CUDA graph: forward pass and head, no sampling. Steps of
+decoding, and chunks of prompts.
 
 Where a sequence has four tokens, the draft layer too: what it takes to remember them and to guess three more, each from
 the likeliest token of the guess before. The step and that together are the cycle of a depth-3 decode. Served is the
@@ -35,6 +36,7 @@ from engine.kernels.sample import How
 from engine.model.deepseek_v4 import DeepseekV4
 from engine.model.mtp import DraftLayer
 from engine.steps import StepGraphs
+from engine.window import most_window_pages
 from wire.types import PAGE_TOKENS, SamplingParams
 
 T = TypeVar("T")
@@ -53,8 +55,9 @@ CELLS = (
     (1, 1, 4_096), (1, 1, 65_536), (1, 1, 262_144), (1, 1, 900_000),
     (1, 4, 4_096), (1, 4, 65_536), (1, 4, 262_144), (1, 4, 900_000),
     (8, 1, 4_096), (8, 1, 65_536), (32, 1, 4_096),
+    (1, 2_048, 2_048), (1, 2_048, 65_536), (1, 2_048, 262_144), (1, 2_048, 900_000),
 )  # fmt: skip
-"""(sequences, tokens of each, context)"""
+"""(sequences, tokens of each, context); the last ones are chunks of a prompt"""
 
 
 def flash(layers: int, experts: int) -> ModelConfig:
@@ -157,10 +160,9 @@ def step(pools: KvPools, batch: int, tokens: int, context: int) -> StepMeta:
     """`tokens` tokens behind `context` ones of each of `batch` sequences, over pages of their own."""
     width = -(-(context + tokens) // PAGE_TOKENS)
     pages = torch.arange(1, batch * width + 1).view(batch, width).int()
-    swa = torch.arange(1, 3 * batch + 1).view(batch, 3).int()
+    last = min(most_window_pages(tokens) + 1, width)
     swa_table = torch.zeros(batch, width, dtype=torch.int32)
-    last = min(3, width)
-    swa_table[:, width - last :] = swa[:, :last]
+    swa_table[:, width - last :] = torch.arange(1, last * batch + 1).view(batch, last)
     counts = torch.full((batch,), tokens)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     return StepMeta(
@@ -268,7 +270,7 @@ def run(
     for batch, tokens, context in CELLS:
         meta = step(pools, batch, tokens, context)
         ids = torch.randint(config.vocab_size, (batch * tokens,), device="cuda")
-        wanted = torch.arange(batch * tokens, device="cuda")
+        wanted = torch.arange(batch * tokens, device="cuda")[-batch * DRAFTED :]  # of a chunk hardly any are
         step_graph, logits = captured(model.forward, ids, meta, wanted, pools)
         times = replayed(step_graph)
         cycle: dict[str, object] = {"drafts_ms": "", "cycle_ms": "", "served_ms": ""}
