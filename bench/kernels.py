@@ -1,7 +1,7 @@
 """Kernels on a GPU: microseconds beside the bytes they must move, and beside torch or a library in the same run.
 
-A figure is the median over replays of a CUDA graph of CALLS calls, whose inputs take turns so that weights and rows
-are as cold as in a decode step. Floors take the copy bandwidth measured in the same run.
+A figure is the median over replays of a CUDA graph of many calls, whose inputs take turns so that weights and rows are
+as cold as in a decode step. Floors take the copy bandwidth measured in the same run.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ from engine.kernels.rows import RowPool
 from engine.kernels.sample import How, Row, draw
 from wire.types import PAGE_TOKENS, SamplingParams
 
-CALLS = 20
-REPLAYS = 30
+CALLS, REPLAYS = 20, 30
+LONG_MS, LONG_CALLS, LONG_REPLAYS = 1.0, 3, 10
+"""Of a call that takes so long a few say as much."""
 BF16_FLOPS = 989e12
 """A second, of a Hopper GPU by its datasheet: what a prompt's floors go by. e4m3 is twice that."""
 COLD_BYTES = 160 << 20
@@ -55,19 +56,24 @@ def microseconds(call: Callable[[Any], object], inputs: Sequence[Any]) -> float:
     """One call's time; `inputs` take turns."""
     for one in inputs:
         call(one)
-    torch.cuda.synchronize()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call(inputs[0])
+    end.record()
+    end.synchronize()
+    long = begin.elapsed_time(end) > LONG_MS
     graph = torch.cuda.CUDAGraph()
-    count = max(CALLS, len(inputs))
+    count = max(LONG_CALLS if long else CALLS, len(inputs))
     with torch.cuda.graph(graph):
         for i in range(count):
             call(inputs[i % len(inputs)])
-    return statistics.median(replayed(graph)) * 1e3 / count
+    return statistics.median(replayed(graph, LONG_REPLAYS if long else REPLAYS)) * 1e3 / count
 
 
-def replayed(graph: torch.cuda.CUDAGraph) -> list[float]:
-    """Milliseconds of each of REPLAYS replays."""
+def replayed(graph: torch.cuda.CUDAGraph, replays: int = REPLAYS) -> list[float]:
+    """Milliseconds of each replay."""
     times = []
-    for _ in range(REPLAYS):
+    for _ in range(replays):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         graph.replay()
