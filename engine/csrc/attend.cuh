@@ -53,14 +53,10 @@ struct Source {
     const int* table;
 };
 
-// That of an item, which the table names.
-__device__ __forceinline__ Row row_in(const Source& source, int which, int index) {
-    const u8* item = source.items + which * source.stride;
+__device__ __forceinline__ Row row_of(const Source& source, int index) {
+    const u8* item = source.items + source.table[index >> source.bits] * source.stride;
     int rows = 1 << source.bits, place = index & (rows - 1);
     return Row{item + place * ROW_BYTES, item + rows * ROW_BYTES + place * SCALE_BYTES};
-}
-__device__ __forceinline__ Row row_of(const Source& source, int index) {
-    return row_in(source, source.table[index >> source.bits], index);
 }
 
 // The keys of a token: WINDOW of the tokens up to it, then `finished` compressed ones.
@@ -81,17 +77,6 @@ __device__ __forceinline__ Row row_of_key(const Seen& seen, int key) {
     }
     return Row{nullptr, nullptr};
 }
-// Its index alone, of the first keys of `limit`; -1 where there is none.
-__device__ __forceinline__ int index_of_key(const Seen& seen, int key, int limit) {
-    int index = -1;
-    if (key < WINDOW) {
-        long long slot = seen.position - (WINDOW - 1) + key;
-        if (slot >= seen.oldest && slot >= 0 && key < limit) index = (int)slot;
-    } else if (key - WINDOW < seen.finished && key < limit) {
-        index = seen.selected ? seen.selected[key - WINDOW] : key - WINDOW;
-    }
-    return index;
-}
 
 // Bytes 2 I and 2 I + 1 of a word as e4m3 -> bf16 of 2^-120 their value.
 template <int I> __device__ __forceinline__ u32 e4m3(u32 v) {
@@ -99,9 +84,9 @@ template <int I> __device__ __forceinline__ u32 e4m3(u32 v) {
 }
 
 // What they are multiplied by for a scale of 2^(code - 127). bf16 has no power above 2^127: where code > LARGEST there
-// is a second factor, which is NaN for 255.
+// is a second factor.
 #define LARGEST 134
-__device__ __forceinline__ u32 power_of(u32 code) { return ((code > LARGEST ? LARGEST : code) + 120) * 0x00800080u; }
-__device__ __forceinline__ u32 second_power_of(u32 code) {
-    return code == 255 ? 0x7fc07fc0u : (code - LARGEST + 127) * 0x00800080u;
+__device__ __forceinline__ u32 power_of(u32 code) {
+    return (code == 255 ? 0x7fc0u : (code > LARGEST ? 254 : code + 120) << 7) * 0x10001u;
 }
+__device__ __forceinline__ u32 second_power_of(u32 code) { return (code - LARGEST + 127) * 0x00800080u; }

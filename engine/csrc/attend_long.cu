@@ -3,25 +3,14 @@
 // of wgmma, so a key is decoded once for all of them.
 //
 // Decoded keys lie in shared memory as bf16, a slab for 64 channels (warpgroup.cuh): along their rows they are keys, across
-// them values. Two warpgroups share the work, each with the sums of 256 channels. What is no product is done under products.
-// Once the weights of a tile t of 64 keys are there, whose parts of 32 are a and b, there come:
+// them values. Two tiles of keys take turns, and two warpgroups share the work, each with the sums of 256 channels:
 //
-//   products                     first warpgroup         second one
-//   weights times values of a                            decodes b of tile t + 1 to where that of t - 1 was
-//   queries times keys of t + 1                          decodes a of tile t + 2 to where that of t was
-//   weights times values of b    weights of tile t + 1
+//   first   queries times a tile's keys, the softmax's weights into shared memory; weights times values of its channels,
+//           and behind them, before those are awaited, queries times the next tile's keys
+//   second  decodes the tile after that while the first is at keys and weights; weights times values of its channels
 //
-// Products of a tile follow those of the one before without a gap if weights are there by then. In between the first
-// warpgroup waits for keys, the second one for places, and until queries times keys are done, which weights wait for.
-//
-// A tile of 32 keys has no a, and places for three tiles instead of two: decoding is a tile ahead of queries times keys, and
-// no product is left when weights are there.
-//
-// A decoder's rows come from memory straight into registers; where they lie is found in two steps, each a tile ahead of the
-// next.
-//
-// A row's weights are relative to its highest logit so far or one that is up to SLACK below it: sums are shrunk when one
-// rises further, which is seldom after the first tile.
+// They meet twice a tile: when its weights and the next keys are there, and when it has been read and its place is free.
+// A decoder's rows come from memory while it multiplies, straight into registers.
 //
 // Parts are halves of their own power of two for each row of 256, for what blocks write and read back is most of the
 // traffic: 64 KB each. They are in the order in which lanes hold sums, so that a lane writes 16 bytes: value 2 j + c of
@@ -39,19 +28,10 @@
 #define SLABS (DIM / CHANNELS)  // of a key
 #define HALF (DIM / 2)          // channels of a warpgroup
 #define LOG2_E 1.4426950408889634f
-#define BATCH 4    // heads whose queries are on their way at once
-#define TURNED 64  // channels at most, the last ones
-#define PART 32    // keys that are decoded in one go
-#define SLACK 8.0f // weights are 2^8 at most
-
-// Barriers by name: all meet; one warpgroup meets there and the other passes on.
-enum { WEIGHTS = 1, KEYS_THERE, PLACE_FREE, LOGITS };
+#define BATCH 4   // heads whose queries are on their way at once
+#define TURNED 64 // channels at most, the last ones
 
 #ifndef ON_CPU
-// As meet(), for those who only say that they were there.
-__device__ __forceinline__ void pass_on(int name, int threads) {
-    asm volatile("barrier.cta.arrive.aligned %0, %1;" :: "r"(name), "r"(threads) : "memory");
-}
 __device__ __forceinline__ float power2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -73,18 +53,12 @@ __device__ __forceinline__ Floats<2> of_halves(u32 both) {
 extern __shared__ __align__(1024) unsigned char memory[];
 
 template <int KEYS> struct Shared {
-    static constexpr int TILES = KEYS == PART ? 3 : 2;
     u8 queries[SLABS][HEADS * SLAB_ROW];
-    u8 keys[TILES][SLABS][KEYS * SLAB_ROW];
-    u8 weights[2 * KEYS / CHANNELS][HEADS * SLAB_ROW];  // of two tiles
-    float bias[TILES][KEYS];                            // 0, or -inf where there is no key
-    float shrink[2][HEADS];                             // what earlier sums are multiplied by, of two tiles
+    u8 keys[2][SLABS][KEYS * SLAB_ROW];
+    u8 weights[HEADS * SLAB_ROW];  // of up to 64 keys
+    float bias[2][KEYS];           // 0, or -inf where there is no key
+    float shrink[HEADS];           // what earlier sums are multiplied by
 };
-
-// Where weights of a tile begin, even and odd ones in turn; a bit that those of its neighbour do not have.
-template <int KEYS> __device__ __forceinline__ u32 weights_of(int tile) {
-    return (tile & 1) * (KEYS == PART ? SLAB_ROW / 2 : HEADS * SLAB_ROW);
-}
 
 __device__ __forceinline__ int group_warp() { return warp_id() & 3; }
 __device__ __forceinline__ int quad() { return lane_id() & 3; }
@@ -124,121 +98,113 @@ template <int KEYS> __device__ __forceinline__ void read_queries(Shared<KEYS>& s
     }
 }
 
-// A lane of the second warpgroup has key 8 warp + lane / 4 of a part, a quarter of each group's codes.
-__device__ __forceinline__ int lane_key() { return 8 * group_warp() + lane_id() / 4; }
-// Sixteen t of those of the rope values that a lane has: neighbours' are not in the same banks.
-__device__ __forceinline__ int rope_sixteen(int t) { return quad() + 4 * ((lane_key() + t) & 1); }
-
-// Of a lane's key in two parts that follow one another in their places: of the nearer one its row and item, of the other
-// one its row; -1 for none.
-struct Ahead {
-    int index, item, next;
+// A lane of the second warpgroup has keys KEYS / 4 * warp + 8 h + lane / 4 of a tile, a quarter of each group's codes.
+template <int KEYS> struct Rows {
+    Row rows[KEYS / 32];
 };
-struct Codes {
-    Words nope[SLABS - 1], rope[2];
-    u32 scales[2];
-    bool there;
+template <int KEYS> struct Codes {
+    Words nope[KEYS / 32][SLABS - 1], rope[KEYS / 32][2];
+    u32 scales[KEYS / 32][2];
+    bool there[KEYS / 32];
 };
+template <int KEYS> __device__ __forceinline__ int lane_key(int h) {
+    return KEYS / 4 * group_warp() + 8 * h + lane_id() / 4;
+}
+// Sixteen t of those of the rope values that a lane has of a key: neighbours' are not in the same banks.
+__device__ __forceinline__ int rope_sixteen(int key, int t) { return quad() + 4 * ((key + t) & 1); }
 
-// The compiler awaits all that is on its way from memory when it awaits anything. So this is for before more is sent for.
-__device__ __forceinline__ void settle(Ahead& of) {
-    of.item = __shfl_sync(ALL, of.item, lane_id());
-    of.next = __shfl_sync(ALL, of.next, lane_id());
+template <int KEYS> __device__ __forceinline__ void look_up(Rows<KEYS>& to, const Seen& seen, int tile) {
+#pragma unroll
+    for (int h = 0; h < KEYS / 32; h++) to.rows[h] = row_of_key(seen, tile * KEYS + lane_key<KEYS>(h));
 }
 
-// No lane branches on what comes from memory, so that it waits for it in the next step only.
-__device__ __forceinline__ void look_up(Ahead& of, const Seen& seen, int key, int next_key, int limit) {
-    of.index = of.next;
-    const Source& source = key < WINDOW ? seen.raw : seen.pooled;
-    of.item = source.table[(of.index < 0 ? 0 : of.index) >> source.bits];
-    of.next = index_of_key(seen, next_key, limit);
-}
-
-__device__ __forceinline__ void send_for(Codes& to, const Ahead& of, const Seen& seen, int key) {
-    to.there = of.index >= 0;
-    to.scales[0] = to.scales[1] = 0;
+template <int KEYS> __device__ __forceinline__ void send_for(Codes<KEYS>& to, const Rows<KEYS>& from) {
 #pragma unroll
-    for (int g = 0; g < SLABS - 1; g++) to.nope[g] = Words{};
+    for (int h = 0; h < KEYS / 32; h++) {
+        Row row = from.rows[h];
+        to.there[h] = row.codes != nullptr;
+        to.scales[h][0] = to.scales[h][1] = 0;
 #pragma unroll
-    for (int t = 0; t < 2; t++) to.rope[t] = Words{};
-    if (to.there) {
-        Row row = row_in(key < WINDOW ? seen.raw : seen.pooled, of.item, of.index);
+        for (int g = 0; g < SLABS - 1; g++) to.nope[h][g] = Words{};
 #pragma unroll
-        for (int g = 0; g < SLABS - 1; g++) to.nope[g] = read16(row.codes + CHANNELS * g + 16 * quad());
+        for (int t = 0; t < 2; t++) to.rope[h][t] = Words{};
+        if (row.codes) {
 #pragma unroll
-        for (int t = 0; t < 2; t++) to.rope[t] = read16(row.codes + NOPE_BYTES + 16 * rope_sixteen(t));
-        read8(to.scales, row.scales);
-    }
-}
-
-// Into keys from `first` on of a place.
-template <int KEYS>
-__device__ __forceinline__ void decode(Shared<KEYS>& s, int stage, int first, const Codes& codes) {
-    int key = first + lane_key();
+            for (int g = 0; g < SLABS - 1; g++) to.nope[h][g] = read16(row.codes + CHANNELS * g + 16 * quad());
 #pragma unroll
-    for (int g = 0; g < SLABS - 1; g++) {
-        u32 power = power_of(codes.scales[g / 4] >> 8 * (g % 4) & 255);
-        Words pairs[2];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            u32 four = codes.nope[g].w[i];
-            pairs[i / 2].w[i % 2 * 2] = times(e4m3<0>(four), power);
-            pairs[i / 2].w[i % 2 * 2 + 1] = times(e4m3<1>(four), power);
+            for (int t = 0; t < 2; t++)
+                to.rope[h][t] = read16(row.codes + NOPE_BYTES + 16 * rope_sixteen(lane_key<KEYS>(h), t));
+            read8(to.scales[h], row.scales);
         }
-#pragma unroll
-        for (int i = 0; i < 2; i++) *reinterpret_cast<Words*>(s.keys[stage][g] + place(key, 2 * quad() + i)) = pairs[i];
     }
+}
+
+template <int KEYS> __device__ __forceinline__ void decode(Shared<KEYS>& s, int stage, const Codes<KEYS>& codes) {
 #pragma unroll
-    for (int t = 0; t < 2; t++)
-        *reinterpret_cast<Words*>(s.keys[stage][SLABS - 1] + place(key, rope_sixteen(t))) = codes.rope[t];
-    if (quad() == 0) s.bias[stage][key] = codes.there ? 0.0f : NOTHING;
-    // Seldom: codes from 128 on, of which those above LARGEST are meant.
-    if ((codes.scales[0] & 0x80808080u) | (codes.scales[1] & 0x00808080u))
-#pragma unroll 1
+    for (int h = 0; h < KEYS / 32; h++) {
+        int key = lane_key<KEYS>(h);
+#pragma unroll
         for (int g = 0; g < SLABS - 1; g++) {
-            u32 code = (g < 4 ? codes.scales[0] : codes.scales[1]) >> 8 * (g & 3) & 255;
-            if (code <= LARGEST) continue;
-            for (int i = 0; i < 8; i++) {
-                u32* pair = reinterpret_cast<u32*>(s.keys[stage][g] + place(key, 2 * quad() + i / 4)) + i % 4;
-                *pair = times(*pair, second_power_of(code));
+            u32 code = codes.scales[h][g / 4] >> 8 * (g % 4) & 255, power = power_of(code);
+            Words pairs[2];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                u32 four = codes.nope[h][g].w[i];
+                pairs[i / 2].w[i % 2 * 2] = times(e4m3<0>(four), power);
+                pairs[i / 2].w[i % 2 * 2 + 1] = times(e4m3<1>(four), power);
             }
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                *reinterpret_cast<Words*>(s.keys[stage][g] + place(key, 2 * quad() + i)) = pairs[i];
         }
+#pragma unroll
+        for (int t = 0; t < 2; t++)
+            *reinterpret_cast<Words*>(s.keys[stage][SLABS - 1] + place(key, rope_sixteen(key, t))) = codes.rope[h][t];
+        if (quad() == 0) s.bias[stage][key] = codes.there[h] ? 0.0f : NOTHING;
+        // Seldom: codes from 128 on, of which those above LARGEST are meant.
+        if ((codes.scales[h][0] & 0x80808080u) | (codes.scales[h][1] & 0x00808080u))
+#pragma unroll 1
+            for (int g = 0; g < SLABS - 1; g++) {
+                u32 code = (g < 4 ? codes.scales[h][0] : codes.scales[h][1]) >> 8 * (g & 3) & 255;
+                if (code <= LARGEST) continue;
+                for (int i = 0; i < 8; i++) {
+                    u32* pair = reinterpret_cast<u32*>(s.keys[stage][g] + place(key, 2 * quad() + i / 4)) + i % 4;
+                    *pair = times(*pair, second_power_of(code));
+                }
+            }
+    }
 }
 
-// Queues queries times keys of a tile, those of channels of slabs FROM to TO - 1.
-template <int KEYS, int FROM, int TO>
+// Queues queries times keys of a tile.
+template <int KEYS>
 __device__ __forceinline__ void score(float (&logits)[KEYS / 2], const Shared<KEYS>& s, int stage) {
     u32 queries = along(shared_address(s.queries)), keys = along(shared_address(s.keys[stage]));
     asm volatile("" : "+r"(queries));  // made anew for each tile, rather than 32 of them kept in registers
 #pragma unroll
-    for (int slab = FROM; slab < TO; slab++)
+    for (int slab = 0; slab < SLABS; slab++)
 #pragma unroll
         for (int k = 0; k < 4; k++)
             products_along(logits, factor(queries + (slab * HEADS * SLAB_ROW + k * 32) / 16),
                            factor(keys + (slab * KEYS * SLAB_ROW + k * 32) / 16), slab + k > 0);
 }
 
-// Queues weights times values of a part of a tile, from key `first` on, those of channels from HALF * half on.
+// Queues weights times values of a tile, those of channels from HALF * half on.
 template <int KEYS>
-__device__ __forceinline__ void add_values(
-    float (&sums)[HALF / 2], const Shared<KEYS>& s, int tile, int stage, int first, int half) {
-    u32 weights = along(shared_address(s.weights) + weights_of<KEYS>(tile) + 2 * first);
-    u32 values = across(shared_address(s.keys[stage][half * SLABS / 2]) + first * SLAB_ROW, KEYS * SLAB_ROW);
+__device__ __forceinline__ void add_values(float (&sums)[HALF / 2], const Shared<KEYS>& s, int stage, int half) {
+    u32 weights = along(shared_address(s.weights));
+    u32 values = across(shared_address(s.keys[stage][half * SLABS / 2]), KEYS * SLAB_ROW);
 #pragma unroll
-    for (int k = 0; k < PART / 16; k++)
+    for (int k = 0; k < KEYS / 16; k++)
         products_across(sums, factor(weights + k * 32 / 16), factor(values + k * 16 * SLAB_ROW / 16));
 }
 
-// Of sums that may be under way.
 __device__ __forceinline__ void shrink_sums(float (&sums)[HALF / 2], float upper, float lower) {
-    if (__ballot_sync(ALL, upper != 1.0f || lower != 1.0f)) {
-        await_products<0>(sums);
+    if (__ballot_sync(ALL, upper != 1.0f || lower != 1.0f))
 #pragma unroll
         for (int i = 0; i < HALF / 2; i++) sums[i] *= i % 4 < 2 ? upper : lower;
-    }
 }
 
-// What a lane knows of the softmax of its two heads: the logits that it is relative to; a total of its own keys.
+// What a lane knows of the softmax of its two heads; a total of its own keys.
 struct Softmax {
     float top[2], total[2];
 };
@@ -246,11 +212,9 @@ struct Softmax {
 // Weights of a tile's keys into shared memory. -> shrink
 template <int KEYS>
 __device__ __forceinline__ void weigh(
-    Shared<KEYS>& s, int tile, int stage, float (&logits)[KEYS / 2], Softmax& of, float scale, float (&shrink)[2]) {
-    float higher[2] = {NOTHING, NOTHING};
-    // Of the first keys; place(., j) is place(., 0) ^ 16 j.
-    u8* weights = s.weights[0];
-    int pair = (place(lane_head(), 0) + 4 * quad()) ^ weights_of<KEYS>(tile);
+    Shared<KEYS>& s, int stage, float (&logits)[KEYS / 2], Softmax& of, float scale, float (&shrink)[2]) {
+    float higher[2] = {of.top[0], of.top[1]};
+    int pair = place(lane_head(), 0) + 4 * quad();  // of the first keys; place(., j) is place(., 0) ^ 16 j
 #pragma unroll
     for (int j = 0; j < KEYS / 8; j++) {
         Floats<2> bias = *reinterpret_cast<const Floats<2>*>(&s.bias[stage][8 * j + 2 * quad()]);
@@ -264,7 +228,6 @@ __device__ __forceinline__ void weigh(
     for (int r = 0; r < 2; r++) {
 #pragma unroll
         for (int d = 1; d < 4; d *= 2) higher[r] = fmaxf(higher[r], __shfl_xor_sync(ALL, higher[r], d));
-        if (!(higher[r] > of.top[r] + SLACK)) higher[r] = of.top[r];
         // Before the first key nothing is known: the power of -inf - -inf is kept from being NaN.
         float floor = higher[r] == NOTHING ? 0.0f : higher[r], sum = 0.0f;
         shrink[r] = power2(of.top[r] - floor);
@@ -272,11 +235,11 @@ __device__ __forceinline__ void weigh(
         for (int j = 0; j < KEYS / 8; j++) {
             float low = power2(logits[4 * j + 2 * r] - floor), high = power2(logits[4 * j + 2 * r + 1] - floor);
             sum += low + high;
-            *reinterpret_cast<u32*>(weights + (pair ^ 16 * j) + 8 * r * SLAB_ROW) = bf16s(low, high);
+            *reinterpret_cast<u32*>(s.weights + (pair ^ 16 * j) + 8 * r * SLAB_ROW) = bf16s(low, high);
         }
         of.total[r] = of.total[r] * shrink[r] + sum;
         of.top[r] = higher[r];
-        if (quad() == 0) s.shrink[tile & 1][lane_head() + 8 * r] = shrink[r];
+        if (quad() == 0) s.shrink[lane_head() + 8 * r] = shrink[r];
     }
 }
 
@@ -319,18 +282,17 @@ struct Made {
     float* out;
 };
 
-// Of a lane's two heads, what their sums are multiplied by, into `shrink`, as of a tile that there is not; and how the last
-// channels turn, into `bias`. For the first warpgroup, when nobody needs what lies there.
+// Of a lane's two heads, what their sums are multiplied by, into `shrink`; and how the last channels turn, into `bias`. For
+// the first warpgroup, when nobody needs what lies there.
 template <int KEYS>
-__device__ __forceinline__ void conclude(
-    Shared<KEYS>& s, int tile, const Softmax& of, const Made& made, int first_head, long long position) {
+__device__ __forceinline__ void conclude(Shared<KEYS>& s, const Softmax& of, const Made& made, int first_head, long long position) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float drain = made.sink[first_head + lane_head() + 8 * r] * LOG2_E, highest = fmaxf(of.top[r], drain);
         if (highest == NOTHING) highest = 0.0f;
         float weight = power2(of.top[r] - highest);
         if (quad() == 0)
-            s.shrink[tile & 1][lane_head() + 8 * r] = weight / (of.total[r] * weight + power2(drain - highest));
+            s.shrink[lane_head() + 8 * r] = weight / (of.total[r] * weight + power2(drain - highest));
     }
     if (threadIdx.x < TURNED / 2) {
         int pair = threadIdx.x - (TURNED / 2 - made.pairs);
@@ -343,12 +305,11 @@ __device__ __forceinline__ void conclude(
 
 // Sums of a half's channels -> out, from the block's first head on.
 template <int KEYS>
-__device__ __forceinline__ void write_all(
-    const Shared<KEYS>& s, int tile, const float (&sums)[HALF / 2], int half, float* out) {
+__device__ __forceinline__ void write_all(const Shared<KEYS>& s, const float (&sums)[HALF / 2], int half, float* out) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         int head = lane_head() + 8 * r;
-        float by = s.shrink[tile & 1][head];
+        float by = s.shrink[head];
         float* to = out + head * DIM + half * HALF + 2 * quad();
 #pragma unroll
         for (int n = 0; n < HALF / 8; n++) {
@@ -367,8 +328,8 @@ __device__ __forceinline__ void write_all(
 // window: 256 rows an item; pool: null, or 2^pool_bits rows an item, each of 2^(8 - pool_bits) tokens.
 // q [tokens, heads, DIM]; positions, segment [tokens]; tables [., pages]; oldest [.] or null; selected [tokens, picks],
 // -1 for none -> parts [tokens, splits, heads, DIM], halves of sums not yet divided; stats [tokens, splits, heads, 4]: the
-// logit that weights are relative to, their sum, the powers of two of the part's halves. A split without keys has a logit of
-// -inf and a sum of 0; its part is not written. Or, of one split, out.
+// highest logit, the sum of weights relative to it, the powers of two of the part's halves. A split without keys has a
+// highest logit of -inf and a sum of 0; its part is not written. Or, of one split, out.
 #define INPUTS                                                                                                       \
     const float *q, const long long *positions, const int *segment, const int *page_table, const int *swa_table,     \
         const long long *oldest, int pages, const u8 *window, long long window_stride, const u8 *pool,               \
@@ -404,59 +365,35 @@ __device__ __forceinline__ void attend(INPUTS, Made made, int heads, int splits,
             *reinterpret_cast<Floats<4>*>(made.stats + 4 * threadIdx.x) = Floats<4>{{NOTHING, 0.0f, 0.0f, 0.0f}};
         return;
     }
-    constexpr int PARTS = KEYS / PART, TILES = Shared<KEYS>::TILES, LAST = KEYS - PART;
-    int count = end - begin;
     float sums[HALF / 2] = {};
     if (weighs) {
         read_queries<KEYS>(s, queries, q);
         publish();
-        meet(KEYS_THERE, THREADS);
+        meet(1, THREADS);
         float logits[KEYS / 2] = {}, shrink[2];
         Softmax softmax = {{NOTHING, NOTHING}, {}};
         begin_products();
-        score<KEYS, 0, SLABS>(logits, s, 0);
+        score<KEYS>(logits, s, 0);
         close_products();
-        await_products<0>(logits);
-        weigh<KEYS>(s, 0, 0, logits, softmax, scale * LOG2_E, shrink);
-        publish();
-        // The last tile stands alone: with a branch between products the compiler does not see which of them are under way,
-        // and awaits each one before the next.
-        int tile = 0, stage = 0;
-        for (; tile + 1 < count; tile++) {
-            int next = stage + 1 < TILES ? stage + 1 : 0;
-            meet(WEIGHTS, THREADS);
-            shrink_sums(sums, shrink[0], shrink[1]);
-            begin_products();
-            if (PARTS > 1) {
-                add_values<KEYS>(sums, s, tile, stage, 0, 0);
-                close_products();
-                await_products<1>();
-                pass_on(PLACE_FREE, THREADS);
-                meet(KEYS_THERE, THREADS);
-            }
-            score<KEYS, 0, 1>(logits, s, next);  // what is under way when the place becomes free
-            close_products();
-            if (PARTS > 1) {
-                await_products<1>();
-                pass_on(PLACE_FREE, THREADS);
-            }
-            score<KEYS, 1, SLABS>(logits, s, next);
-            close_products();
-            add_values<KEYS>(sums, s, tile, stage, LAST, 0);
-            close_products();
-            await_products<1>(logits);
-            pass_on(LOGITS, THREADS);
-            weigh<KEYS>(s, tile + 1, next, logits, softmax, scale * LOG2_E, shrink);
+        for (int tile = begin; tile < end; tile++) {
+            int stage = (tile - begin) & 1;
+            await_products<0>(logits);
+            weigh<KEYS>(s, stage, logits, softmax, scale * LOG2_E, shrink);
             publish();
-            if (PARTS == 1) await_products<0>(sums);
-            stage = next;
+            shrink_sums(sums, shrink[0], shrink[1]);
+            meet(1, THREADS);
+            begin_products();
+            add_values<KEYS>(sums, s, stage, 0);
+            close_products();
+            if (tile + 1 < end) {
+                score<KEYS>(logits, s, stage ^ 1);
+                close_products();
+                await_products<1>(sums);
+            } else {
+                await_products<0>(sums);
+            }
+            meet(1, THREADS);
         }
-        meet(WEIGHTS, THREADS);
-        shrink_sums(sums, shrink[0], shrink[1]);
-        begin_products();
-        for (int p = 0; p < PARTS; p++) add_values<KEYS>(sums, s, tile, stage, p * PART, 0);
-        close_products();
-        await_products<0>(sums);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
 #pragma unroll
@@ -466,9 +403,9 @@ __device__ __forceinline__ void attend(INPUTS, Made made, int heads, int splits,
                     Floats<2>{{softmax.top[r], softmax.total[r]}};
         }
         if constexpr (WHOLE) {
-            conclude<KEYS>(s, count, softmax, made, first_head, position);
-            meet(WEIGHTS, THREADS);
-            write_all<KEYS>(s, count, sums, 0, made.out);
+            conclude<KEYS>(s, softmax, made, first_head, position);
+            meet(1, THREADS);
+            write_all<KEYS>(s, sums, 0, made.out);
         } else {
             write_sums(sums, 0, made.parts, made.stats);
         }
@@ -476,88 +413,33 @@ __device__ __forceinline__ void attend(INPUTS, Made made, int heads, int splits,
         Seen seen = {{window, window_stride, PAGE_BITS, swa_table + seg * pages},
                      {pool, pool_stride, pool_bits, page_table + seg * pages},
                      position, oldest ? oldest[seg] : 0, selected ? selected + token * picks : nullptr, finished};
-        int limit = end * KEYS, key = begin * KEYS + lane_key();  // of the tile that is multiplied, in part a
-        Ahead ahead[PARTS];
-        Codes codes[PARTS];
-        {
-            Codes first[PARTS];
-            Ahead second[PARTS];
-#pragma unroll
-            for (int p = 0; p < PARTS; p++) {
-                ahead[p].next = index_of_key(seen, key + p * PART, limit);
-                second[p].next = index_of_key(seen, key + KEYS + p * PART, limit);
-            }
-#pragma unroll
-            for (int p = 0; p < PARTS; p++) {
-                int at = key + p * PART;
-                look_up(ahead[p], seen, at, at + 2 * KEYS, limit);
-                look_up(second[p], seen, at + KEYS, at + 3 * KEYS, limit);
-            }
-#pragma unroll
-            for (int p = 0; p < PARTS; p++) settle(ahead[p]), settle(second[p]);
-#pragma unroll
-            for (int p = 0; p < PARTS; p++) send_for(first[p], ahead[p], seen, key + p * PART);
-#pragma unroll
-            for (int p = 0; p < PARTS; p++) decode<KEYS>(s, 0, p * PART, first[p]);
+        Rows<KEYS> rows;
+        Codes<KEYS> codes;
+        look_up<KEYS>(rows, seen, begin);
+        send_for<KEYS>(codes, rows);
+        if (begin + 1 < end) look_up<KEYS>(rows, seen, begin + 1);
+        decode<KEYS>(s, 0, codes);
+        publish();
+        meet(1, THREADS);
+        if (begin + 1 < end) send_for<KEYS>(codes, rows);
+        if (begin + 2 < end) look_up<KEYS>(rows, seen, begin + 2);
+        for (int tile = begin; tile < end; tile++) {
+            int stage = (tile - begin) & 1;
+            if (tile + 1 < end) decode<KEYS>(s, stage ^ 1, codes);
             publish();
-            pass_on(KEYS_THERE, THREADS);
-#pragma unroll
-            for (int p = 0; p < PARTS; p++) send_for(codes[p], second[p], seen, key + KEYS + p * PART);
-#pragma unroll
-            for (int p = 0; p < PARTS; p++) {
-                int at = key + 2 * KEYS + p * PART;
-                look_up(ahead[p], seen, at, at + KEYS, limit);
-            }
-            if (count > 1) decode<KEYS>(s, 1, 0, codes[0]);
-            publish();
-            send_for(codes[0], ahead[0], seen, key + 2 * KEYS);
-            look_up(ahead[0], seen, key + 3 * KEYS, key + 4 * KEYS, limit);
-        }
-        const float* shrink = s.shrink[0] + lane_head();
-        int tile = 0, stage = 0;
-        for (; tile + 1 < count; tile++, key += KEYS) {
-            int next = stage + 1 < TILES ? stage + 1 : 0;
-            meet(WEIGHTS, THREADS);
-            shrink_sums(sums, shrink[(tile & 1) * HEADS], shrink[(tile & 1) * HEADS + 8]);
-            if (PARTS > 1) {
-                begin_products();
-                add_values<KEYS>(sums, s, tile, stage, 0, 1);
-                close_products();
-                await_products<1>();
-                meet(PLACE_FREE, THREADS);
-                decode<KEYS>(s, next, LAST, codes[PARTS - 1]);
-                publish();
-                pass_on(KEYS_THERE, THREADS);
-                await_products<0>(sums);
-                meet(PLACE_FREE, THREADS);
-            }
-            if (tile + 2 < count) {
-                decode<KEYS>(s, PARTS > 1 ? stage : next + 1 < TILES ? next + 1 : 0, 0, codes[0]);
-                publish();
-            }
-            // Awaited at once, when the next tile begins: so no part is sent for any sooner, and no fence has loads to wait for.
-#pragma unroll
-            for (int p = 0; p < PARTS; p++) {
-                int at = key + (p < PARTS - 1 || PARTS == 1 ? 3 : 2) * KEYS + p * PART;
-                send_for(codes[p], ahead[p], seen, at);
-                look_up(ahead[p], seen, at + KEYS, at + 2 * KEYS, limit);
-            }
-            meet(LOGITS, THREADS);  // its products would take turns with those that weights wait for
+            meet(1, THREADS);
+            if (tile + 2 < end) send_for<KEYS>(codes, rows);
+            shrink_sums(sums, s.shrink[lane_head()], s.shrink[lane_head() + 8]);
             begin_products();
-            add_values<KEYS>(sums, s, tile, stage, LAST, 1);
+            add_values<KEYS>(sums, s, stage, 1);
             close_products();
-            if (PARTS == 1) await_products<0>(sums);
-            stage = next;
+            if (tile + 3 < end) look_up<KEYS>(rows, seen, tile + 3);
+            await_products<0>(sums);
+            meet(1, THREADS);
         }
-        meet(WEIGHTS, THREADS);
-        shrink_sums(sums, shrink[(tile & 1) * HEADS], shrink[(tile & 1) * HEADS + 8]);
-        begin_products();
-        for (int p = 0; p < PARTS; p++) add_values<KEYS>(sums, s, tile, stage, p * PART, 1);
-        close_products();
-        await_products<0>(sums);
         if constexpr (WHOLE) {
-            meet(WEIGHTS, THREADS);
-            write_all<KEYS>(s, count, sums, 1, made.out);
+            meet(1, THREADS);
+            write_all<KEYS>(s, sums, 1, made.out);
         } else {
             write_sums(sums, 1, made.parts, made.stats);
         }

@@ -80,10 +80,6 @@ template <int LEFT, int COUNT> __device__ __forceinline__ void await_products(fl
 #pragma unroll
     for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(sums[i]) :: "memory");
 }
-// Likewise, of sums that stay theirs until another call.
-template <int LEFT> __device__ __forceinline__ void await_products() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(LEFT) : "memory");
-}
 
 // sums of 64 rows by N columns, += or, without `add`, = 16 products each. Warp w has rows 16 w + lane / 4 + 8 r, a lane
 // columns 8 j + 2 (lane % 4) + c of them: sums[4 j + 2 r + c].

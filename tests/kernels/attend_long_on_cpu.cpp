@@ -52,23 +52,20 @@ static Call c;
 template <auto KERNEL> static void parts_of() { KERNEL(READ, c.parts, c.stats, c.heads, c.splits, c.scale); }
 template <auto KERNEL> static void all_of() { KERNEL(READ, c.sink, c.freqs, c.pairs, c.out, c.heads, c.scale); }
 
-// All of it if there is an `out`. slow: a warpgroup, or -1. watched: who writes what. -> faults
-extern "C" int run_attend(const Call* call, unsigned tokens, unsigned keys, int slow, bool watched) {
+// All of it if there is an `out`.
+extern "C" void run_attend(const Call* call, unsigned tokens, unsigned keys, bool late) {
     static_assert(sizeof(Shared<64>) <= sizeof memory, "");
     c = *call;
-    warpgroup::faults = 0;
-    warpgroup::slow = slow;
+    warpgroup::late = late;
     blockDim.x = THREADS;
     auto kernel = c.out ? (keys == 32 ? all_of<penumbra_attend_all_32> : all_of<penumbra_attend_all_64>)
                         : (keys == 32 ? parts_of<penumbra_attend_long_32> : parts_of<penumbra_attend_long_64>);
     for (blockIdx.x = 0; blockIdx.x < tokens * c.splits * (c.heads / HEADS); blockIdx.x++) {
         std::fill(std::begin(memory), std::end(memory), 0xff);  // NaN
-        warpgroup::watch(watched);
         block::run(THREADS, kernel);
-        warpgroup::check();
+        for (auto& queue : warpgroup::queues)
+            if (!queue.empty()) std::abort();
     }
-    warpgroup::watch(false);
-    return warpgroup::faults;
 }
 struct Merge {
     const unsigned short* parts;

@@ -36,10 +36,8 @@ static std::vector<uint32_t> lane_values;
 static void (*body)();
 static bool eager = false, backwards = false;  // whether a warp goes as far as it can by itself; the last warp first
 static bool left = false;  // whether a thread wants other blocks to go on
-static void (*before_others)() = nullptr;  // called when a thread lets others go on
 
 inline void pause() {
-    if (before_others) before_others();
     if (_setjmp(fibers[current].here) == 0) _longjmp(scheduler, 1);
 }
 inline void resume(unsigned i) {
@@ -68,7 +66,6 @@ inline const uint32_t* exchange(uint32_t value) {
 }
 inline void enter() {
     body();
-    if (before_others) before_others();
     fibers[current].done = true;
     _longjmp(scheduler, 1);
 }

@@ -19,7 +19,7 @@ from engine.kernels.rows import RowPool
 
 HEADS = 64
 """Of a block, as in the source."""
-SHARED_BYTES = {32: 172_928, 64: 214_016}
+SHARED_BYTES = {32: 139_776, 64: 205_568}
 """Of a block that takes so many keys at once, likewise, and MERGE_BYTES of one that merges."""
 MERGE_BYTES = 9_280
 MERGING_WARPS = {4: 4, 32: 8, 64: 8}
@@ -31,10 +31,10 @@ _PAIRS = 32
 """Of channels that `attend_all` turns back, at most."""
 BLOCKS = 132
 """At once on a Hopper GPU: one for each of its multiprocessors."""
-TILE_COSTS = {32: (1.3, 0.8), 64: (2.3, 1.4)}
-"""What a block takes for its first tile of so many keys more than for each: estimated by counting instructions, to be
-measured; and for all else where it has all keys, and where parts are merged. What merging adds for 64 heads of a token,
-by its kernel, and for each of their parts: measured on an H200, in microseconds."""
+TILE_COSTS = {32: (0.6, 1.5), 64: (1.2, 2.5)}
+"""What a block takes for its first tile of so many keys more than for each; and for all else where it has all keys,
+and where parts are merged. What merging adds for 64 heads of a token, by its kernel, and for each of their parts:
+measured on an H200, in microseconds."""
 WHOLE_COST, SPLIT_COST = 7.5, 5.1
 MERGE_COSTS, PART_COST = {4: 0.33, 32: 0.62, 64: 0.62}, 0.02
 LEAST_KEYS, FEW_GROUPS = 512, 16
