@@ -11,6 +11,7 @@ import torch
 
 from engine import steps
 from engine.batch import Segment, Tables
+from engine.colocated import generate
 from engine.config import KvLayout
 from engine.kernels.sample import UNSURE, draw
 from engine.runner import WARM_UP_TOKENS, Runner
@@ -85,6 +86,23 @@ def test_padded_steps_draw_and_guess_and_leave_what_single_ones_do(layout: KvLay
         assert (other.guesses, other.tried, other.kept) == (one.guesses, one.tried, one.kept)
     assert all(one.answer == [s.token_id for s in said] for one, said in zip(first.requests, truth, strict=True))
     for one, other in zip(pages_of(single), pages_of(padded), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_chunks_of_a_prompt_leave_what_single_steps_do() -> None:
+    """Of a whole page and more, and a last one that ends anywhere; of long ones only the wanted logits are made."""
+    config, tensors = drafting_model(31, "flash", **PACKED)
+    prompt, found = prompt_of(config, 800, 3), []
+    for graphs in (False, True):
+        runner = runner_of(config, tensors, "v4", draft=True)
+        if graphs:
+            with_graphs(runner)
+        said = [s.token_id for s in generate(runner, prompt, PADDED[1], chunk_tokens=300)]
+        found.append((said, pages_of(runner)))
+        if graphs:
+            assert runner.graphs.taken > 3
+    assert found[0][0] == found[1][0]
+    for one, other in zip(found[0][1], found[1][1], strict=True):
         assert torch.equal(one, other)
 
 
