@@ -77,14 +77,7 @@ RetainedMemory = Annotated[
         metavar="BYTES",
     ),
 ]
-ChunkTokens = Annotated[
-    int | None,
-    flag(
-        "chunk-tokens",
-        "Tokens of one prompt computed in one step; else 512, and on a GPU up to 2,048 as windows have room.",
-        min=1,
-    ),
-]
+ChunkTokens = Annotated[int, flag("chunk-tokens", "Tokens of one prompt computed in one step.", min=1)]
 AdvertiseHost = Annotated[str, flag("advertise-host", "Host name others dial, where it is not --host.")]
 Grace = Annotated[float, flag("grace-s", "Seconds running requests may take to finish after SIGTERM.", min=0)]
 MigrationLimit = Annotated[

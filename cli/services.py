@@ -168,7 +168,7 @@ def prefill(
     max_context: MaxContext = 0,
     threads: Threads = 1,
     transport: Transport = "nixl",
-    chunk_tokens: ChunkTokens = None,
+    chunk_tokens: ChunkTokens = 512,
     grace_s: Grace = 30.0,
     log_level: LogLevel = "info",
     otlp_traces_endpoint: TracesEndpoint = "",

@@ -26,8 +26,8 @@ SCORED_ROWS = 64
 """Rows of logits made at once where a prompt's log probabilities are asked for: 32 MiB of a vocabulary of 129,280."""
 
 
-WARM_UP_TOKENS = (1, 2, 4, 12, 40, 200, 512, 2048)
-"""Steps of one token, of a few, of up to 16, 64, 255, 512 and more run different kernels on a GPU."""
+WARM_UP_TOKENS = (1, 2, 4, 12, 40, 200, 300)
+"""Steps of one token, of a few, of up to 16, 64, 255 and more run different kernels on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,12 +34,10 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 SEGMENT_SIZES = (1, 2, 4, 8, 16, 32, 64)
-TOKEN_SIZES = (*range(1, 9), 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+TOKEN_SIZES = (*range(1, 9), 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 PAGE_SIZES = (16, 64, 256, 1024, 4096)
 """A graph is captured for the next larger of these: contexts of 4K, 16K, 64K, 256K and 1M tokens. The pages decide how
 many programs look for work in a context, so short ones do not pay for long ones."""
-MOST_READ_OUT = 256
-"""Tokens of a step that makes the logits of all: of longer ones, chunks of prompts, hardly any are wanted."""
 MOST_DRAWN = 64
 """Tokens of a step that draws where its logits are: it draws behind every one of them."""
 MOST_GUESSES = 8
@@ -386,11 +384,9 @@ class _Forward:
         return given.ids[: self.tokens].long(), meta
 
     def _run(self) -> tuple[Tensor, Tensor]:
-        """streams [T, 4, D] and logits [T, V], of a long step [0, V]."""
+        """streams [T, 4, D] and logits [T, V]."""
         model = self.family.model
         streams = model.streams(*self._inputs(), self.family.pools)
-        if self.tokens > MOST_READ_OUT:
-            return streams, streams.new_empty(0, model.config.vocab_size)
         return streams, model.read_out(streams)
 
     def _verify(self, filtered: bool) -> None:
@@ -476,13 +472,10 @@ class GraphStep:
     @torch.inference_mode()
     def logits(self, wanted: list[int]) -> Tensor:
         self._run()
-        forward, whole = self._forward, len(wanted) == len(self._ids)
-        if not wanted or (whole and forward.tokens <= MOST_READ_OUT):
-            return forward.logits[: len(wanted)]
-        rows = torch.tensor(wanted, dtype=torch.int64, device=forward.logits.device)
-        if forward.tokens > MOST_READ_OUT:
-            return self._family.model.read_out(forward.streams[rows])
-        return forward.logits[rows]
+        logits = self._forward.logits
+        if len(wanted) == len(self._ids):
+            return logits[: len(wanted)]
+        return logits[torch.tensor(wanted, dtype=torch.int64, device=logits.device)]
 
     def streams(self) -> Tensor:
         return self._forward.streams[: len(self._ids)]

@@ -11,7 +11,7 @@ from engine.runner import Runner
 from kvtransfer.loopback import LoopbackTransport
 from kvtransfer.nixl import NixlTransport
 from kvtransfer.transport import Transport
-from prefill_worker.config import PrefillConfig, suitable_chunk
+from prefill_worker.config import PrefillConfig
 from prefill_worker.scheduler import PrefillCore, PrefillLimits
 from prefill_worker.service import PrefillService
 from wire.events import PrefixPublisher
@@ -55,12 +55,11 @@ async def _serve(config: PrefillConfig, runner: Runner, transport: Transport, ep
     retained = pools.swa.capacity // 4
     if config.retained_window_bytes is not None:
         retained = min(config.retained_window_bytes // window_bytes, pools.swa.capacity)
-    chunk = config.chunk_tokens or suitable_chunk(config.engine.device, pools.swa.capacity, config.engine.max_requests)
     core = PrefillCore(
         pools,
         PrefillLimits(
-            chunk_tokens=chunk,
-            max_batch_tokens=max(config.max_batch_tokens, chunk),
+            chunk_tokens=config.chunk_tokens,
+            max_batch_tokens=config.max_batch_tokens,
             max_waiting=config.max_waiting,
             queue_timeout_s=config.queue_timeout_s,
             step_s=config.step_s,

@@ -4,10 +4,9 @@
 // groups stand in one row, of which each block takes an equal part: it counts them itself, from positions, so that no
 // kernel has to plan and pages that nobody sees cost nothing. In a block
 //   two warps      send for pages of keys, and for a group's queries, as far ahead as there is room;
-//   warpgroups     take turns at units: 64 keys times the heads of one token or two, or, where only two warpgroups have
-//                  all registers to themselves, of four. A unit is four FP8 products of m64nNk32, keys as rows and heads
-//                  as columns, and then relu, weights and the sum over heads in registers, while the products of the
-//                  next warpgroup's unit run.
+//   warpgroups     take turns at units: 64 keys times the heads of one token or two. A unit is four FP8 products of
+//                  m64nNk32, keys as rows and heads as columns, and then relu, weights and the sum over heads in
+//                  registers, while the products of the next warpgroup's unit run.
 // A turn is handed on as soon as products are queued, so that tensor cores serve units one after another and
 // warpgroups do not all wait for them, and then for the rest, at the same time.
 //
@@ -66,7 +65,7 @@ struct Fixed {
     u64 asked[2], answered[2];                  // of queries: they are there; no product needs them any more
     Group groups[MOST_TOKENS];
     int sees[MOST_TOKENS];  // keys a token needs scores of
-    float tops[4][2][4][4];  // [warpgroup][this unit's and the last one's][token][warp]
+    float tops[4][2][2][4];  // [warpgroup][this unit's and the last one's][token][warp]
     int total, first_group;
 };
 
@@ -231,8 +230,7 @@ struct Share {
     bool ends;          // the last of them is the last of the block
     int step;
     int page, sent;     // of the first: its page in the request, and how many the block took before it
-    int row, first;     // first token of its units, in the step and in the group
-    int count;          // tokens of its units
+    int row, half;      // first token of its units, in the step and among pairs of the group
 };
 
 template <int GROUPS, int N> __device__ __forceinline__ void take(
@@ -245,27 +243,24 @@ template <int GROUPS, int N> __device__ __forceinline__ void take(
     for (int t = 0; t < N; t++)
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            const u8* weights = m.weights + (side * together + share.first + t) * SCALES;
+            const u8* weights = m.weights + (side * together + 2 * share.half + t) * SCALES;
             Floats<2> two = reinterpret_cast<const Floats<2>*>(weights)[4 * j + quad];
             halved[t][2 * j] = 0.5f * two.f[0];
             halved[t][2 * j + 1] = 0.5f * two.f[1];
         }
-    // Which sums a lane is left with: of four tokens one's two keys, eight apart, of two tokens two keys each, or of one
-    // token two keys, two lanes each.
-    const int SUMS = N == 4 ? 2 : 1;
-    int token = N == 4 ? quad : N == 2 ? quad / 2 : 0;
-    int key = 16 * warp + lane_id() / 4 + 8 * (N == 4 ? 0 : N == 2 ? quad % 2 : quad / 2);
-    bool stores = N == 4 ? token < share.count : N == 2 || quad % 2 == 0;
-    // Keys, from this page on. Of three tokens the fourth is another group's, or nobody's.
-    int seen = stores || N < 4 ? s.sees[share.row + token] - share.page * PAGE : 0;
+    // Which sum a lane is left with: of two tokens two keys each, or of one token two keys, two lanes each.
+    int token = N == 2 ? quad / 2 : 0, key = 16 * warp + lane_id() / 4 + 8 * (N == 2 ? quad % 2 : quad / 2);
+    bool stores = N == 2 || quad % 2 == 0;
+    int seen = s.sees[share.row + token] - share.page * PAGE;  // keys, from this page on
     int at = ((share.row + token) * pages + share.page) * PAGE + key;
     int step = share.step, stage = share.sent % stages;
     u32 parity = share.sent / stages & 1;
     u32 first_keys = shared_address(m.keys) / 16;
-    u32 queries = shared_address(m.queries) / 16 + (side * together + share.first) * (TILE / 16);
+    u32 queries = shared_address(m.queries) / 16 + (side * together + 2 * share.half) * (TILE / 16);
+    float* tops = s.tops[group][0][token];
     // The page before this one: all warps have left their maxima of it. Lanes of a token write the same.
     auto write_maximum = [&](int round) {
-        Floats<4> top = *reinterpret_cast<const Floats<4>*>(s.tops[group][round & 1][token]);
+        Floats<4> top = *reinterpret_cast<const Floats<4>*>(tops + 8 * (round & 1));
         if (seen + step * PAGE > 0)
             maxima[(at - step * PAGE) / PAGE] = fmaxf(fmaxf(top.f[0], top.f[1]), fmaxf(top.f[2], top.f[3]));
     };
@@ -282,9 +277,7 @@ template <int GROUPS, int N> __device__ __forceinline__ void take(
         close_products();
         if (!share.ends || round + 1 < share.rounds) pass_on(1 + (group + 1) % GROUPS, 256);
         if (warp == group && round) write_maximum(round - 1);  // another quarter of the multiprocessor for each
-        float scales[SUMS];
-#pragma unroll
-        for (int i = 0; i < SUMS; i++) scales[i] = reinterpret_cast<const float*>(m.scales + stage * SCALES)[key + 8 * i];
+        float scale = reinterpret_cast<const float*>(m.scales + stage * SCALES)[key];
         await_products<0>(sums);
         __syncwarp();
         if (lane_id() == 0) arrive(&s.empty[stage], 2 * step / GROUPS);
@@ -305,19 +298,14 @@ template <int GROUPS, int N> __device__ __forceinline__ void take(
                 values[2 * t + r] = even + odd;
             }
         fold<2 * N, 2>(values);
-        float top = -INFINITE;
-#pragma unroll
-        for (int i = 0; i < SUMS; i++) {
-            float score = values[i] * scales[i];
-            if (score != score) score = INFINITE;
-            if (key + 8 * i >= seen) score = -INFINITE;
-            if (stores && seen > 0) scores[at + 8 * i] = score;
-            top = fmaxf(top, score);
-        }
+        float score = values[0] * scale;
+        if (score != score) score = INFINITE;
+        if (key >= seen) score = -INFINITE;
+        if (stores && seen > 0) scores[at] = score;
 #pragma unroll
         for (int d = 1; d < 32; d *= 2)
-            if (N == 4 ? d > 2 : d != (N == 2 ? 2 : 1)) top = fmaxf(top, __shfl_xor_sync(ALL, top, d));
-        s.tops[group][round & 1][token][warp] = top;  // those of a token write the same
+            if (d != (N == 2 ? 2 : 1)) score = fmaxf(score, __shfl_xor_sync(ALL, score, d));
+        tops[8 * (round & 1) + warp] = score;  // those of a token write the same
         seen -= step * PAGE;
         at += step * PAGE;
         stage += step;
@@ -360,11 +348,11 @@ template <int GROUPS> __device__ __forceinline__ void score(u8* memory, PARAMETE
     int first = (int)((long long)total * block / blocks), last = (int)((long long)total * (block + 1) / blocks);
     if (first >= last) return;
     if (warp_id() >= 4 * GROUPS) {
-        fewer_registers<GROUPS == 4 ? 32 : 40>();
+        if (GROUPS == 4) fewer_registers<32>();
         send(m, first, last, uniform(warp_id() - 4 * GROUPS), PASSED);
         return;
     }
-    more_registers<GROUPS == 4 ? 112 : 232>();
+    if (GROUPS == 4) more_registers<112>();
     int group = uniform(warp_id() / 4), turn = 0, before = 0;  // groups and units
     if (group == GROUPS - 1) pass_on(1, 256);  // the first turn
     for (int page = first, token = uniform(s.first_group); page < last;) {
@@ -372,22 +360,18 @@ template <int GROUPS> __device__ __forceinline__ void score(u8* memory, PARAMETE
         if (page < end) {
             int begin = uniform(s.groups[token].begin), side = turn & 1;
             if (last < end) end = last;
-            // A page of more than two tokens is two units, or one of four.
-            int halves = GROUPS == 4 && count > 2 ? 2 : 1, units = (end - page) * halves;
-            int x = (group - before) & (GROUPS - 1);
+            // A page of more than two tokens is two units.
+            int halves = count > 2 ? 2 : 1, units = (end - page) * halves, x = (group - before) & (GROUPS - 1);
             Share share;
             share.rounds = (units - x + GROUPS - 1) / GROUPS;
             share.ends = end == last && x + GROUPS * (share.rounds - 1) == units - 1;
             share.step = GROUPS / halves;
-            share.first = 2 * (x % halves);
-            share.count = count;
+            share.half = x % halves;
             share.page = page - begin + x / halves;
             share.sent = page - first + x / halves;
-            share.row = token + share.first;
+            share.row = token + 2 * share.half;
             await(&s.asked[side], turn >> 1 & 1);
-            if (GROUPS == 2 && count > 2)
-                take<GROUPS, 4>(m, share, side, group, scores, maxima, pages, stages, together);
-            else if (count - share.first > 1)
+            if (count - 2 * share.half > 1)
                 take<GROUPS, 2>(m, share, side, group, scores, maxima, pages, stages, together);
             else
                 take<GROUPS, 1>(m, share, side, group, scores, maxima, pages, stages, together);

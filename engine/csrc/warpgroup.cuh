@@ -121,13 +121,6 @@ __device__ __forceinline__ void products_of_e4m3(float (&sums)[64], u64 first, u
         "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" SUMS_64 "}, %64, %65, p, 1, 1;}"
         : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48) : "l"(first), "l"(second), "r"((u32)add));
 }
-__device__ __forceinline__ void products_of_e4m3(float (&sums)[128], u64 first, u64 second, bool add) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %130, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n256k32.f32.e4m3.e4m3 {" SUMS_128 "}, %128, %129, p, 1, 1;}"
-        : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48), SIXTEEN(64), SIXTEEN(80), SIXTEEN(96), SIXTEEN(112)
-        : "l"(first), "l"(second), "r"((u32)add));
-}
 // The second one across: 256 columns.
 __device__ __forceinline__ void products_across(float (&sums)[128], u64 first, u64 second) {
     asm volatile(

@@ -134,9 +134,7 @@ def test_a_request_is_answered_and_twice_the_same(default_model, kernels, draft,
 
 
 def test_captured_steps_draw_and_guess_what_the_same_steps_do_uncaptured(default_model, kernels):
-    """Several requests that come and go, three drafts deep: graphs of many sizes, each replayed over other pages. Those
-    of long prompts are captured for the second of about a length.
-    """
+    """Several requests that come and go, three drafts deep: graphs of many sizes, each replayed over other pages."""
     config = EngineConfig(
         model=default_model, device="cuda", kv_memory_bytes=256 << 20, max_requests=10, draft=True, kernels=kernels
     )
@@ -145,7 +143,7 @@ def test_captured_steps_draw_and_guess_what_the_same_steps_do_uncaptured(default
         runner = Runner.load(config)
         runner.graphs = StepGraphs(runner.model, runner.draft, runner.pools, capture=capture)
         run = Speculator(runner, 3)
-        for n, length in enumerate((700, 40, 255, 3, 2_000, 690, 1_990)):
+        for n, length in enumerate((700, 40, 255, 3, 2_000)):
             run.prefill(
                 prompt(runner.model_config.vocab_size, length).tolist(),
                 SamplingParams(max_tokens=20 + 9 * n, seed=n, temperature=float(n % 2), ignore_eos=True),

@@ -352,12 +352,10 @@ def test_indexer_scores(length: int, least_pages: int, monkeypatch: pytest.Monke
         check_scores(codes, weights, pool, meta, got, scored()[1])
 
 
-@pytest.mark.parametrize(("least_pages", "warpgroups"), [(1, 4), (1, 2), (1 << 20, 4)])
-def test_indexer_scores_of_several_requests(least_pages: int, warpgroups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("least_pages", [1, 1 << 20])
+def test_indexer_scores_of_several_requests(least_pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one token, of several and of more than share a read; and alone, where the bits are the same."""
-    plan = index_scores.plan
     monkeypatch.setattr(index_scores, "LEAST_PAGES", least_pages)
-    monkeypatch.setattr(index_scores, "plan", lambda *of: replace(plan(*of), warpgroups=warpgroups))
     lengths, counts = [9000, 40, 70_000, 257, 30_001], [1, 3, 6, 2, 4]
     one = step(lengths, 1)
     starts = torch.tensor(lengths) - torch.tensor(counts)

@@ -13,7 +13,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from engine.batch import Sampled, Segment
 from engine.cache.pools import PageAllocator
 from engine.loop import StepFailed, Tick
-from prefill_worker.config import suitable_chunk
 from prefill_worker.scheduler import (
     Crowded,
     Drop,
@@ -766,14 +765,3 @@ class AnyOrder(RuleBasedStateMachine):
 
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
-
-
-def test_a_gpus_chunks_are_long_where_eight_prompts_have_room_for_their_windows() -> None:
-    """A chunk of 2,048 tokens needs 10 window pages, of 1,024 six, of 512 four."""
-    assert suitable_chunk("cpu", 256, 64) == 512
-    assert suitable_chunk("cuda", 256, 64) == 2048
-    assert suitable_chunk("cuda", 80, 64) == 2048
-    assert suitable_chunk("cuda", 79, 64) == 1024
-    assert suitable_chunk("cuda", 47, 64) == 512
-    assert suitable_chunk("cuda", 10, 1) == 2048
-    assert suitable_chunk("cuda", 4, 1) == 512

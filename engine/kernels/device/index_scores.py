@@ -18,7 +18,7 @@ TOGETHER = 4
 LEAST_PAGES = 1024
 """Of keys for each token, all tokens' together: fewer are scored sooner by Triton's kernel, a block for each page."""
 _HEADS, _PAGE = 64, 64
-_TILE, _SCALES, _FIXED = 8192, 256, 2216
+_TILE, _SCALES, _FIXED = 8192, 256, 1960
 """Bytes, as in the source: a page's keys or a token's queries; their scales or weights; `struct Fixed`."""
 _SENDERS = 4
 _SHARED_BYTES = 232_448
