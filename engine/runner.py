@@ -183,7 +183,8 @@ class Runner:
                 token, state = came.drawn[first + i]
                 if state == UNSURE:
                     place = segment.start + len(segment.tokens) - segment.drafts + i
-                    tokens += sample_rows(step.row(first + i), [self._draws_of(segment.sequence).row(place, 0)])
+                    row = self._draws_of(segment.sequence).row(place, segment.index + i)
+                    tokens += sample_rows(step.row(first + i), [row])
                 else:
                     tokens.append(Sampled(token_id=token, logprob=0.0, ok=state == DRAWN))
                 # The step has gone no further.

@@ -10,7 +10,7 @@ import collections.abc
 
 from engine.batch import Sampled, Sequence
 from engine.constraint import Grammars
-from engine.kernels.sample import History, How, Row, needs_history
+from engine.kernels.sample import History, How, Row, is_plain, needs_history
 from wire.types import PromptScores
 
 
@@ -32,13 +32,12 @@ class Draws:
         self.push(sequence.answer)
 
     def is_plain(self, index: int) -> bool:
-        """Whether the answer's tokens from `index` on depend on nothing but their logits, their places and how rows are
-        drawn from, and nothing else is asked about them.
+        """Whether the answer's tokens from `index` on depend on nothing but their logits, their places and `how`, and
+        nothing else is asked about them.
         """
-        p = self._params
-        follows = self._history is not None or self._follower is not None
-        asks = p.logprobs or (index == 0 and p.prompt_logprobs is not None)
-        return not (follows or asks or p.logit_bias or (self._banned and index < p.min_tokens))
+        if self._follower is not None or (index == 0 and self._params.prompt_logprobs is not None):
+            return False
+        return is_plain(self.row(0, index))
 
     def push(self, tokens: collections.abc.Sequence[int]) -> None:
         """These tokens were added to the answer."""

@@ -129,7 +129,7 @@ def sample_rows(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
     if not logits.is_cuda:
         return sample(logits.numpy(), rows)
     answers: dict[int, Sampled] = {}
-    if takes(logits.device, logits.shape[1]) and (plain := [i for i, row in enumerate(rows) if _is_plain(row)]):
+    if takes(logits.device, logits.shape[1]) and (plain := [i for i, row in enumerate(rows) if is_plain(row)]):
         how = How.of_rows([rows[i] for i in plain])
         bits = torch.from_numpy(how.bits.view(np.int64)).to(logits.device)
         every = logits if len(plain) == len(rows) else logits[plain]
@@ -258,7 +258,7 @@ def draw(
     return torch.from_numpy(drawn)
 
 
-def _is_plain(row: Row) -> bool:
+def is_plain(row: Row) -> bool:
     """Whether its logits are needed for nothing but the draw, as they are."""
     return not (_is_shaped(row) or row.params.logprobs or row.problem)
 

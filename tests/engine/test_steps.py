@@ -111,6 +111,28 @@ def test_a_row_that_is_left_to_the_host_is_drawn_there_and_the_step_ends_for_its
     assert any(one.kept for one in run.requests)
 
 
+def test_a_row_that_is_left_to_the_host_may_end_an_answer_that_is_long_enough(monkeypatch) -> None:
+    """Its stop token is ruled out for the first two tokens, and drawn later."""
+    config, tensors = drafting_model(31, "flash")
+    plain, prompts = runner_of(config, tensors, "exact", draft=False), [prompt_of(config, 127, 127)]
+    (said,) = ([s.token_id for s in one] for one in plain_answers(plain, prompts, [PADDED[1]]))
+    last = next(i for i in range(4, len(said)) if said[i] not in said[:i])
+    options = replace(PADDED[1], stop_token_ids=(said[last],), min_tokens=2)
+
+    def unsure(*arguments):
+        drawn = draw(*arguments)
+        drawn[:, 1] = UNSURE
+        return drawn
+
+    monkeypatch.setattr(steps, "draw", unsure)
+    runner = with_graphs(runner_of(config, tensors, "exact", draft=True))
+    run = Speculator(runner, 3, ends=options.stop_token_ids)
+    run.prefill(prompts[0], options)
+    run.run()
+    assert [one.answer for one in run.requests] == [said[: last + 1]]
+    assert runner.graphs.drawn == last - 1, "all but the first two"
+
+
 def test_steps_of_which_the_host_has_to_see_logits_go_by_turns() -> None:
     """One request of the batch wants log probabilities: then all are drawn on the host."""
     config, tensors = drafting_model(31, "flash")

@@ -213,16 +213,15 @@ def sparse_attention(
     v4 = window.layout == "v4"
     pages = meta.page_table.shape[1]
     keys = WINDOW + {0: 0, C4_RATIO: picks, C128_RATIO: pages * (256 // C128_RATIO)}[ratio]
-    ours = attend_few.takes(heads, dim, half, window, compressed)
     long = attend_long.better(tokens, heads, keys)
-    ours = ours and (long or tokens <= attend_few.TOKENS)
-    best = ours and (tokens <= attend_few.TOKENS or heads <= attend_long.HEADS or keys < attend_long.MANY_KEYS)
-    own = best or not libraries.takes_attention(heads, dim, window)
-    library = half and backend("attention", rather_own=own) is not None
-    if library:
+    in_cuda = attend_few.takes(heads, dim, half, window, compressed) and (long or tokens <= attend_few.TOKENS)
+    prompt = tokens > attend_few.TOKENS
+    own = in_cuda and not (prompt and heads > attend_long.HEADS and keys >= attend_long.MANY_KEYS)
+    own = own or not libraries.takes_attention(heads, dim, window)
+    if half and backend("attention", rather_own=own) is not None:
         out = libraries.attention(q, sink, meta, window, compressed, ratio, selected, scale)
         return out if freqs is None else norm_rotate(out, None, None, meta.positions, freqs, inverse=True)
-    if ours:
+    if in_cuda:
         kernels = attend_long if long else attend_few
         kernels.attend(q.contiguous(), sink, meta, window, compressed, selected, keys, scale, freqs, out)
         return out
